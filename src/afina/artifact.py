@@ -1,0 +1,134 @@
+"""A folder with a manifest: what it is, what it was made from, and a hash of every file in it.
+
+Stages meet on disk through these: a verb reads artifacts and writes one. The manifest (`manifest.json`) answers
+"exactly what was trained" (MISSION M36): parents' hashes, recipe as resolved, versions, seeds, hardware. Knows
+nothing of models or data.
+"""
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from afina import durable
+from afina.errors import AfinaError, OutputError
+from afina.language import _
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+RECORDED_PACKAGES = ("afina", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "gguf", "xllamacpp")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed folder. `manifest` is the parsed manifest; `files` maps each relative path to its digest and size."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """What the folder holds: `run`, `model`, `gguf`, ..."""
+        return str(self.manifest["kind"])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest file: names this artifact in its children."""
+        return sha256(self.folder / MANIFEST)
+
+    def verify(self) -> None:
+        """Compare every file with its recorded hash. Raises OutputError naming each file that differs."""
+        wrong = [
+            name
+            for name, entry in self.manifest["files"].items()
+            if not (self.folder / name).is_file() or sha256(self.folder / name) != entry["sha256"]
+        ]
+        if wrong:
+            raise OutputError(
+                _("{folder} is not what its manifest says: {files}.").format(
+                    folder=self.folder, files=", ".join(wrong)
+                ),
+                hint=_("The files were changed or damaged after they were written. Make the artifact again."),
+            )
+
+
+def seal(folder: Path, kind: str, *, parents: Iterable[dict[str, Any]] = (), **facts: Any) -> Artifact:
+    """Write the manifest of a finished folder. `facts` are recorded as they are (recipe, seeds, measured figures)."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST and durable.PARTIAL not in path.name
+    }
+    manifest = {
+        "format": FORMAT,
+        "kind": kind,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "parents": list(parents),
+        "versions": versions(),
+        **facts,
+        "files": files,
+    }
+    durable.write_json(folder / MANIFEST, manifest)
+    return Artifact(folder, manifest)
+
+
+def open_artifact(folder: Path, kind: str | None = None) -> Artifact:
+    """Read the manifest of `folder`. Raises AfinaError when there is none, or it is of another kind."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except OSError as error:
+        raise AfinaError(
+            _("{folder} holds no {manifest}, so it is not a finished artifact.").format(
+                folder=folder, manifest=MANIFEST
+            ),
+            hint=_("Name a folder that afina made; an interrupted run has no manifest."),
+        ) from error
+    except ValueError as error:
+        raise AfinaError(
+            _("The manifest is not valid JSON: {reason}.").format(reason=error), file=folder / MANIFEST
+        ) from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise AfinaError(_("The manifest lacks its list of files."), file=folder / MANIFEST)
+    if kind is not None and manifest.get("kind") != kind:
+        raise AfinaError(
+            _("{folder} is a {found}, not a {wanted}.").format(
+                folder=folder, found=manifest.get("kind"), wanted=kind
+            )
+        )
+    return Artifact(folder, manifest)
+
+
+def parent(path: Path | str, digest: str, role: str) -> dict[str, str]:
+    """One entry of `parents`: what was read, by name and hash."""
+    return {"role": role, "name": str(path), "sha256": digest}
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal, read in constant memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over the names and hashes of all files of a folder: names a model folder that has no manifest."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Python's, the platform's and the recorded packages' versions, as installed."""
+    found = {"python": sys.version.split()[0], "platform": platform.platform()}
+    for package in RECORDED_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,169 @@
+"""The only file that writes anything that must survive.
+
+A file or folder appears under its final name complete, or not at all: temporary name beside it, fsync, rename, fsync
+of the parent. A log grows by whole lines. Knows nothing of what the bytes mean.
+
+The order matters (Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014): a rename may reach the disk
+before the bytes it names unless these were synced first, and the rename itself is only safe once the parent is.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from afina.errors import OutputError
+from afina.language import _
+
+PARTIAL = ".partial"
+"""What a temporary name contains, followed by the writer's process id; `sweep` removes what a killed process left."""
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds either what it held before or all of it. Raises OutputError."""
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=_partial_prefix(path), dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            with suppress(OSError):
+                Path(name).unlink()
+            raise
+        _sync(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """As `write_bytes`, in UTF-8 with the line endings as given."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `write_bytes`: readable JSON, keys in the order given, non-ASCII text as it is."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises OutputError when `path` exists already, cannot be written, or the disk is full.
+    """
+    if path.exists():
+        raise OutputError(
+            _("{path} exists already.").format(path=path), hint=_("Choose another name, or remove it first.")
+        )
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=_partial_prefix(path), dir=path.parent))
+        try:
+            yield temporary
+            _sync_tree(temporary)
+            temporary.chmod(0o755)
+            temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync(path.parent)
+
+
+class Log:
+    """A file of JSON lines that only grows. Each line is written whole and flushed, so a reader never sees half of one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = path.open("ab", buffering=0)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one record as one line."""
+        with _explained(self.path):
+            self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+
+    def close(self) -> None:
+        """Sync and close."""
+        with _explained(self.path):
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what processes that are no more left half-written directly in `folder`; returns what was removed."""
+    left = [path for path in sorted(folder.glob(f".*{PARTIAL}-*")) if not _writer_lives(path)]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    return left
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk that holds `path` or will hold it."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _partial_prefix(path: Path) -> str:
+    return f".{path.name}{PARTIAL}-{os.getpid()}-"
+
+
+def _writer_lives(path: Path) -> bool:
+    process = path.name.rpartition(f"{PARTIAL}-")[2].partition("-")[0]
+    return process.isdigit() and psutil.pid_exists(int(process))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _folders, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root) / name)
+        _sync(Path(root))
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one sentence with the next step."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                _("The disk is full while writing {path}.").format(path=path),
+                hint=_("Free some space, or choose another place with --out. Nothing half-written was left."),
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+            raise OutputError(
+                _("{path} cannot be written: {reason}.").format(path=path, reason=os.strerror(error.errno)),
+                hint=_("Choose another place with --out, or change its permissions."),
+            ) from error
+        if isinstance(error, FileNotFoundError) or error.errno is None:
+            raise
+        raise OutputError(
+            _("Writing {path} failed: {reason}.").format(path=path, reason=error.strerror or error),
+            hint=_("Check the disk, then run the same command again."),
+        ) from error

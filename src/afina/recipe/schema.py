@@ -1,0 +1,187 @@
+"""The recipe: every key a user may write, its type, its default and its help, in this one place.
+
+A default lives here and nowhere else. `recipe/load.py` reads YAML into these; the JSON Schema in docs/ is generated
+from them; the rest of the house takes the parts it needs.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Sources = str | list[str]
+
+
+class Section(BaseModel):
+    """One mapping of the recipe: unknown keys are errors, values are never coerced between types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The base model and how it is held."""
+
+    base: str = "afina/tiny"
+    """What is fine-tuned: a model folder, a hub name such as Qwen/Qwen3-0.6B, or the bundled afina/tiny."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """The context in tokens; a sample that is longer is rejected by name, never cut silently."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the frozen weights and the arithmetic; auto takes bf16 where the GPU has it, else fp16; fp32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the model runs."""
+    chat_template: str | None = None
+    """A Jinja file to use instead of the model's own template; needed for a base that has none. `afina/chatml` and
+    `afina/alpaca` are bundled."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+
+class Mapping(Section):
+    """How rows of a shape of their own become conversations. Each value is a Jinja template over `row`."""
+
+    rows: str = ""
+    """Where the rows lie in a JSON document: keys joined by dots, `*` for any key; what `*` matched is in `keys`."""
+    system: str | None = None
+    """Template of the system message."""
+    user: str
+    """Template of what the user says, such as `{{ row.question }}`."""
+    assistant: str
+    """Template of the answer to be learnt, such as `{{ row.answer }}`."""
+
+
+class Data(Section):
+    """The examples."""
+
+    train: Sources
+    """Files to learn from: paths, patterns such as data/*.jsonl, or a bundled set such as afina/sentiment/train."""
+    validation: Share | Sources = 0.1
+    """A share of the training samples, or files of their own; its loss is followed during training."""
+    dialect: Literal["auto", "messages", "alpaca", "mapping"] = "auto"
+    """The shape of a row; auto recognises it from the keys of the first row and says what it found."""
+    mapping: Mapping | None = None
+    """Needed for rows that are neither chat messages nor Alpaca."""
+    encoding: list[str] = ["utf-8"]
+    """Encodings tried in this order, file by file; what was needed is reported."""
+    system: str | None = None
+    """A system message put before every conversation that has none."""
+    learn: Literal["all", "last"] = "all"
+    """Which assistant turns are learnt."""
+    too_long: Literal["error", "reject"] = "error"
+    """What becomes of samples over max_length: stop and list them, or train without them and list them."""
+
+
+class Lora(Section):
+    """Low-rank adapters on frozen weights (Hu et al., 2021, arXiv:2106.09685)."""
+
+    name: Literal["lora"] = "lora"
+    """The method."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Width of the two added matrices."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: Share = 0.0
+    """Share of the adapter's inputs dropped while training."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Which linear layers get an adapter; the head never does."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases learn too."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023, arXiv:2312.03732)."""
+
+
+class Full(Section):
+    """Every weight learns."""
+
+    name: Literal["full"]
+    """The method."""
+
+
+Method = Annotated[Lora | Full, Field(discriminator="name")]
+
+
+class Training(Section):
+    """The optimisation."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Times every sample is seen."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many optimiser steps instead."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Samples per optimiser step. How they are cut into micro-batches changes memory and speed, never the result."""
+    packing: bool = True
+    """Lay samples end to end without padding; attention stays inside each sample."""
+    micro_batch_tokens: Annotated[int, Field(ge=8)] | None = None
+    """Tokens computed at once, padding included; unset: max_length, and four times that on a GPU."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """The peak."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up; cosine and linear end at zero."""
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    """Below 1 a share of all steps, from 1 a number of steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled, on matrices only (Loshchilov & Hutter, 2017, arXiv:1711.05101)."""
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """AdamW's decay rates of the first and second moment."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this norm; null leaves them."""
+    validations: Annotated[int, Field(ge=0)] = 4
+    """How many times the validation loss is measured, the last time after the last step."""
+
+
+class Task(Section):
+    """One way of asking how good the model is. Measured on the base and on the tuned model."""
+
+    name: str
+    """How the report calls it."""
+    kind: Literal["classification", "exact", "json"]
+    """classification: the likeliest of the labels. exact: the generated text equals the answer. json: a field does."""
+    data: Sources
+    """Held-out samples, read as data.train is."""
+    labels: list[str] | None = None
+    """classification: what may be answered; unset: the answers found in data."""
+    field: str | None = None
+    """json: the top-level field that must equal the reference's; unset: the whole object must."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Ask only this many samples, chosen by the seed."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    """exact and json: the answer is cut after this many tokens."""
+
+
+class Export(Section):
+    """What leaves the house."""
+
+    formats: list[Literal["merged", "f32", "f16", "q8_0"]] = ["q8_0"]
+    """merged: a folder for transformers; the rest: GGUF files for llama.cpp, Ollama and LM Studio."""
+
+
+class Chat(Section):
+    """How answers are sampled when talking to the model."""
+
+    system: str | None = None
+    """The system message."""
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """0 always takes the likeliest token; 0.3 to 0.5 suits maths."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Sample from the likeliest tokens that together have this probability."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 512
+    """An answer is cut after this many tokens."""
+
+
+class Recipe(Section):
+    """One experiment, from data to files that answer."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """Names the run folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Decides the split, the order of samples, the adapters' start and dropout."""
+    model: Model = Model()
+    data: Data
+    method: Method = Lora()
+    training: Training = Training()
+    tasks: list[Task] = []
+    export: Export = Export()
+    chat: Chat = Chat()
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default written out, as plain values for YAML or JSON."""
+        return self.model_dump(mode="json")
