@@ -79,6 +79,34 @@ def new_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name that becomes `path` when the block ends well, and vanishes when it does not.
+
+    For files too large to hold as bytes. Raises OutputError when `path` exists already, cannot be written, or the disk
+    is full.
+    """
+    if path.exists():
+        raise OutputError(
+            _("{path} exists already.").format(path=path), hint=_("Choose another name, or remove it first.")
+        )
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=_partial_prefix(path), dir=path.parent)
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync(path.parent)
+
+
 class Log:
     """A file of JSON lines that only grows. Each line is written whole and flushed, so a reader never sees half of one."""
 
