@@ -1,0 +1,131 @@
+"""Packed attention: samples lying end to end attend inside themselves, exactly, without a dense mask.
+
+On a GPU PyTorch's variable-length flash attention runs over the row as it is. Elsewhere samples of like length are
+gathered into padded groups; causal attention never looks at padding on the right, so no mask is needed there either.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+NAME = "afina_packed"
+
+
+def covers(model: nn.Module, longest: int) -> bool:
+    """Whether packed attention is exact for this model: plain causal attention over `longest` tokens, nothing added.
+
+    Soft-capped scores, attention sinks and windows shorter than the longest sample are left to the reference.
+    """
+    config = model.config
+    windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    return (
+        getattr(model, "_supports_attention_backend", False)
+        and not getattr(config, "attn_logit_softcapping", None)
+        and config.model_type not in {"gpt_oss"}
+        and (not windowed or windowed >= longest)
+    )
+
+
+@contextmanager
+def packed_attention(model: nn.Module, on: bool = True) -> Iterator[None]:
+    """Inside the block every batch must be packed: transformers then builds no mask and calls `_attend`."""
+    if not on:
+        yield
+        return
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)  # type: ignore[operator]
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packed_lengths: tuple[int, ...] = (),
+    **_unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """query: (1, heads, tokens, width); key, value: (1, kv heads, tokens, width). Returns (1, tokens, heads, width)."""
+    if sum(packed_lengths) != query.shape[2]:
+        raise RuntimeError(f"packed lengths {packed_lengths} do not sum to {query.shape[2]} tokens")
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
+        return _flash(query, key, value, scaling, packed_lengths), None
+    groups, inverse = _groups(packed_lengths, query.device)
+    rows = [part[0].transpose(0, 1) for part in (query, key, value)]  # (tokens, heads, width)
+    outputs = []
+    for places, kept in groups:
+        q, k, v = (part[places].transpose(1, 2) for part in rows)  # (samples, heads, longest, width)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(attended.transpose(1, 2).flatten(0, 1)[kept])
+    return torch.cat(outputs)[inverse][None], None
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, lengths: tuple[int, ...]
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = _bounds(lengths, query.device)
+    rows = [part[0].transpose(0, 1) for part in (query, key, value)]
+    if rows[0].shape[1] != rows[1].shape[1]:
+        repeats = rows[0].shape[1] // rows[1].shape[1]
+        rows[1:] = [part.repeat_interleave(repeats, dim=1) for part in rows[1:]]
+    longest = max(lengths)
+    attended: torch.Tensor = varlen_attn(
+        *rows, bounds, bounds, longest, longest, window_size=(-1, 0), scale=scaling
+    )
+    return attended[None]
+
+
+@lru_cache(maxsize=4)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=4)
+def _groups(
+    lengths: tuple[int, ...], device: torch.device
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    """How tokens are gathered into groups of like length, and put back.
+
+    Each group is (places: (samples, longest) of token places, kept: flat places in it that are no padding).
+    A sample joins the group of longer ones while it is at least two thirds as long as the longest.
+    """
+    starts = [0, *accumulate(lengths)]
+    order = sorted(range(len(lengths)), key=lambda sample: -lengths[sample])
+    gathered: list[list[int]] = []
+    for sample in order:
+        if gathered and lengths[sample] * 1.5 >= lengths[gathered[-1][0]]:
+            gathered[-1].append(sample)
+        else:
+            gathered.append([sample])
+    groups, tokens = [], []
+    for group in gathered:
+        longest = lengths[group[0]]
+        offsets = torch.arange(longest)
+        counts = torch.tensor([lengths[sample] for sample in group])[:, None]
+        first = torch.tensor([starts[sample] for sample in group])[:, None]
+        places = first + torch.minimum(offsets, counts - 1)
+        kept = (offsets < counts).flatten().nonzero().flatten()
+        groups.append((places.to(device), kept.to(device)))
+        tokens.append(places.flatten()[kept])
+    inverse = torch.cat(tokens).argsort()
+    return groups, inverse.to(device)
+
+
+AttentionInterface.register(NAME, _attend)

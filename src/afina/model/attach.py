@@ -1,0 +1,86 @@
+"""A method is surgery on the model, never a second loop: what is attached, and which parameters learn. Door to PEFT."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from afina.errors import ModelError
+from afina.language import _
+from afina.recipe.schema import Full, Lora
+
+
+def attach(model: nn.Module, method: Lora | Full, *, seed: int) -> nn.Module:
+    """Make `model` ready to learn by `method`; what learns is held in fp32.
+
+    Raises ModelError when a target names no linear layer, listing the names there are.
+    """
+    if isinstance(method, Full):
+        return model.float().requires_grad_(True)
+    targets = method.targets
+    if targets != "all-linear":
+        _check_targets(model, targets)
+    config = LoraConfig(
+        r=method.rank,
+        lora_alpha=method.alpha,  # type: ignore[arg-type]
+        lora_dropout=method.dropout,
+        target_modules=targets,
+        bias=method.bias,
+        use_rslora=method.rslora,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    return adapted
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """Attach a saved adapter in PEFT's format. Raises ModelError when it does not fit or holds no safetensors."""
+    if not (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            _("{folder} holds no adapter.").format(folder=folder),
+            hint=_("It needs adapter_config.json and adapter_model.safetensors."),
+        )
+    try:
+        adapted: nn.Module = PeftModel.from_pretrained(model, folder)  # type: ignore[arg-type]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            _("The adapter {folder} does not fit this model: {reason}").format(
+                folder=folder, reason=str(error).split("\n")[0]
+            ),
+            hint=_("Use the base model it was trained on."),
+        ) from error
+    return adapted.eval()
+
+
+def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
+    """Write what was attached in PEFT's format, naming `base`; a fully tuned model is written whole."""
+    if isinstance(model, PeftModel):
+        model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(folder)  # type: ignore[operator]
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The same function without adapters: base weights with the low-rank products added, in fp32."""
+    if not isinstance(model, PeftModel):
+        return model
+    whole: nn.Module = model.float().merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    return whole
+
+
+def learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and tensors of what learns."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _check_targets(model: nn.Module, targets: list[str]) -> None:
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    known = sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            raise ModelError(
+                _("method.targets: the model has no linear layer called {name}.").format(name=target),
+                hint=_("It has {names}.").format(names=", ".join(known)),
+            )

@@ -1,0 +1,68 @@
+"""Prompts to answers, ids to ids: batched, with the KV cache, stopping at the end of turn. Knows no text."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, StoppingCriteria
+
+from afina.errors import ModelError
+from afina.language import _
+
+
+class _Watcher(StoppingCriteria):
+    """Hands each new token on as it is chosen; a true answer stops the generation."""
+
+    def __init__(self, on_token: Callable[[int], bool | None]) -> None:
+        self._on_token = on_token
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_kwargs: Any) -> torch.Tensor:
+        stop = bool(self._on_token(int(input_ids[0, -1])))
+        return torch.full((input_ids.shape[0],), stop, device=input_ids.device)
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    end_ids: Sequence[int],
+    pad_id: int,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_token: Callable[[int], bool | None] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt; the ids returned end before the end-of-turn token.
+
+    Temperature 0 is greedy. `on_token` (one prompt only) sees every token as it comes and may return True to stop.
+    Raises ModelError for an empty prompt.
+    """
+    if any(not prompt for prompt in prompts):
+        raise ModelError(_("An empty prompt cannot be continued."))
+    device = next(model.parameters()).device
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad_id)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for row, prompt in enumerate(prompts):  # padded on the left, so that every row's last token is its prompt's
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    settings = GenerationConfig(
+        **sampling, max_new_tokens=max_new_tokens, eos_token_id=list(end_ids) or None, pad_token_id=pad_id, use_cache=True
+    )
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        output = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=settings,
+            stopping_criteria=[_Watcher(on_token)] if on_token else None,
+        )
+    return [_until_end(row[width:].tolist(), end_ids) for row in output]
+
+
+def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    return next((ids[:place] for place, index in enumerate(ids) if index in end_ids), ids)

@@ -1,0 +1,95 @@
+"""The one door to transformers' models: loads one, chooses device and precision, never runs foreign code."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from afina.errors import ModelError, ResourceError
+from afina.language import _
+from afina.recipe.schema import Model
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where the model runs and in which arithmetic."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision where weights are held in 16 bits; nothing in fp32."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
+        return f"{name}, {next(key for key, dtype in DTYPES.items() if dtype == self.dtype)}"
+
+
+def choose_hardware(model: Model) -> Hardware:
+    """Turn `auto` into what this machine has. Raises ResourceError when a device was asked for that is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(kind for kind, there in available.items() if there) if model.device == "auto" else model.device
+    if not available[name]:
+        raise ResourceError(
+            _("There is no {device} device here.").format(device=name),
+            hint=_("Set model.device to auto or cpu, or install a PyTorch build for this device."),
+        )
+    device = torch.device(name)
+    precision: str = model.precision
+    if precision == "auto":
+        if name == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            precision = "fp32"
+    if precision == "fp16" and name == "cpu":
+        raise ResourceError(
+            _("A CPU does not train in fp16."), hint=_("Set model.precision to auto, fp32 or bf16.")
+        )
+    return Hardware(device, DTYPES[precision])
+
+
+def load_model(source: str, hardware: Hardware, *, revision: str | None = None) -> nn.Module:
+    """Load a causal language model in evaluation mode. Raises ModelError for a folder or name that is none."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(
+            _("{folder} is no model folder: it has no config.json.").format(folder=folder),
+            hint=_("Name a folder saved by transformers, a hub name, or afina/tiny."),
+        )
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            _("{folder} holds no .safetensors weights.").format(folder=folder),
+            hint=_("Other formats can run code when they are opened, so they are not read. Convert the weights first."),
+        )
+    logging.disable_progress_bar()
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision or "main",
+            dtype=hardware.dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            _("The model {source} cannot be loaded: {reason}").format(
+                source=source, reason=str(error).strip().split("\n")[0]
+            ),
+            hint=_("Check the folder or the hub name, and that this machine reaches the hub."),
+        ) from error
+    return model.to(hardware.device).eval()
+
+
+def limit_of(model: nn.Module) -> int | None:
+    """The longest context the model was made for, in tokens."""
+    limit: Any = getattr(model.config, "max_position_embeddings", None)
+    return int(limit) if limit else None

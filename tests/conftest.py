@@ -1,0 +1,22 @@
+"""What many tests need: the real inputs where there are any, and small models built in code."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("AFINA_LANG", "en")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist runs one process a core
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real inputs; the test is skipped, saying so, where there is none."""
+    folder = Path(os.environ.get("AFINA_REAL_DATA", ROOT.parent / "shared")).resolve()
+    if not (folder / "models" / "stories260K").is_dir():
+        pytest.skip(f"no real inputs in {folder}: set AFINA_REAL_DATA")
+    return folder

@@ -1,0 +1,49 @@
+"""Small honest models, built in code: real architectures, few parameters, spread-out weights so that outputs differ."""
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from afina.model.load import Hardware
+
+CPU = Hardware(torch.device("cpu"), torch.float32)
+
+
+def llama(seed: int = 0, **changes: object) -> nn.Module:
+    """A Llama of two layers with grouped queries."""
+    config = LlamaConfig(
+        **{
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **changes,
+        }
+    )
+    return spread(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), seed)
+
+
+def spread(model: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
+    """Give every matrix random weights large enough that no output is nearly constant."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model.eval()
+
+
+def perturb_adapters(model: nn.Module, seed: int = 1) -> nn.Module:
+    """Make every adapter's B nonzero: with B = 0 the gradient of A is zero and hides its mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
