@@ -1,0 +1,312 @@
+"""A GGUF file, run by real llama.cpp: the program that people will run it with, not our idea of it.
+
+The one door to `xllamacpp`, an optional package that carries llama.cpp and its server. The server runs on threads of
+this process and listens on 127.0.0.1, on a free port, behind a key made for the occasion; this module is its client.
+Knows nothing of how the file was made.
+"""
+
+import ctypes
+import http.client
+import json
+import mmap
+import os
+import secrets
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import psutil
+
+from afina.errors import ModelError, ResourceError
+from afina.language import _
+
+MAGIC = b"GGUF"
+TEMPLATE_KEY = b"tokenizer.chat_template"
+METADATA_BYTES = 256 * 2**20
+"""How far into a file its metadata is looked for; a vocabulary of 256,000 tokens takes 12 MB."""
+
+TIMEOUT = 600.0
+"""Seconds without a byte after which llama.cpp counts as stuck. A long prompt on a slow machine takes minutes."""
+
+SILENT = -1
+"""llama.cpp writes nothing, not even errors, to the terminal: what it refuses comes back as an answer."""
+
+Ended = Literal["end", "limit", "stop"]
+ENDS: dict[str, Ended] = {"eos": "end", "word": "stop"}
+"""llama.cpp's reasons for ending, as ours."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What llama.cpp wrote.
+
+    `ids` are the new tokens, the end token among them; `text` is their text without control tokens. `ended` says why:
+    "end" of the answer, the "limit" of tokens, or a "stop" text.
+    """
+
+    ids: list[int]
+    text: str
+    ended: Ended
+
+
+class LlamaCpp:
+    """A loaded GGUF file. Use as a context manager, or call `close`; nothing of it stays behind.
+
+    `context` is how many tokens prompt and answer may have together (0: as many as the model was trained for);
+    `threads` defaults to the physical cores this process may use. `cache` is the type of the keys and values kept:
+    f16 is what llama.cpp does by itself, f32 is for comparing with another implementation to the last digits.
+
+    Raises ResourceError when `xllamacpp` is missing, ModelError when llama.cpp cannot load the file.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        context: int = 4096,
+        threads: int | None = None,
+        gpu_layers: int = 0,
+        cache: Literal["f16", "f32"] = "f16",
+    ) -> None:
+        self.path = Path(path)
+        self._has_template = _inspect(self.path)
+        self._key = secrets.token_hex(16)
+        self._server: Any = _start(self.path, self._key, context, threads or default_threads(), gpu_layers, cache)
+        self._host = self._server.listening_address.removeprefix("http://")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the server, join its threads and free the model."""
+        self._server = None
+
+    @property
+    def context(self) -> int:
+        """The tokens that prompt and answer may have together, as llama.cpp settled it."""
+        return int(self._call("GET", "/props")["default_generation_settings"]["n_ctx"])
+
+    def tokenize(self, text: str, special: bool, *, add_special: bool = False) -> list[int]:
+        """The ids of a text. `special` takes control tokens in it as such; `add_special` adds BOS and EOS as the file
+        says llama.cpp should."""
+        body = {"content": text, "parse_special": special, "add_special": add_special}
+        return [int(index) for index in self._call("POST", "/tokenize", body)["tokens"]]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ids, control tokens written out."""
+        return str(self._call("POST", "/detokenize", {"tokens": list(ids)})["content"])
+
+    def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt that llama.cpp makes of a conversation with the file's own chat template.
+
+        Raises ModelError when the file has none: llama.cpp would silently suppose ChatML.
+        """
+        if not self._has_template:
+            raise ModelError(
+                _("The file has no chat template."),
+                hint=_("Set model.chat_template in the recipe, for instance to afina/alpaca, or to a Jinja file."),
+                file=self.path,
+            )
+        return str(
+            self._call("POST", "/apply-template", {"messages": [dict(message) for message in messages]})["prompt"]
+        )
+
+    def complete(
+        self,
+        prompt: Sequence[int] | str,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        reuse: bool = False,
+    ) -> Completion:
+        """Continue a prompt: ids as they are, or a text as llama.cpp tokenises it (BOS added, control tokens seen).
+
+        Temperature 0 takes the likeliest token. `reuse` keeps what the prompt has in common with the one before, which
+        is faster in a conversation; without it the answer depends on nothing but the arguments.
+        """
+        ids: list[int] = []
+        text = ""
+        reason = ""
+        body = _request(prompt, max_new_tokens, temperature, top_p, seed, stop, reuse)
+        for event in self._events(body):
+            ids += event.get("tokens") or ()
+            text += event.get("content") or ""
+            reason = event.get("stop_type") or reason
+        return Completion(ids, text, ENDS.get(reason, "limit"))
+
+    def stream(
+        self,
+        prompt: Sequence[int] | str,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        reuse: bool = True,
+    ) -> Iterator[str]:
+        """As `complete`, the text in pieces as they come. Closing the iterator stops llama.cpp."""
+        body = _request(prompt, max_new_tokens, temperature, top_p, seed, stop, reuse)
+        with closing(self._events(body)) as events:
+            for event in events:
+                if piece := event.get("content"):
+                    yield str(piece)
+
+    def logprobs(self, ids: Sequence[int], *, top: int) -> list[dict[int, float]]:
+        """Entry i: natural log-probabilities of the `top` likeliest tokens after ids[: i + 1], the likeliest first."""
+        found = []
+        for end in range(1, len(ids) + 1):
+            body = _request(ids[:end], 1, 0.0, 1.0, 0, (), True) | {"stream": False, "n_probs": top}
+            answer = self._call("POST", "/completion", body)
+            entries = answer["completion_probabilities"][0]["top_logprobs"]
+            found.append({int(entry["id"]): float(entry["logprob"]) for entry in entries})
+        return found
+
+    def _events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        with closing(self._open("POST", "/completion", body)) as connection:
+            response = _response(connection, self.path)
+            while line := response.readline():
+                name, _colon, content = line.partition(b":")
+                if name in (b"data", b"error") and content.strip() != b"[DONE]":
+                    event = json.loads(content)
+                    _raise_error(event if name == b"data" else {"error": event}, self.path)
+                    yield event
+
+    def _call(self, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        with closing(self._open(method, route, body)) as connection:
+            answer: dict[str, Any] = json.loads(_response(connection, self.path).read())
+        return answer
+
+    def _open(self, method: str, route: str, body: dict[str, Any] | None) -> http.client.HTTPConnection:
+        if self._server is None:
+            raise ModelError(_("The model is closed."), file=self.path)
+        connection = http.client.HTTPConnection(self._host, timeout=TIMEOUT)
+        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        connection.request(method, route, None if body is None else json.dumps(body), headers)
+        return connection
+
+
+def default_threads() -> int:
+    """Physical cores that this process may run on: llama.cpp gains nothing from two threads on one core."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+
+
+def _inspect(path: Path) -> bool:
+    """Whether a GGUF file has a chat template. Raises ModelError when it is no GGUF file: llama.cpp would not say so."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content[:4] == MAGIC:
+                return content.find(TEMPLATE_KEY, 0, METADATA_BYTES) >= 0
+    except (OSError, ValueError) as error:  # mmap raises ValueError for an empty file
+        raise ModelError(_("The file cannot be read: {reason}.").format(reason=error), file=path) from error
+    raise ModelError(_("The file is not a GGUF file."), file=path)
+
+
+def _start(path: Path, key: str, context: int, threads: int, gpu_layers: int, cache: str) -> Any:
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise ResourceError(
+            _("Running a GGUF file needs the package xllamacpp, which is not installed."),
+            hint=_('Run: pip install "afina[gguf-run]"'),
+        ) from error
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(path)
+    parameters.hostnames, parameters.port, parameters.api_keys = ["127.0.0.1"], 0, [key]
+    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = context, 1, gpu_layers
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.n_threads_http = 2
+    parameters.verbosity = SILENT
+    parameters.offline, parameters.use_jinja = True, True
+    parameters.ui = parameters.warmup = parameters.fit_params = parameters.endpoint_slots = False
+    if cache == "f32":
+        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    with _kept_signals():
+        try:
+            return xllamacpp.Server(parameters)
+        except RuntimeError as error:
+            raise ModelError(
+                _("llama.cpp cannot load the file."),
+                hint=_(
+                    "It may be damaged, of an architecture this llama.cpp does not know, or larger than the memory."
+                ),
+                file=path,
+            ) from error
+
+
+@contextmanager
+def _kept_signals() -> Iterator[None]:
+    """Put back the handlers of SIGINT and SIGTERM, which the server of llama.cpp takes for itself.
+
+    Through the C library, because Python lets only the main thread do it and does not know handlers it did not set.
+    """
+    if os.name != "posix":
+        yield
+        return
+    library = ctypes.CDLL(None, use_errno=True)
+    kept = {number: ctypes.create_string_buffer(1024) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, action in kept.items():
+        library.sigaction(int(number), None, action)
+    try:
+        yield
+    finally:
+        for number, action in kept.items():
+            library.sigaction(int(number), action, None)
+
+
+def _request(
+    prompt: Sequence[int] | str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    stop: Sequence[str],
+    reuse: bool,
+) -> dict[str, Any]:
+    """The body of a completion: nothing but temperature, then nucleus, in the order of transformers."""
+    return {
+        "prompt": prompt if isinstance(prompt, str) else [int(index) for index in prompt],
+        "n_predict": max_new_tokens,
+        "samplers": ["temperature", "top_p"],
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": list(stop),
+        "cache_prompt": reuse,
+        "return_tokens": True,
+        "stream": True,
+    }
+
+
+def _response(connection: http.client.HTTPConnection, path: Path) -> http.client.HTTPResponse:
+    try:
+        response = connection.getresponse()
+    except OSError as error:
+        raise ModelError(_("llama.cpp does not answer: {reason}.").format(reason=error), file=path) from error
+    if response.status != http.client.OK:
+        content = response.read()
+        with suppress(ValueError):
+            _raise_error(json.loads(content), path)
+        raise ModelError(_("llama.cpp refuses: {reason}").format(reason=content.decode("utf-8", "replace")), file=path)
+    return response
+
+
+def _raise_error(answer: Any, path: Path) -> None:
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if error is not None:
+        reason = error.get("message", error) if isinstance(error, dict) else error
+        raise ModelError(_("llama.cpp refuses: {reason}").format(reason=reason), file=path)
