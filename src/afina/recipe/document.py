@@ -19,13 +19,13 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import (
     AliasEvent,
     DocumentStartEvent,
-    Event,
     MappingEndEvent,
     MappingStartEvent,
     ScalarEvent,
     SequenceEndEvent,
     SequenceStartEvent,
 )
+from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from afina.language import _
@@ -80,6 +80,15 @@ class Node:
         return self.value
 
 
+def node_of(value: Any, place: Place) -> Node:
+    """The tree of a plain value, all of it at one place."""
+    if isinstance(value, dict):
+        return Node({name: node_of(item, place) for name, item in value.items()}, place)
+    if isinstance(value, list):
+        return Node([node_of(item, place) for item in value], place)
+    return Node(value, place, inline(value))
+
+
 class Unreadable(Exception):
     """Reading cannot go on; carries the problem."""
 
@@ -90,8 +99,7 @@ class Unreadable(Exception):
 
 def decode(content: bytes) -> str:
     """The text of a recipe file without its byte order mark. Raises Unreadable with line and column."""
-    if len(content) > MAX_BYTES:
-        _stop(_("A recipe has at most {limit:,} bytes; this one has more.").format(limit=MAX_BYTES), Place(1, 1))
+    _refuse_size(len(content))
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         _stop(_("This file is UTF-16. Save it as UTF-8."), Place(1, 1))
     try:
@@ -110,6 +118,7 @@ def read(text: str, problems: list[Problem], override: str = "") -> Node | None:
     `override` is the override whose value `text` is, if it is one.
     """
     try:
+        _refuse_size(len(text))
         _refuse_characters(text)
         builder = _Builder(text, override)
         try:
@@ -145,12 +154,24 @@ def resolve(text: str) -> Scalar:
 def write(value: Any) -> str:
     """`value`, made of dicts, lists and scalars, as YAML that `read` reads back equal."""
     yaml = YAML(typ="rt", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.width = 1 << 30
     yaml.allow_unicode = True
     stream = io.StringIO()
     yaml.dump(_quoted(value), stream)
     return stream.getvalue()
+
+
+class _Representer(RoundTripRepresenter):
+    """As ruamel's, but nothing is written as `null`."""
+
+    def represent_null(self, _value: None) -> Any:
+        """The word, where ruamel writes an empty value."""
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_null)
 
 
 def inline(value: Any) -> str:
@@ -201,7 +222,7 @@ class _Builder:
             _stop(_("A recipe is one document; another one starts here. Remove the line ---."), self.place(following))
         return node
 
-    def node(self, event: Event, depth: int) -> Node:
+    def node(self, event: Any, depth: int) -> Node:
         """The node that starts with `event`."""
         self.values += 1
         if self.values > MAX_VALUES:
@@ -225,14 +246,14 @@ class _Builder:
             node.faulty = True
         return node
 
-    def sequence(self, start: Event, depth: int) -> Node:
+    def sequence(self, start: Any, depth: int) -> Node:
         """A list."""
         items: list[Node] = []
         while not isinstance(event := next(self.events), SequenceEndEvent):
             items.append(self.node(event, depth + 1))
         return Node(items, self.place(start))
 
-    def mapping(self, start: Event, depth: int) -> Node:
+    def mapping(self, start: Any, depth: int) -> Node:
         """A section; of a key that stands twice the first is kept."""
         entries: dict[str, Node] = {}
         while not isinstance(event := next(self.events), MappingEndEvent):
@@ -266,11 +287,11 @@ class _Builder:
             return Node(None, place, text, faulty=True)
         return Node(resolve(text), place, text)
 
-    def complain(self, event: Event, message: str, name: str = "", **values: Any) -> None:
+    def complain(self, event: Any, message: str, name: str = "", **values: Any) -> None:
         """Note a problem and go on."""
         self.problems.append(Problem(self.place(event), message.format(name=name, **values)))
 
-    def place(self, event: Event) -> Place:
+    def place(self, event: Any) -> Place:
         """Where `event` starts."""
         return _place(event.start_mark, self.override)
 
@@ -279,6 +300,11 @@ class _Builder:
         for number in range(event.start_mark.line + 1, event.end_mark.line + 1):
             if "\t" in (indent := _indent(self.lines, number)):
                 _stop(_tab(), Place(number + 1, indent.index("\t") + 1))
+
+
+def _refuse_size(size: int) -> None:
+    if size > MAX_BYTES:
+        _stop(_("A recipe has at most {limit:,} bytes; this one has more.").format(limit=MAX_BYTES), Place(1, 1))
 
 
 def _refuse_characters(text: str) -> None:

@@ -12,6 +12,9 @@ from afina.language import _
 SHOWN = 50
 """Mistakes listed in one error; the rest are counted."""
 
+LONGEST = 400
+"""Characters of one message: a key or a label may be a whole book."""
+
 Path = tuple[str | int, ...]
 """Keys and list positions from the top of the recipe: `("tasks", 0, "labels")`."""
 
@@ -38,14 +41,14 @@ def dotted(path: Path) -> str:
 
 def failure(problems: Sequence[Problem], file: str) -> RecipeError:
     """The one error that names every problem, in the order of the file; overrides come last."""
-    ordered = sorted(dict.fromkeys(problems), key=lambda problem: (problem.place.override != "", problem.place))
+    overrides = [problem for problem in problems if problem.place.override]
+    ordered = sorted({*problems} - {*overrides}, key=lambda problem: problem.place) + list(dict.fromkeys(overrides))
     first = ordered[0].place
-    lines = [_line(problem, file) for problem in ordered[:SHOWN]]
-    if len(ordered) > SHOWN:
-        lines.append(_("and {count} more").format(count=len(ordered) - SHOWN))
-    if len(ordered) == 1:
-        message = _in_override(ordered[0])
-    else:
+    message = _sentence(ordered[0])
+    if len(ordered) > 1:
+        lines = [_line(problem, file) for problem in ordered[:SHOWN]]
+        if len(ordered) > SHOWN:
+            lines.append(_("and {count} more").format(count=len(ordered) - SHOWN))
         message = "\n".join([_("The recipe has {count} mistakes:").format(count=len(ordered)), *lines])
     if first.override:
         return RecipeError(message)
@@ -53,12 +56,18 @@ def failure(problems: Sequence[Problem], file: str) -> RecipeError:
 
 
 def _line(problem: Problem, file: str) -> str:
-    if problem.place.override:
-        return _in_override(problem)
-    return f"{file}:{problem.place.line}:{problem.place.column}: {problem.message}"
+    line, column, override = problem.place
+    return _sentence(problem) if override else f"{file}:{line}:{column}: {_sentence(problem)}"
 
 
-def _in_override(problem: Problem) -> str:
+def _sentence(problem: Problem) -> str:
+    """The message, with its override if it has one, on one line and safe for a terminal."""
+    message = _visible(problem.message)
     if not problem.place.override:
-        return problem.message
-    return _("In the override {override}: {message}").format(override=problem.place.override, message=problem.message)
+        return message
+    return _("In the override {override}: {message}").format(override=_visible(problem.place.override), message=message)
+
+
+def _visible(text: str) -> str:
+    short = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in short)

@@ -200,13 +200,13 @@ class Recipe(Section):
     """Names the run folder."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Decides the split, the order of samples, the adapters' start and dropout."""
-    model: Model = Model()
+    model: Model = Field(default_factory=Model)
     data: Data
-    method: Method = Lora()
-    training: Training = Training()
+    method: Method = Field(default_factory=Lora)
+    training: Training = Field(default_factory=Training)
     tasks: list[Task] = []
-    export: Export = Export()
-    chat: Chat = Chat()
+    export: Export = Field(default_factory=Export)
+    chat: Chat = Field(default_factory=Chat)
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out, as plain values for YAML or JSON."""

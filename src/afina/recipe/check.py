@@ -1,0 +1,184 @@
+"""The rules between keys: what each key alone cannot know.
+
+Each rule is a small function from a recipe to its faults; `RULES` lists them. Knows nothing of YAML: `load` finds the
+line of the key that a fault names. A fault also names the keys it was concluded from, so that a rule is silent where
+one of them is already reported as wrong.
+"""
+
+import codecs
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from afina.language import _
+from afina.recipe.problem import Path
+from afina.recipe.schema import Lora, Recipe
+
+
+class Fault(NamedTuple):
+    """A broken rule: the key concerned, what to say, and the other keys that were read."""
+
+    path: Path
+    message: str
+    read: tuple[Path, ...] = ()
+
+
+Rule = Callable[[Recipe], Iterator[Fault]]
+
+
+def mapping_goes_with_its_dialect(recipe: Recipe) -> Iterator[Fault]:
+    """`dialect: mapping` needs a mapping, and a mapping is used by no other dialect."""
+    mapping, dialect = ("data", "mapping"), ("data", "dialect")
+    if recipe.data.dialect == "mapping" and recipe.data.mapping is None:
+        message = _("dialect: mapping needs data.mapping with the templates user and assistant.")
+        yield Fault(dialect, message, (mapping,))
+    if recipe.data.mapping is not None and recipe.data.dialect != "mapping":
+        yield Fault(mapping, _("data.mapping is used only with dialect: mapping. Add that line to data."), (dialect,))
+
+
+def sources_are_named(recipe: Recipe) -> Iterator[Fault]:
+    """Every list of files holds at least one, and none is empty."""
+    named: list[tuple[Path, object]] = [
+        (("data", "train"), recipe.data.train),
+        (("data", "validation"), recipe.data.validation),
+    ]
+    named += [(("tasks", number, "data"), task.data) for number, task in enumerate(recipe.tasks)]
+    for path, sources in named:
+        if sources == []:
+            yield Fault(path, _("This list names no file."))
+        for number, source in enumerate(sources if isinstance(sources, list) else [sources]):
+            if isinstance(source, str) and not _is_place(source):
+                yield Fault(
+                    (*path, number) if isinstance(sources, list) else path, _("This is not the name of a file.")
+                )
+
+
+def places_are_named(recipe: Recipe) -> Iterator[Fault]:
+    """The base model and the chat template are names of something."""
+    for key, value in (("base", recipe.model.base), ("chat_template", recipe.model.chat_template)):
+        if value is not None and not _is_place(value):
+            yield Fault(("model", key), _("This is not the name of a file or folder."))
+
+
+def encodings_are_known(recipe: Recipe) -> Iterator[Fault]:
+    """Each encoding is one that Python reads text with."""
+    if not recipe.data.encoding:
+        yield Fault(("data", "encoding"), _("Name at least one encoding, such as utf-8."))
+    for number, name in enumerate(recipe.data.encoding):
+        if not _reads_text(name):
+            message = _("This encoding is not known. Write utf-8, latin-1, cp1252 or another of Python's.")
+            yield Fault(("data", "encoding", number), message)
+
+
+def labels_suit_their_task(recipe: Recipe) -> Iterator[Fault]:
+    """Labels belong to classification: two or more, all different, none empty."""
+    for number, task in enumerate(recipe.tasks):
+        path, read = ("tasks", number, "labels"), (("tasks", number, "kind"),)
+        if task.labels is None:
+            continue
+        if task.kind != "classification":
+            yield Fault(path, _("labels belong to tasks of kind classification."), read)
+        elif len(set(task.labels)) < 2:
+            yield Fault(path, _("A classification needs at least two different labels."), read)
+        for position, label in enumerate(task.labels):
+            if label in task.labels[:position]:
+                yield Fault((*path, position), _("The label {label} stands twice.").format(label=label))
+            if not label.strip():
+                yield Fault((*path, position), _("A label cannot be empty."))
+
+
+def field_suits_its_task(recipe: Recipe) -> Iterator[Fault]:
+    """A field belongs to json."""
+    for number, task in enumerate(recipe.tasks):
+        if task.field is not None and task.kind != "json":
+            message = _("field belongs to tasks of kind json.")
+            yield Fault(("tasks", number, "field"), message, (("tasks", number, "kind"),))
+
+
+def task_names_differ(recipe: Recipe) -> Iterator[Fault]:
+    """The report tells tasks apart by their names."""
+    names = [task.name for task in recipe.tasks]
+    for number, name in enumerate(names):
+        if not name.strip():
+            yield Fault(("tasks", number, "name"), _("A task needs a name for the report."))
+        elif name in names[:number]:
+            first = ("tasks", names.index(name), "name")
+            yield Fault(("tasks", number, "name"), _("Two tasks are called {name}.").format(name=name), (first,))
+
+
+def warmup_fits_the_run(recipe: Recipe) -> Iterator[Fault]:
+    """From 1 on the warm-up counts steps: whole ones, and fewer than the run has."""
+    training, path = recipe.training, ("training", "warmup")
+    if training.warmup < 1:
+        return
+    if not training.warmup.is_integer():
+        message = _("warmup is a share below 1, or a whole number of steps; {warmup} is neither.")
+        yield Fault(path, message.format(warmup=training.warmup))
+    elif training.steps is not None and training.warmup >= training.steps:
+        message = _("The warm-up of {warmup:.0f} steps never ends: the run has {steps} steps.")
+        yield Fault(path, message.format(warmup=training.warmup, steps=training.steps), (("training", "steps"),))
+
+
+def micro_batch_holds_a_sample(recipe: Recipe) -> Iterator[Fault]:
+    """The longest sample must fit into what is computed at once."""
+    tokens, longest = recipe.training.micro_batch_tokens, recipe.model.max_length
+    if tokens is not None and tokens < longest:
+        message = _(
+            "micro_batch_tokens is {tokens}, but a sample may have {longest} (model.max_length). Raise the first."
+        )
+        yield Fault(
+            ("training", "micro_batch_tokens"),
+            message.format(tokens=tokens, longest=longest),
+            (("model", "max_length"),),
+        )
+
+
+def formats_differ(recipe: Recipe) -> Iterator[Fault]:
+    """Each format is exported once."""
+    formats = recipe.export.formats
+    for number, name in enumerate(formats):
+        if name in formats[:number]:
+            yield Fault(("export", "formats", number), _("The format {name} stands twice.").format(name=name))
+
+
+def targets_are_named(recipe: Recipe) -> Iterator[Fault]:
+    """Adapters go to at least one layer, and no layer is named twice."""
+    targets = recipe.method.targets if isinstance(recipe.method, Lora) else None
+    if targets == []:
+        yield Fault(
+            ("method", "targets"), _("This list names no layer. Write all-linear, or names such as [q_proj, v_proj].")
+        )
+    for number, name in enumerate(targets if isinstance(targets, list) else []):
+        if name in (targets or [])[:number] or not name.strip():
+            yield Fault(("method", "targets", number), _("Each layer is named once, and none is empty."))
+
+
+RULES: tuple[Rule, ...] = (
+    mapping_goes_with_its_dialect,
+    sources_are_named,
+    places_are_named,
+    encodings_are_known,
+    labels_suit_their_task,
+    field_suits_its_task,
+    task_names_differ,
+    warmup_fits_the_run,
+    micro_batch_holds_a_sample,
+    formats_differ,
+    targets_are_named,
+)
+
+
+def faults(recipe: Recipe) -> list[Fault]:
+    """Every broken rule of a recipe whose keys are right one by one."""
+    return [fault for rule in RULES for fault in rule(recipe)]
+
+
+def _is_place(text: str) -> bool:
+    return bool(text.strip()) and "\0" not in text
+
+
+def _reads_text(encoding: str) -> bool:
+    """Whether bytes become str; hex, rot13 and the like are codecs too, but not of text."""
+    try:
+        return isinstance(codecs.lookup(encoding).decode(b"")[0], str) and bool(b"".decode(encoding) == "")
+    except (LookupError, ValueError, UnicodeError):
+        return False
