@@ -1,0 +1,99 @@
+"""`afina`: finds the verb, and turns whatever ends it into one clear message and a documented exit status."""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from afina import __version__
+from afina.cli import chat, evaluate, export, init, run, train
+from afina.cli.options import Debug, Json
+from afina.console import console
+from afina.errors import AfinaError, Interrupted
+from afina.language import _
+
+app = typer.Typer(
+    help=_("From a file of examples to a language model that answers, with proof at every step."),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run", help=_("Train, evaluate and export as a recipe says, skipping what is done."))(run.command)
+app.command("init", help=_("Lay out a project folder with a commented recipe."))(init.command)
+app.command("train", help=_("Fine-tune as a recipe says; leaves a run folder."))(train.command)
+app.command("eval", help=_("Put the recipe's tasks to the base and the tuned model."))(evaluate.command)
+app.command("export", help=_("Make files that llama.cpp, Ollama, LM Studio or transformers run."))(export.command)
+app.command("chat", help=_("Talk to a run, a model folder or a GGUF file."))(chat.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.line(f"afina {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help=_("Print the version."))
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The options every verb takes too."""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with the status that errors.py documents."""
+    signal.signal(signal.SIGTERM, _on_signal)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, _on_signal)
+    try:
+        status = app(standalone_mode=False) or 0
+    except AfinaError as error:
+        status = _show(error)
+    except KeyboardInterrupt:
+        status = _show(Interrupted(_("Stopped by Ctrl-C; nothing half-written was left.")))
+    except typer.Abort:
+        status = 130
+    except typer.Exit as finished:
+        status = finished.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except Exception as error:  # noqa: BLE001 - the one place where nothing may pass unexplained
+        status = _unexpected(error)
+    sys.exit(status)
+
+
+def _show(error: AfinaError) -> int:
+    if console.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    console.error(error)
+    return error.exit_status
+
+
+def _unexpected(error: Exception) -> int:
+    """Usage errors of the command line are shown as they are; the rest is our own mistake."""
+    if hasattr(error, "exit_code") and hasattr(error, "show"):
+        error.show()
+        return int(error.exit_code)
+    return _show(
+        AfinaError(
+            _("This is a mistake in afina: {kind}: {reason}").format(kind=type(error).__name__, reason=error),
+            hint=_("Run the same command with --debug and report what it prints."),
+        ).with_traceback(error.__traceback__)
+    )
+
+
+def _on_signal(number: int, _frame: FrameType | None) -> NoReturn:
+    raise Interrupted(
+        _("Stopped by {signal}; nothing half-written was left.").format(signal=signal.Signals(number).name),
+        signal_number=number,
+    )

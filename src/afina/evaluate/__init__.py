@@ -1,0 +1,1 @@
+"""How good is it: tasks, metrics with intervals, and the page that shows them."""

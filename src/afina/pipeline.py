@@ -1,0 +1,233 @@
+"""The verbs, as prose: what each reads, does and leaves. The Python API and the command line both call these.
+
+    init → train → evaluate → export → chat, or run, which does all of it and skips what is done.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from afina import durable
+from afina.artifact import MANIFEST, Artifact, folder_digest, open_artifact, parent, seal, versions
+from afina.console import console, duration, size
+from afina.errors import AfinaError, OutputError
+from afina.language import _
+from afina.recipe.load import dump, load
+from afina.recipe.place import model_source
+from afina.recipe.schema import Recipe
+
+RUNS = Path("runs")
+"""Where run folders go when no place is named."""
+DERIVED = ("report.html",)
+"""Drawn anew from the artifacts by each verb, so no part of what is sealed."""
+
+
+def train(recipe: str | Path, out: str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
+    """Fine-tune as a recipe file says; returns the new run folder (runs/NAME). Raises AfinaError."""
+    from afina.evaluate.plot import loss_curve
+    from afina.evaluate.report import draw
+    from afina.export.card import model_card
+    from afina.train.run import train_run
+
+    wanted, folder = load(Path(recipe), overrides), Path(recipe).resolve().parent
+    place = Path(out) if out else RUNS / wanted.name
+    _refuse_existing(place)
+    _check_formats(wanted, folder)
+    console.heading(_("Training {name}").format(name=wanted.name))
+    with durable.new_folder(place) as run:
+        durable.write_text(run / "recipe.yaml", dump(wanted))
+        facts = train_run(wanted, folder, run, console)
+        durable.write_bytes(run / "loss.png", loss_curve(_metrics(run)))
+        durable.write_text(run / "README.md", model_card(wanted, facts, versions()))
+        seal(
+            run,
+            "run",
+            parents=[_base(wanted, folder), *facts["data"]["files"]],
+            recipe=wanted.resolved(),
+            recipe_folder=str(folder),
+            **facts,
+        )
+    draw(place)
+    _say_trained(facts, place)
+    return place
+
+
+def evaluate(run: str | Path) -> Path:
+    """Put the recipe's tasks to base and tuned; returns the new folder RUN/evaluation. Raises AfinaError."""
+    from afina.evaluate.report import draw
+    from afina.evaluate.run import evaluate_run
+
+    run = _run_folder(run)
+    place = run / "evaluation"
+    _refuse_existing(place)
+    console.heading(_("Evaluating {run}").format(run=run))
+    evaluate_run(run, place, console)
+    draw(run)
+    return place
+
+
+def export(run: str | Path, formats: Sequence[str] = ()) -> Path:
+    """Write the files of the recipe's `export.formats`, or of `formats`; returns RUN/export. Raises AfinaError."""
+    from afina.evaluate.report import draw
+    from afina.export.run import export_run
+    from afina.train.reopen import recipe_of
+
+    run = _run_folder(run)
+    place = run / "export"
+    _refuse_existing(place)
+    wanted = formats or recipe_of(open_artifact(run, "run"))[0].export.formats
+    console.heading(_("Exporting {run}").format(run=run))
+    export_run(run, place, wanted, console)
+    draw(run)
+    return place
+
+
+def run(recipe: str | Path, out: str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
+    """All of it, in order, skipping what is done; returns the run folder. Raises AfinaError.
+
+    A finished run is only continued when it was made from this very recipe.
+    """
+    started = time.perf_counter()
+    wanted = load(Path(recipe), overrides)
+    place = Path(out) if out else RUNS / wanted.name
+    if (place / MANIFEST).is_file():
+        if open_artifact(place, "run").manifest["recipe"] != wanted.resolved():
+            raise OutputError(
+                _("{path} holds a run of another recipe.").format(path=place),
+                hint=_("Give this one another name (name: in the recipe, or --out), or remove the folder."),
+            )
+        console.line(_("{path} is trained already.").format(path=place))
+    else:
+        train(recipe, place, overrides)
+    if wanted.tasks and not (place / "evaluation" / MANIFEST).is_file():
+        evaluate(place)
+    if wanted.export.formats and not (place / "export" / MANIFEST).is_file():
+        export(place)
+    _say_done(place, time.perf_counter() - started)
+    return place
+
+
+def init(use_case: str, folder: str | Path | None = None) -> Path:
+    """Lay out a project folder with a commented recipe; returns it. Raises AfinaError."""
+    from afina.recipe.starter import create_project
+
+    place = Path(folder) if folder else Path(use_case)
+    made = create_project(place, use_case)
+    for file in made:
+        console.line(f"  {file}")
+    console.line(_("Next: cd {folder} && afina run recipe.yaml").format(folder=place))
+    console.event("init", folder=str(place), files=[str(file) for file in made])
+    return place
+
+
+def _say_trained(facts: dict[str, Any], place: Path) -> None:
+    training = facts["training"]
+    console.line(
+        _("Trained   {steps} steps in {time}, loss {first:.3f} → {last:.3f}, {speed:,.0f} tokens/s, {memory}").format(
+            steps=training["steps"],
+            time=duration(training["seconds"]),
+            first=training["first_loss"],
+            last=training["final_loss"],
+            speed=training["tokens_per_second"],
+            memory=size(training["peak_memory_bytes"]),
+        )
+    )
+    console.event("trained", run=str(place), **training)
+
+
+def _say_done(place: Path, seconds: float) -> None:
+    """The last screen: what came out, where it lies, what to try next."""
+    manifest = open_artifact(place, "run").manifest
+    exports = open_artifact(place / "export").manifest["exports"] if (place / "export" / MANIFEST).is_file() else []
+    rows: list[tuple[str, str]] = []
+    for task in _tasks(place):
+        base, tuned = (task["systems"][name] for name in ("base", "tuned"))
+        rows.append((task["name"], f"{base['accuracy']:.1%} → {tuned['accuracy']:.1%}"))
+        rows.append(("", task["verdict"]))
+    for entry in exports:
+        equal = sum(check["equal"] for check in entry["checks"])
+        asked = len(entry["checks"])
+        said = _("{equal} of {asked} answers the same in llama.cpp").format(equal=equal, asked=asked) if asked else ""
+        rows.append((entry["format"], f"{place / 'export' / entry['file']}  {size(entry['bytes'])}  {said}"))
+    training = manifest["training"]
+    rows.append((_("time"), f"{duration(seconds)} ({_('training')} {duration(training['seconds'])})"))
+    rows.append((_("memory"), size(training["peak_memory_bytes"])))
+    rows.append((_("run folder"), str(place)))
+    rows.append((_("report"), str(place / "report.html")))
+    console.line()
+    console.heading(_("Done: {name}").format(name=manifest["recipe"]["name"]))
+    width = max(len(name) for name, _value in rows)
+    for name, value in rows:
+        console.line(f"  {name:<{width}}  {value}")
+    console.line()
+    console.heading(_("Try next"))
+    for command in next_commands(place):
+        console.line(f"  {command}")
+    console.event("done", run=str(place), seconds=seconds, exports=exports)
+
+
+def next_commands(place: Path) -> list[str]:
+    """Three commands a user may want after a finished run."""
+    gguf = sorted((place / "export").glob("*.gguf"))
+    return [
+        f"afina chat {place} --beside-base",
+        f"afina chat {gguf[0]}" if gguf else f"afina export {place} --format q8_0",
+        "afina init support-chat my-project",
+    ]
+
+
+def _tasks(place: Path) -> list[dict[str, Any]]:
+    import json
+
+    file = place / "evaluation" / "evaluation.json"
+    tasks: list[dict[str, Any]] = json.loads(file.read_bytes())["tasks"] if file.is_file() else []
+    return tasks
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    import json
+
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().split(b"\n") if line]
+
+
+def _run_folder(run: str | Path) -> Path:
+    place = Path(run)
+    open_artifact(place, "run")
+    durable.sweep(place)
+    return place
+
+
+def _refuse_existing(place: Path) -> None:
+    durable.sweep(place.parent)
+    if place.exists():
+        raise OutputError(
+            _("{path} exists already.").format(path=place),
+            hint=_("Give this one another name (name: in the recipe, or --out), or remove the folder."),
+        )
+
+
+def _check_formats(recipe: Recipe, folder: Path) -> None:
+    """Say before training, not after, that a base cannot become GGUF."""
+    from afina.export.gguf import check_exportable
+
+    source = Path(model_source(recipe.model.base, folder))
+    if source.is_dir() and set(recipe.export.formats) - {"merged"}:
+        try:
+            check_exportable(source)
+        except AfinaError as error:
+            error.hint = error.hint or _("Remove the GGUF formats from export.formats to train without them.")
+            raise
+
+
+def _base(recipe: Recipe, folder: Path) -> dict[str, str]:
+    source = Path(model_source(recipe.model.base, folder))
+    digest = folder_digest(source) if source.is_dir() else recipe.model.revision or "main"
+    return parent(recipe.model.base, digest, "base")
+
+
+def artifact(path: str | Path) -> Artifact:
+    """Open any finished folder of ours and verify its hashes. Raises AfinaError."""
+    found = open_artifact(Path(path))
+    found.verify()
+    return found

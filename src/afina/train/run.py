@@ -1,0 +1,308 @@
+"""From a recipe to a folder with a trained adapter: data in, labels audited, model prepared, the loop, what it leaves.
+
+Knows nothing of evaluation, export or where the folder will finally lie.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from afina import durable
+from afina.artifact import parent, sha256
+from afina.console import Console
+from afina.data.batch import Batch, micro_batches
+from afina.data.conversation import Sample
+from afina.data.order import Order
+from afina.data.read import read
+from afina.data.split import split
+from afina.data.template import Rendered, Renderer, audit
+from afina.data.tokenizer import load_tokenizer
+from afina.engine.attention import covers, packed_attention
+from afina.errors import DataError, RecipeError
+from afina.language import _
+from afina.model.attach import attach, learning, save_adapter
+from afina.model.load import Hardware, choose_hardware, limit_of, load_model
+from afina.model.loss import summed_loss
+from afina.recipe.place import model_source
+from afina.recipe.schema import Recipe
+from afina.train.loop import StepReport, mean_loss, train
+
+MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "mps": 4096}
+"""Computed at once where the recipe says nothing: enough to fill the device, little enough to fit beside the weights."""
+BACKWARD_WORK = 3
+"""A learnt token costs about three times a token that is only looked at."""
+
+
+@dataclass
+class Examples:
+    """The samples of a recipe, rendered and audited. `files` names what was read, by hash."""
+
+    train: list[Rendered]
+    validation: list[Rendered]
+    rejected: list[tuple[Sample, str]]
+    rows: int
+    files: list[dict[str, str]]
+    dialects: list[str]
+    encodings: dict[str, int]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one pass over the training samples."""
+        return sum(row.ids.size for row in self.train)
+
+
+@dataclass
+class Tally:
+    """Figures gathered while training."""
+
+    losses: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    tokens: int = 0
+    learnt: int = 0
+    seconds: float = 0.0
+
+
+def prepare(recipe: Recipe, folder: Path, renderer: Renderer, console: Console) -> Examples:
+    """Read, split, render and audit the examples. Raises DataError before anything is loaded or trained."""
+    data = recipe.data
+    reading = read(data.train, data, folder)
+    rows = len(reading.samples)
+    if isinstance(data.validation, float | int):
+        kept, held_out = split(reading.samples, data.validation, recipe.seed)
+    else:
+        other = read(data.validation, data, folder)
+        kept, held_out, rows = reading.samples, other.samples, rows + len(other.samples)
+        reading.files += other.files
+    rejected: list[tuple[Sample, str]] = []
+    rendered: list[list[Rendered]] = []
+    for samples in (kept, held_out):
+        good, bad = _render(samples, renderer, recipe)
+        rendered.append(good)
+        rejected += bad
+    if not rendered[0]:
+        raise DataError(_("No sample is left to learn from."), hint=_("Look at the reasons above."))
+    for encoding, files in reading.encodings.items():
+        if encoding != data.encoding[0]:
+            console.warn(_("{count} file(s) read as {encoding}.").format(count=len(files), encoding=encoding))
+    return Examples(
+        train=rendered[0],
+        validation=rendered[1],
+        rejected=rejected,
+        rows=rows,
+        files=[parent(file, sha256(file), "data") for file in reading.files],
+        dialects=sorted(reading.dialects),
+        encodings={encoding: len(files) for encoding, files in reading.encodings.items()},
+    )
+
+
+def train_run(recipe: Recipe, folder: Path, out: Path, console: Console) -> dict[str, Any]:
+    """Train as the recipe says and write adapter, tokenizer and metrics into `out`; returns the facts for its manifest.
+
+    `folder` is where the recipe's relative paths start.
+    """
+    hardware = choose_hardware(recipe.model)
+    source = model_source(recipe.model.base, folder)
+    tokenizer = load_tokenizer(
+        source, template=recipe.model.chat_template, folder=folder, revision=recipe.model.revision
+    )
+    renderer = Renderer(tokenizer, recipe.data.learn)
+    examples = prepare(recipe, folder, renderer, console)
+    console.line(
+        _("Data      {rows} rows = {train} to learn + {validation} for validation + {rejected} rejected").format(
+            rows=examples.rows,
+            train=len(examples.train),
+            validation=len(examples.validation),
+            rejected=len(examples.rejected),
+        )
+    )
+    console.event("data", rows=examples.rows, train=len(examples.train), validation=len(examples.validation))
+
+    model = load_model(source, hardware, revision=recipe.model.revision)
+    limit = limit_of(model)
+    if limit is not None and recipe.model.max_length > limit:
+        raise RecipeError(
+            _("model.max_length is {wanted}, but the model was made for {limit} tokens.").format(
+                wanted=recipe.model.max_length, limit=limit
+            ),
+            hint=_("Set model.max_length to {limit} or less.").format(limit=limit),
+        )
+    model = attach(model, recipe.method, seed=recipe.seed)
+    trainable = sum(parameter.numel() for _name, parameter in learning(model))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    console.line(
+        _("Model     {base}, {total:.1f} M parameters, {trainable:.2f} M learn ({method}), on {hardware}").format(
+            base=recipe.model.base,
+            total=total / 1e6,
+            trainable=trainable / 1e6,
+            method=recipe.method.name,
+            hardware=hardware,
+        )
+    )
+    packing = recipe.training.packing and covers(model, recipe.model.max_length)
+    engine = (
+        _("reference (transformers + PEFT), packed attention") if packing else _("reference (transformers + PEFT)")
+    )
+    tally, steps = _run_loop(model, recipe, examples, hardware, tokenizer.pad_id, packing, out, console)
+
+    save_adapter(model, out / "adapter", base=recipe.model.base)
+    tokenizer.save(out / "adapter")
+    return {
+        "seed": recipe.seed,
+        "hardware": str(hardware),
+        "engine": engine,
+        "data": {
+            "rows": examples.rows,
+            "train": len(examples.train),
+            "validation": len(examples.validation),
+            "rejected": [
+                {"file": str(sample.file), "line": sample.line, "reason": reason}
+                for sample, reason in examples.rejected
+            ],
+            "files": examples.files,
+            "dialects": examples.dialects,
+            "encodings": examples.encodings,
+        },
+        "training": {
+            "steps": steps,
+            "samples": len(examples.train),
+            "tokens": tally.tokens,
+            "learnt_tokens": tally.learnt,
+            "seconds": tally.seconds,
+            "tokens_per_second": tally.tokens / max(tally.seconds, 1e-9),
+            "peak_memory_bytes": peak_memory(hardware),
+            "trainable_parameters": trainable,
+            "parameters": total,
+            "first_loss": tally.losses[0],
+            "final_loss": tally.losses[-1],
+            "validation_loss": tally.validation[-1] if tally.validation else None,
+        },
+    }
+
+
+def _run_loop(
+    model: nn.Module,
+    recipe: Recipe,
+    examples: Examples,
+    hardware: Hardware,
+    pad_id: int,
+    packing: bool,
+    out: Path,
+    console: Console,
+) -> tuple[Tally, int]:
+    """Drive train() and write metrics.jsonl; returns what was measured and the number of steps."""
+    training, tally = recipe.training, Tally()
+    order = Order(len(examples.train), training.batch_size, training.epochs, recipe.seed)
+    steps = training.steps or order.steps
+    if training.steps is not None:
+        order = Order(len(examples.train), training.batch_size, _epochs_for(steps, order), recipe.seed)
+    budget = training.micro_batch_tokens or max(recipe.model.max_length, MICRO_BATCH_TOKENS[hardware.device.type])
+
+    def lay_out(rows: Sequence[Rendered], samples: Sequence[int]) -> list[Batch]:
+        return micro_batches(rows, samples, budget=budget, packing=packing, pad_id=pad_id)
+
+    held_out = lay_out(examples.validation, range(len(examples.validation)))
+    held_out_tokens = sum(batch.tokens for batch in held_out)
+    validate_after = _validation_steps(steps, training.validations) if held_out else frozenset()
+    work = BACKWARD_WORK * sum(examples.train[index].ids.size for step in range(steps) for index in order.step(step))
+    work += held_out_tokens * len(validate_after)
+
+    with (
+        durable.Log(out / "metrics.jsonl") as log,
+        console.progress(_("Training"), work) as progress,
+        packed_attention(model, packing),
+    ):
+
+        def on_step(report: StepReport) -> None:
+            tally.losses.append(report.loss)
+            tally.tokens += report.tokens
+            tally.learnt += report.learnt
+            facts = {"kind": "step", "epoch": round(order.epoch(report.step), 4), **vars(report)}
+            log.append(facts)
+            text = _("step {step}/{steps} · loss {loss:.3f} · lr {rate:.1e} · {speed:,.0f} tokens/s · {memory:.2f} GiB")
+            progress.advance(
+                BACKWARD_WORK * report.tokens,
+                text.format(
+                    step=report.step,
+                    steps=steps,
+                    loss=report.loss,
+                    rate=report.learning_rate,
+                    speed=report.tokens / report.seconds,
+                    memory=peak_memory(hardware) / 2**30,
+                ),
+                **facts,
+            )
+
+        def on_validate(step: int) -> None:
+            loss = mean_loss(model, held_out, hardware, summed_loss)
+            tally.validation.append(loss)
+            log.append({"kind": "validation", "step": step, "loss": loss})
+            progress.advance(held_out_tokens)
+            console.event("validation", step=step, loss=loss)
+
+        started = time.perf_counter()
+        train(
+            model,
+            lambda step: lay_out(examples.train, order.step(step)),
+            steps=steps,
+            training=training,
+            seed=recipe.seed,
+            hardware=hardware,
+            loss_fn=summed_loss,
+            on_step=on_step,
+            on_validate=on_validate,
+            validate_after=validate_after,
+        )
+        tally.seconds = time.perf_counter() - started
+    return tally, steps
+
+
+def _render(
+    samples: list[Sample], renderer: Renderer, recipe: Recipe
+) -> tuple[list[Rendered], list[tuple[Sample, str]]]:
+    """Rendered samples that pass the audit, and those set aside. Raises DataError when the recipe does not allow that."""
+    rendered = renderer.samples(samples)
+    limit = recipe.model.max_length
+    problems = audit(samples, rendered, renderer.tokenizer, limit)
+    too_long = {id(sample) for sample, row in zip(samples, rendered, strict=True) if row.ids.size > limit}
+    rejected = [(s, reason) for s, reason in problems if recipe.data.too_long == "reject" and id(s) in too_long]
+    fatal = [problem for problem in problems if problem not in rejected]
+    if fatal:
+        shown = [f"{sample.where}: {reason}" for sample, reason in fatal[:20]]
+        if len(fatal) > len(shown):
+            shown.append(_("... and {count} more").format(count=len(fatal) - len(shown)))
+        raise DataError(
+            _("{count} of {all} samples cannot be learnt as they are:").format(count=len(fatal), all=len(samples))
+            + "\n"
+            + "\n".join(shown),
+            file=fatal[0][0].file,
+            line=fatal[0][0].line,
+            hint=_("Raise model.max_length, shorten them, or set data.too_long to reject to go on without the long ones.")
+            if len(too_long) == len(fatal)
+            else _("Mend these samples, or use a chat template that closes the answer (model.chat_template)."),
+        )
+    aside = {id(sample) for sample, _reason in rejected}
+    return [row for sample, row in zip(samples, rendered, strict=True) if id(sample) not in aside], rejected
+
+
+def _epochs_for(steps: int, order: Order) -> float:
+    """So many passes that `steps` steps are full ones."""
+    return steps * order.batch_size / order.samples
+
+
+def _validation_steps(steps: int, times: int) -> frozenset[int]:
+    return frozenset(max(1, round(steps * number / times)) for number in range(1, times + 1))
+
+
+def peak_memory(hardware: Hardware) -> int:
+    """Most bytes held so far: on the GPU by tensors, else by this whole process."""
+    if hardware.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(hardware.device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
