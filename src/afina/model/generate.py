@@ -10,6 +10,13 @@ from transformers import GenerationConfig, StoppingCriteria
 from afina.errors import ModelError
 from afina.language import _
 
+PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+SAMPLED = {**PLAIN, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+"""Said aloud, because transformers fills what is left unsaid from the model's own generation_config.json, and top_k
+with 50: temperature and top_p would then not be what decides."""
+COLDEST = 1e-4
+"""Below this temperature sampling is greedy to the last bit, while dividing by it could overflow."""
+
 
 class _Watcher(StoppingCriteria):
     """Hands each new token on as it is chosen; a true answer stops the generation."""
@@ -37,8 +44,8 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt; the ids returned end before the end-of-turn token.
 
-    Temperature 0 is greedy. `on_token` (one prompt only) sees every token as it comes and may return True to stop.
-    Raises ModelError for an empty prompt.
+    Temperature 0 is greedy; above it, temperature and then top_p alone shape the choice. `on_token` (one prompt only)
+    sees every token as it comes, the end included, and may return True to stop. Raises ModelError for an empty prompt.
     """
     if any(not prompt for prompt in prompts):
         raise ModelError(_("An empty prompt cannot be continued."))
@@ -49,9 +56,16 @@ def generate(
     for row, prompt in enumerate(prompts):  # padded on the left, so that every row's last token is its prompt's
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    sampled = temperature >= COLDEST
     settings = GenerationConfig(
-        **sampling, max_new_tokens=max_new_tokens, eos_token_id=list(end_ids) or None, pad_token_id=pad_id, use_cache=True
+        **(SAMPLED if sampled else PLAIN),
+        do_sample=sampled,
+        temperature=temperature if sampled else 1.0,
+        top_p=top_p if sampled else 1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(end_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
