@@ -26,13 +26,14 @@ Rule = Callable[[Recipe], Iterator[Fault]]
 
 
 def mapping_goes_with_its_dialect(recipe: Recipe) -> Iterator[Fault]:
-    """`dialect: mapping` needs a mapping, and a mapping is used by no other dialect."""
+    """`dialect: mapping` needs a mapping; a mapping makes auto mean mapping, and goes with no other dialect."""
     mapping, dialect = ("data", "mapping"), ("data", "dialect")
     if recipe.data.dialect == "mapping" and recipe.data.mapping is None:
-        message = _("dialect: mapping needs data.mapping with the templates user and assistant.")
+        message = _("This dialect needs data.mapping with the templates user and assistant.")
         yield Fault(dialect, message, (mapping,))
-    if recipe.data.mapping is not None and recipe.data.dialect != "mapping":
-        yield Fault(mapping, _("data.mapping is used only with dialect: mapping. Add that line to data."), (dialect,))
+    if recipe.data.mapping is not None and recipe.data.dialect not in ("mapping", "auto"):
+        message = _("A mapping is used only with dialect: mapping, and the dialect here is {dialect}.")
+        yield Fault(mapping, message.format(dialect=recipe.data.dialect), (dialect,))
 
 
 def sources_are_named(recipe: Recipe) -> Iterator[Fault]:
@@ -76,7 +77,7 @@ def labels_suit_their_task(recipe: Recipe) -> Iterator[Fault]:
         if task.labels is None:
             continue
         if task.kind != "classification":
-            yield Fault(path, _("labels belong to tasks of kind classification."), read)
+            yield Fault(path, _("Labels belong to tasks of kind classification."), read)
         elif len(set(task.labels)) < 2:
             yield Fault(path, _("A classification needs at least two different labels."), read)
         for position, label in enumerate(task.labels):
@@ -90,7 +91,7 @@ def field_suits_its_task(recipe: Recipe) -> Iterator[Fault]:
     """A field belongs to json."""
     for number, task in enumerate(recipe.tasks):
         if task.field is not None and task.kind != "json":
-            message = _("field belongs to tasks of kind json.")
+            message = _("A field belongs to tasks of kind json.")
             yield Fault(("tasks", number, "field"), message, (("tasks", number, "kind"),))
 
 
@@ -111,7 +112,7 @@ def warmup_fits_the_run(recipe: Recipe) -> Iterator[Fault]:
     if training.warmup < 1:
         return
     if not training.warmup.is_integer():
-        message = _("warmup is a share below 1, or a whole number of steps; {warmup} is neither.")
+        message = _("A warm-up is a share below 1 or a whole number of steps; {warmup} is neither.")
         yield Fault(path, message.format(warmup=training.warmup))
     elif training.steps is not None and training.warmup >= training.steps:
         message = _("The warm-up of {warmup:.0f} steps never ends: the run has {steps} steps.")
@@ -122,9 +123,7 @@ def micro_batch_holds_a_sample(recipe: Recipe) -> Iterator[Fault]:
     """The longest sample must fit into what is computed at once."""
     tokens, longest = recipe.training.micro_batch_tokens, recipe.model.max_length
     if tokens is not None and tokens < longest:
-        message = _(
-            "micro_batch_tokens is {tokens}, but a sample may have {longest} (model.max_length). Raise the first."
-        )
+        message = _("{tokens} tokens cannot hold a sample of {longest}, which model.max_length allows. Raise it.")
         yield Fault(
             ("training", "micro_batch_tokens"),
             message.format(tokens=tokens, longest=longest),

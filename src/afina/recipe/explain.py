@@ -109,7 +109,7 @@ def due_of(section: type[BaseModel], key: str) -> Due:
     """The `Due` of one key, with its examples: those of the schema, else its default."""
     info = section.model_fields[key]
     default = None if info.is_required() or info.default_factory is not None else info.default
-    examples = info.examples or ([] if default is None else [default])
+    examples = info.examples or ([] if default is None or default == [] else [default])
     return replace(due(info.annotation, info.metadata), examples=tuple(examples))
 
 
@@ -230,14 +230,15 @@ def _problem(at: Spot, kind: str) -> Problem:
         return Problem(at.node.place, _("{key} holds half a character.").format(key=dotted(at.path)))
     if kind.startswith("union_tag") and isinstance(at.node.value, dict):
         name = at.node.value["name"]
-        wanted = Due("choice", choices=tuple(_methods(at.due)))
+        wanted = Due("choice", choices=tuple(methods(at.due)))
         return Problem(name.place, mismatch((*at.path, "name"), name, wanted))
     return Problem(at.node.place, mismatch(at.path, at.node, at.due))
 
 
-def _methods(wanted: Due) -> Iterator[str]:
+def methods(wanted: Due) -> Iterator[str]:
+    """The names that tell the sections of a union apart."""
     for option in wanted.options:
-        if option.section is not None:
+        if option.section is not None and "name" in option.section.model_fields:
             yield from get_args(option.section.model_fields["name"].annotation)
 
 
@@ -333,6 +334,8 @@ def describe(wanted: Due) -> str:
             if count is not None:
                 return _("a list of {count} entries, each {item}").format(count=count, item=item)
             return _("a list with {item} in each entry").format(item=item)
+        case "one of" if all(option.kind == "section" for option in wanted.options):
+            return _("keys of its own (name first, which is {names})").format(names=_either(list(methods(wanted))))
         case "one of":
             return _either([describe(option) for option in wanted.options])
 
@@ -381,6 +384,8 @@ def _remedy(path: Path, node: Node, meant: Due, wanted: Due) -> str:
         return _("Text with a colon or braces stands between quotes.")
     if "text" in kinds and node.text and not isinstance(node.value, str | dict | list):
         return _("Put it between quotes: {text}").format(text=_shown(node.text, quote=True))
+    if words in methods(wanted):
+        return _("Write {line}").format(line=f"{path[-1]}: {inline({'name': words})}")
     if meant.kind == "choice" and (near := nearest(words, [str(choice) for choice in meant.choices])):
         return _("Did you mean {nearest}?").format(nearest=near)
     if isinstance(path[-1], int):

@@ -15,7 +15,7 @@ from afina.errors import RecipeError
 from afina.language import _
 from afina.recipe import check, explain
 from afina.recipe.document import MAX_BYTES, MAX_DEPTH, Node, Unreadable, decode, node_of, read, write
-from afina.recipe.problem import Path, Place, Problem, failure
+from afina.recipe.problem import Path, Place, Problem, dotted, failure
 from afina.recipe.schema import Recipe
 
 PLACES: tuple[Path, ...] = (
@@ -94,7 +94,7 @@ def _judge(root: Node, problems: list[Problem]) -> Recipe | None:
         return None
     for fault in check.faults(recipe):
         if not any(_related(path, bad) for path in (fault.path, *fault.read) for bad in wrong):
-            problems.append(Problem(_place(root, fault.path), fault.message))
+            problems.append(Problem(_place(root, fault.path), f"{dotted(fault.path)}: {fault.message}"))
     return recipe
 
 

@@ -48,8 +48,8 @@ class Model(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the model runs."""
     chat_template: str | None = Field(default=None, examples=["afina/chatml"])
-    """A Jinja file to use instead of the model's own template; needed for a base that has none. `afina/chatml` and
-    `afina/alpaca` are bundled."""
+    """A Jinja file to use instead of the model's own template; needed for a base that has none. `afina/chatml`,
+    `afina/alpaca` and `afina/plain` are bundled."""
     revision: str | None = Field(default=None, examples=["main"])
     """Branch, tag or commit of a hub model."""
 
