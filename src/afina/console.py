@@ -78,10 +78,10 @@ class Console:
             table.add_row(*(escape(str(cell)) for cell in row))
         self.screen.print(table)
 
-    def event(self, kind: str, **facts: Any) -> None:
+    def event(self, name: str, /, **facts: Any) -> None:
         """The twin for machines; printed only with `--json`."""
         if self.json:
-            sys.stdout.write(json.dumps({"event": kind, **facts}, ensure_ascii=False, default=str) + "\n")
+            sys.stdout.write(json.dumps({"event": name, **facts}, ensure_ascii=False, default=str) + "\n")
             sys.stdout.flush()
 
     def error(self, error: AfinaError) -> None:
@@ -141,7 +141,7 @@ class Progress:
             return None
         return (self._total - self._done) * (now - then) / (self._done - before)
 
-    def advance(self, work: float, text: str = "", **facts: Any) -> None:
+    def advance(self, work: float, text: str = "", /, **facts: Any) -> None:
         """`work` units were done; `text` is shown beside the bar, `facts` go to machines."""
         now = time.monotonic()
         if self._done == 0:

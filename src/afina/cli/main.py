@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -49,6 +50,8 @@ def _options(
 
 def main() -> NoReturn:
     """Run the command line and exit with the status that errors.py documents."""
+    if "--debug" not in sys.argv:
+        warnings.simplefilter("ignore")  # libraries warn each other's developers there; what users need comes from us
     signal.signal(signal.SIGTERM, _on_signal)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, _on_signal)
@@ -70,11 +73,11 @@ def main() -> NoReturn:
     sys.exit(status)
 
 
-def _show(error: AfinaError) -> int:
+def _show(error: AfinaError, cause: BaseException | None = None) -> int:
     if console.debug:
         import traceback
 
-        traceback.print_exception(error)
+        traceback.print_exception(cause or error)
     console.error(error)
     return error.exit_status
 
@@ -88,7 +91,8 @@ def _unexpected(error: Exception) -> int:
         AfinaError(
             _("This is a mistake in afina: {kind}: {reason}").format(kind=type(error).__name__, reason=error),
             hint=_("Run the same command with --debug and report what it prints."),
-        ).with_traceback(error.__traceback__)
+        ),
+        error,
     )
 
 

@@ -14,7 +14,10 @@ def model_card(recipe: Recipe, facts: dict[str, Any], versions: dict[str, str]) 
         ("Base model", recipe.model.base),
         ("Method", _method(recipe)),
         ("Learning parameters", f"{training['trainable_parameters']:,} of {training['parameters']:,}"),
-        ("Data", f"{data['train']} samples learnt, {data['validation']} for validation, {len(data['rejected'])} rejected"),
+        (
+            "Data",
+            f"{data['train']} samples learnt, {data['validation']} for validation, {len(data['rejected'])} rejected",
+        ),
         ("Steps", f"{training['steps']} of {recipe.training.batch_size} samples, {recipe.training.epochs:g} epochs"),
         ("Tokens", f"{training['tokens']:,}, of which {training['learnt_tokens']:,} learnt"),
         ("Learning rate", f"{recipe.training.learning_rate:g}, {recipe.training.schedule}"),

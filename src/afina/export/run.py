@@ -119,7 +119,9 @@ def _compare(
                     _("{file} would see another prompt than the one trained: {start}").format(
                         file=file.name, start=rendered[:200]
                     ),
-                    hint=_("The chat template means something else to llama.cpp. Use another one (model.chat_template)."),
+                    hint=_(
+                        "The chat template means something else to llama.cpp. Use another one (model.chat_template)."
+                    ),
                 )
             written = llama.complete(ids, max_new_tokens=ANSWER_TOKENS).text
             checks.append({"prompt": prompt[-1].content, "model": answer, "gguf": written, "equal": written == answer})

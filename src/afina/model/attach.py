@@ -59,7 +59,10 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     """Write what was attached in PEFT's format, naming `base`; a fully tuned model is written whole."""
     if isinstance(model, PeftModel):
         model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(folder)  # type: ignore[operator]
+        model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would look the base up on the hub
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run folder has a true one
+    else:
+        model.save_pretrained(folder)  # type: ignore[operator]
 
 
 def merged(model: nn.Module) -> nn.Module:
