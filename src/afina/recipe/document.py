@@ -46,6 +46,8 @@ NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 BARE = re.compile(r"[A-Za-z0-9_./+][A-Za-z0-9_./+-]*(?: [A-Za-z0-9_./+-]+)*|\$\{\w+\}[A-Za-z0-9_./-]*")
 """Text that needs no quotes wherever it stands; what else would not need them gets them all the same."""
 UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+HALF = re.compile(r"[\ud800-\udfff]")
+"""Escapes such as "\\ud800" make these; they cannot be written to a file again."""
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 Scalar = str | int | float | bool | None
@@ -256,11 +258,15 @@ class _Builder:
     def mapping(self, start: Any, depth: int) -> Node:
         """A section; of a key that stands twice the first is kept."""
         entries: dict[str, Node] = {}
+        odd = False
         while not isinstance(event := next(self.events), MappingEndEvent):
             key = self.node(event, depth + 1)
             value = self.node(next(self.events), depth + 1)
             value.key = key.place
+            if value.empty:
+                value.place = key.place  # the parser would point at whatever follows
             if isinstance(key.value, dict | list):
+                odd = True
                 self.complain(event, _("A key must be a word. Text that starts with {{ or [ stands between quotes."))
             elif key.text in entries:
                 first = entries[key.text].key or key.place
@@ -269,12 +275,15 @@ class _Builder:
                 )
             else:
                 entries[key.text] = value
-        return Node(entries, self.place(start))
+        return Node(entries, self.place(start), faulty=odd and not entries)
 
     def scalar(self, event: ScalarEvent) -> Node:
         """One value."""
         text = str(event.value)
         place = self.place(event)
+        if HALF.search(text):
+            self.complain(event, _("Half a character: the escape of the other half is missing."))
+            return Node(None, place, text, faulty=True)
         if event.style is not None:
             return Node(text, place, text, quoted=True)
         self.refuse_tabs(event)

@@ -226,8 +226,6 @@ def _problem(at: Spot, kind: str) -> Problem:
         return Problem(at.node.key or at.node.place, _missing(at))
     if kind == "extra_forbidden":
         return Problem(at.node.key or at.node.place, _unknown(at))
-    if kind == "string_unicode":
-        return Problem(at.node.place, _("{key} holds half a character.").format(key=dotted(at.path)))
     if kind.startswith("union_tag") and isinstance(at.node.value, dict):
         name = at.node.value["name"]
         wanted = Due("choice", choices=tuple(methods(at.due)))

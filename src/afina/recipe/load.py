@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from afina.errors import RecipeError
 from afina.language import _
 from afina.recipe import check, explain
-from afina.recipe.document import MAX_BYTES, MAX_DEPTH, Node, Unreadable, decode, node_of, read, write
+from afina.recipe.document import HALF, MAX_BYTES, MAX_DEPTH, Node, Unreadable, decode, node_of, read, write
 from afina.recipe.problem import Path, Place, Problem, dotted, failure
 from afina.recipe.schema import Recipe
 
@@ -177,6 +177,8 @@ def _value(match: re.Match[str], wrong: list[str]) -> str:
     if value is None:
         message = _("The environment variable {name} is not set. Set it first: export {name}=...")
         wrong.append(message.format(name=name))
+    elif HALF.search(value):
+        wrong.append(_("The environment variable {name} is not UTF-8.").format(name=name))
     return value or ""
 
 

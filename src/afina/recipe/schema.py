@@ -4,7 +4,6 @@ A default lives here and nowhere else. `recipe/load.py` reads YAML into these; t
 from them; the rest of the house takes the parts it needs.
 """
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -213,9 +212,9 @@ class Recipe(Section):
         return self.model_dump(mode="json")
 
 
-def sections() -> Iterator[type[Section]]:
+def sections() -> tuple[type[Section], ...]:
     """Every section of the schema, the recipe itself first, in the order they are written."""
-    yield from (Recipe, Model, Data, Mapping, Lora, Full, Training, Task, Export, Chat)
+    return (Recipe, Model, Data, Mapping, Lora, Full, Training, Task, Export, Chat)
 
 
 def help_texts() -> list[str]:
