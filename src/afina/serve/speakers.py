@@ -4,8 +4,9 @@ Prompts are the renderer's, so they have the very ids of training; a GGUF file h
 the same places. What a user writes never becomes a control token. Knows nothing of history, commands or terminals.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -94,10 +95,14 @@ class ModelSpeaker:
             on_text(rest)
         return text.text
 
-    def _adapters(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _adapters(self) -> Iterator[None]:
         """The adapters as wanted; a model without any is its own base."""
         disable = None if self.adapted else getattr(self.model, "disable_adapter", None)
-        return nullcontext() if disable is None else cast(AbstractContextManager[Any], disable())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that will change
+            with disable() if disable else nullcontext():
+                yield
 
 
 @dataclass
