@@ -349,18 +349,24 @@ def _merges(model: dict[str, Any], path: Path) -> list[tuple[str, str]]:
 
 
 def _added_token_notes(definition: dict[str, Any]) -> list[str]:
-    odd = [
-        str(added.get("content"))
-        for added in definition.get("added_tokens") or ()
-        if added.get("lstrip") or added.get("rstrip") or added.get("single_word")
-    ]
-    if not odd:
-        return []
-    return [
-        _("llama.cpp leaves the spaces around these tokens, which this tokenizer takes away: {tokens}.").format(
-            tokens=", ".join(odd)
+    """Where llama.cpp treats added tokens in another way than the tokenizer."""
+    added = definition["added_tokens"]
+    greedy = [token["content"] for token in added if token["lstrip"] or token["rstrip"] or token["single_word"]]
+    known = [token["content"] for token in added if not token["special"] and token["content"] in KNOWN_ENDS]
+    notes = []
+    if greedy:
+        notes.append(
+            _("llama.cpp leaves the spaces around these tokens, which this tokenizer takes away: {tokens}.").format(
+                tokens=", ".join(greedy)
+            )
         )
-    ]
+    if known:
+        notes.append(
+            _("llama.cpp takes these tokens for control tokens, which they are not here: {tokens}.").format(
+                tokens=", ".join(known)
+            )
+        )
+    return notes
 
 
 def _set_special_tokens(vocabulary: Vocabulary, tokenizer: Tokenizer, model_folder: Path) -> None:

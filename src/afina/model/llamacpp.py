@@ -12,7 +12,7 @@ import mmap
 import os
 import secrets
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,7 @@ class LlamaCpp:
         self._key = secrets.token_hex(16)
         self._server: Any = _start(self.path, self._key, context, threads or default_threads(), gpu_layers, cache)
         self._host = self._server.listening_address.removeprefix("http://")
+        self._call("GET", "/lora-adapters")  # waits for the server's loop: closed before it runs, it would never end
 
     def __enter__(self) -> Self:
         return self
@@ -136,15 +137,11 @@ class LlamaCpp:
         Temperature 0 takes the likeliest token. `reuse` keeps what the prompt has in common with the one before, which
         is faster in a conversation; without it the answer depends on nothing but the arguments.
         """
-        ids: list[int] = []
-        text = ""
-        reason = ""
-        body = _request(prompt, max_new_tokens, temperature, top_p, seed, stop, reuse)
-        for event in self._events(body):
-            ids += event.get("tokens") or ()
-            text += event.get("content") or ""
-            reason = event.get("stop_type") or reason
-        return Completion(ids, text, ENDS.get(reason, "limit"))
+        # Not streamed: there llama.cpp leaves out the ids of tokens that end inside a character.
+        body = _request(prompt, max_new_tokens, temperature, top_p, seed, stop, reuse) | {"stream": False}
+        answer = self._call("POST", "/completion", body)
+        ids = [int(index) for index in answer["tokens"]]
+        return Completion(ids, str(answer["content"]), ENDS.get(str(answer["stop_type"]), "limit"))
 
     def stream(
         self,
@@ -167,14 +164,18 @@ class LlamaCpp:
     def logprobs(self, ids: Sequence[int], *, top: int) -> list[dict[int, float]]:
         """Entry i: natural log-probabilities of the `top` likeliest tokens after ids[: i + 1], the likeliest first."""
         found = []
+        # Where the chosen token ends inside a character, llama.cpp keeps text and log-probabilities back. So a harmless
+        # token is chosen; the bias touches the choice, not the log-probabilities, which are of the logits.
+        harmless = self.tokenize("a", False)[-1]
+        options = {"stream": False, "n_probs": top, "logit_bias": [[harmless, 1e9]]}
         for end in range(1, len(ids) + 1):
-            body = _request(ids[:end], 1, 0.0, 1.0, 0, (), True) | {"stream": False, "n_probs": top}
+            body = _request(ids[:end], 1, 0.0, 1.0, 0, (), True) | options
             answer = self._call("POST", "/completion", body)
             entries = answer["completion_probabilities"][0]["top_logprobs"]
             found.append({int(entry["id"]): float(entry["logprob"]) for entry in entries})
         return found
 
-    def _events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _events(self, body: dict[str, Any]) -> Generator[dict[str, Any]]:
         with closing(self._open("POST", "/completion", body)) as connection:
             response = _response(connection, self.path)
             while line := response.readline():
@@ -205,7 +206,7 @@ def default_threads() -> int:
 
 
 def _inspect(path: Path) -> bool:
-    """Whether a GGUF file has a chat template. Raises ModelError when it is no GGUF file: llama.cpp would not say so."""
+    """Whether a GGUF file has a chat template. Raises ModelError when it is no GGUF file, as llama.cpp does not."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if content[:4] == MAGIC:
