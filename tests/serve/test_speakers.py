@@ -19,6 +19,7 @@ from afina.data.tokenizer import Tokenizer, load_tokenizer
 from afina.errors import DataError
 from afina.model.generate import generate
 from afina.model.load import load_model
+from afina.recipe.place import BUNDLED
 from afina.recipe.schema import Chat
 from afina.serve.session import Session
 from afina.serve.speakers import GgufSpeaker, ModelSpeaker, Unfolding
@@ -335,18 +336,22 @@ def test_gguf_seeds_and_stopping(llama_cpp: Any) -> None:
     assert stopped == "".join(pieces) and len(pieces) == 3
 
 
+def with_template(real_data: Path, folder: Path, template: str) -> Path:
+    """The real model beside a chat template, its tokenizer as it came."""
+    shutil.copytree(real_data / "models" / "stories260K", folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    configuration = folder / "tokenizer_config.json"
+    configuration.write_text(json.dumps(json.loads(configuration.read_text()) | {"chat_template": template}))
+    return folder
+
+
 @pytest.mark.real
 def test_gguf_tells_the_real_story(real_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason='install "afina[gguf-run]" to talk to a GGUF file')
     from afina.export.gguf import write_gguf
     from afina.model.llamacpp import LlamaCpp
 
-    folder = tmp_path / "model"
-    shutil.copytree(real_data / "models" / "stories260K", folder, copy_function=shutil.copyfile)
-    folder.chmod(0o755)
-    configuration = folder / "tokenizer_config.json"
-    template = "{{ messages[-1].content }}"
-    configuration.write_text(json.dumps(json.loads(configuration.read_text()) | {"chat_template": template}))
+    folder = with_template(real_data, tmp_path / "model", "{{ messages[-1].content }}")
     tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder), CPU)
     write_gguf(folder, tmp_path / "stories.gguf", "f32")
     start, settings = [Message("user", "Once upon")], Chat(temperature=0, max_new_tokens=80)
@@ -355,3 +360,22 @@ def test_gguf_tells_the_real_story(real_data: Path, tmp_path: Path) -> None:
         assert GgufSpeaker("gguf", llama).prompt(start) == Renderer(tokenizer).prompt(start)
     assert answer == "".join(pieces)
     assert answer.strip() == said(ModelSpeaker("model", model, Renderer(tokenizer)), start, settings)[0].strip()
+
+
+@pytest.mark.real
+def test_gguf_turns_have_the_ids_of_training(real_data: Path, tmp_path: Path) -> None:
+    """With SentencePiece a space goes before each part, so the places of the cuts show."""
+    pytest.importorskip("xllamacpp", reason='install "afina[gguf-run]" to talk to a GGUF file')
+    from afina.export.gguf import write_gguf
+    from afina.model.llamacpp import LlamaCpp
+
+    template = (BUNDLED / "templates" / "alpaca.jinja").read_text("utf-8")
+    folder = with_template(real_data, tmp_path / "model", template)
+    write_gguf(folder, tmp_path / "stories.gguf", "f32")
+    talk = [Message("user", "Once upon"), Message("assistant", "a time"), Message("user", "two")]
+    trained = Renderer(load_tokenizer(str(folder))).sample(Sample((*talk, Message("assistant", "x")), folder, 1))
+    with LlamaCpp(tmp_path / "stories.gguf", context=256, threads=1) as llama:
+        for turns in (1, 3):
+            ids = GgufSpeaker("gguf", llama).prompt(talk[:turns])
+            assert trained.ids[: len(ids)].tolist() == ids
+            assert trained.learnt[len(ids)]
