@@ -170,7 +170,7 @@ def _draw_loss(axes: Axes, metrics: Sequence[Mapping[str, Any]], *, wide: bool) 
     curve = smoothed(losses)
     blue = PALETTE["tuned"]
     if curve != losses and any(map(math.isfinite, losses)):
-        axes.plot(*_thinned(steps, losses), color=blue, alpha=0.28, linewidth=0.9, label=_("training, each step"))
+        axes.plot(*_thinned(steps, losses), color=blue, alpha=0.4, linewidth=0.9, label=_("training, each step"))
         axes.plot(*_thinned(steps, curve), color=blue, linewidth=2.0, label=_("training, smoothed"))
     elif any(map(math.isfinite, losses)):
         axes.plot(steps, losses, color=blue, linewidth=1.6, marker="o", markersize=3, label=_("training, each step"))
@@ -233,10 +233,15 @@ def _draw_pair(axes: Axes, index: int, task: Mapping[str, Any]) -> None:
         axes.text(1.02, place, f"{share:.1%}", ha="left", va="center", weight="bold" if key == "tuned" else "normal")
         low, high = (_finite(end) for end in figures.get("interval") or (None, None))
         if math.isfinite(low) and math.isfinite(high):
-            axes.plot([low, high], [place, place], color=PALETTE["ink"], linewidth=1.3, solid_capstyle="butt")
-            for end in (low, high):
-                axes.plot([end, end], [place - 0.07, place + 0.07], color=PALETTE["ink"], linewidth=1.3, clip_on=False)
+            _draw_whisker(axes, place, low, high)
     axes.set_yticks([])
+
+
+def _draw_whisker(axes: Axes, place: float, low: float, high: float) -> None:
+    """An interval, on a halo of paper so that it is seen on a bar of any colour."""
+    x, y = [low, low, math.nan, low, high, math.nan, high, high], [place - 0.07, place + 0.07, math.nan]
+    for colour, width in (("paper", 3.4), ("ink", 1.3)):
+        axes.plot(x, [*y, place, place, math.nan, *y[:2]], color=PALETTE[colour], linewidth=width, clip_on=False)
 
 
 def _draw_row(axes: Axes, row: int, line: Sequence[int], *, numbered: bool) -> None:

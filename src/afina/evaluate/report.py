@@ -32,6 +32,8 @@ REPORT = "report.html"
 TEMPLATE = "report.html.jinja"
 SHOWN_EXAMPLES = 12
 """Samples shown of those fixed, and of those broken."""
+FIRST_EXAMPLES = 4
+"""Of these, shown without asking; the rest folds away."""
 SHOWN_LETTERS = 1200
 """Of a prompt or an answer."""
 SHOWN_REJECTED = 100
@@ -56,13 +58,16 @@ def draw(run: Path) -> Path:
         "count": _count,
         "percent": _percent,
         "points": _points,
+        "interval": _interval,
         "duration": _duration,
         "size": _size,
         "decimal": _decimal,
         "cut": _cut,
         "tail": _tail,
     }
-    page = environment.get_template(TEMPLATE).render(_=_, language=chosen(), palette=PALETTE, **_contents(run))
+    page = environment.get_template(TEMPLATE).render(
+        _=_, language=chosen(), palette=PALETTE, first=FIRST_EXAMPLES, **_contents(run)
+    )
     durable.write_text(run / REPORT, page.encode("utf-8", "replace").decode("utf-8"))
     return run / REPORT
 
@@ -467,6 +472,10 @@ def _percent(share: float | None) -> str:
 def _points(share: float | None) -> str:
     """A difference of shares in percentage points, with its sign."""
     return NOTHING if share is None else f"{100 * share:+.1f}".replace("-", "−")
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return f"{100 * ends[0]:.1f}–{100 * ends[1]:.1f}%"
 
 
 def _duration(seconds: float | None) -> str:
