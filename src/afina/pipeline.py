@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from afina import durable
 from afina.artifact import MANIFEST, Artifact, folder_digest, open_artifact, parent, seal, versions
 from afina.console import console, duration, size
-from afina.errors import AfinaError, OutputError
+from afina.errors import AfinaError, OutputError, RecipeError
 from afina.language import _
 from afina.recipe.load import dump, load
 from afina.recipe.place import model_source
@@ -142,7 +142,10 @@ def chat(
     with ExitStack() as stack:
         speakers, defaults, limit = _speakers(str(source), beside_base, stack)
         session = Session(speakers, defaults, seed=seed, limit=limit)
-        session.change(**settings)
+        try:
+            session.change(**settings)
+        except ValueError as error:
+            raise RecipeError(_("These settings cannot be: {reason}").format(reason=error)) from error
         if prompt is None:
             talk(session, console)
         else:

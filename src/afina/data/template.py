@@ -61,7 +61,9 @@ class Renderer:
         """Ids of a conversation that the model shall continue with its answer."""
         messages = list(messages)
         text, texts = self._render(messages, prompt=True)
-        return [int(index) for index in self._encode([self._cut(text, texts, [])])[0].ids]
+        told = self._render(messages)[0] if any(message.role == "assistant" for message in messages) else ""
+        spans = self._spans(told, messages) if told and text.startswith(told) else []
+        return [int(index) for index in self._encode([self._cut(text, texts, spans, [])])[0].ids]
 
     def answer(self, messages: Sequence[Message], answer: str) -> Rendered:
         """Ids of messages followed by this answer, of which only the answer and its end of turn are learnt."""
@@ -76,9 +78,13 @@ class Renderer:
 
     def _pieces(self, messages: list[Message], learn: str) -> list[_Piece]:
         text, texts = self._render(messages)
+        spans = self._spans(text, messages)
+        return self._cut(text, texts, spans, spans if learn == "all" else spans[-1:])
+
+    def _spans(self, text: str, messages: list[Message]) -> list[tuple[int, int]]:
+        """Where each answer stands in `text`, whether it is learnt or not: ids must not depend on what is learnt."""
         answers = [place for place, message in enumerate(messages) if message.role == "assistant"]
-        spans = [self._span(text, messages, place) for place in (answers if learn == "all" else answers[-1:])]
-        return self._cut(text, texts, spans)
+        return [self._span(text, messages, place) for place in answers]
 
     def _render(self, messages: list[Message], *, prompt: bool = False) -> tuple[str, list[str]]:
         """The rendered text, control tokens in contents replaced by placeholders, and what these stand for."""
@@ -121,12 +127,14 @@ class Renderer:
             )
         return found if front else len(text) - (len(variant) - found - len(MARK))
 
-    def _cut(self, text: str, texts: list[str], spans: list[tuple[int, int]]) -> list[_Piece]:
-        """Cut at control tokens and where spans begin and end; put hidden texts back as plain text."""
+    def _cut(
+        self, text: str, texts: list[str], spans: list[tuple[int, int]], targets: list[tuple[int, int]]
+    ) -> list[_Piece]:
+        """Cut at control tokens and where `spans` begin and end; those in `targets` are learnt. Hidden texts return."""
         edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
         pieces: list[_Piece] = []
         for begin, end in zip(edges, edges[1:], strict=False):
-            learnt = any(first <= begin < last for first, last in spans)
+            learnt = any(first <= begin < last for first, last in targets)
             position = begin
             for match in self._control.finditer(text, begin, end):
                 pieces.append(_Piece(_restore(text[position : match.start()], texts), learnt, None))

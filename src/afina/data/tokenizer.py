@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from afina import durable
 from afina.errors import ModelError
 from afina.language import _
 from afina.recipe.place import BUNDLED
@@ -98,6 +99,10 @@ class Tokenizer:
         """Write the tokenizer and its template as transformers reads them back."""
         self.hf.chat_template = self.template
         self.hf.save_pretrained(folder)
+        file = folder / "tokenizer_config.json"
+        settings = json.loads(file.read_bytes())
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # other classes rebuild tokenizer.json, and not equally
+        durable.write_json(file, settings)
 
 
 def load_tokenizer(source: str, *, template: str | None = None, folder: Path | None = None, revision: str | None = None) -> Tokenizer:
