@@ -597,3 +597,34 @@ def test_foreign_folders_are_read_within_bounds(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(gguf_vocab, "MAX_JSON_BYTES", 2)
     with pytest.raises(ModelError, match="larger"):
         check_exportable(tmp_path)
+
+
+# ---------------------------------------------------------------- the model that ships with the package
+
+TINY = Path(gguf.__file__).parents[1] / "bundled" / "tiny"
+QUESTIONS = [
+    "Hello!",
+    "What is 12 + 30?",
+    "¿Cuánto es 7 x 8? Explícalo paso a paso.",
+    "Write a Python function that adds two numbers.",
+    "  I am so happy with this 🙂\n\nthank you ",
+]
+
+
+@pytest.mark.skipif(not (TINY / "model.safetensors").is_file(), reason="src/afina/bundled/tiny holds no weights")
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+def test_tiny_answers_alike(tmp_path: Path, kind: Any) -> None:
+    write_gguf(TINY, tmp_path / "tiny.gguf", kind)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    loaded = load_tokenizer(str(TINY))
+    with LlamaCpp(tmp_path / "tiny.gguf", threads=1) as runner:
+        for question in QUESTIONS:
+            messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}]
+            prompt = loaded.render(messages, prompt=True)
+            assert runner.apply_template(messages) == prompt
+            ids = loaded.hf.encode(prompt)
+            assert runner.tokenize(prompt, True, add_special=True) == ids
+            answer = runner.complete(ids, max_new_tokens=48)
+            theirs = greedy(model, ids, 48)
+            assert answer.ids == theirs, question
+            assert answer.text == loaded.decode(theirs)

@@ -32,6 +32,10 @@ METADATA_BYTES = 256 * 2**20
 TIMEOUT = 600.0
 """Seconds without a byte after which llama.cpp counts as stuck. A long prompt on a slow machine takes minutes."""
 
+SMALL_BYTES = 64 * 2**20
+"""A file that one core reads in about 5 ms, its cost a token. Below, threads lose more in waiting for each other than
+they gain: 1,000 tokens of a model of 16 MB took 1.1 s on one thread and 12 s on two, on two cores that were busy."""
+
 SILENT = -1
 """llama.cpp writes nothing, not even errors, to the terminal: what it refuses comes back as an answer."""
 
@@ -57,7 +61,7 @@ class LlamaCpp:
     """A loaded GGUF file. Use as a context manager, or call `close`; nothing of it stays behind.
 
     `context` is how many tokens prompt and answer may have together (0: as many as the model was trained for);
-    `threads` defaults to the physical cores this process may use. `cache` is the type of the keys and values kept:
+    `threads` defaults to the physical cores this process may use, or 1 where the file is small. `cache` is the type of the keys and values kept:
     f16 is what llama.cpp does by itself, f32 is for comparing with another implementation to the last digits.
 
     Raises ResourceError when `xllamacpp` is missing, ModelError when llama.cpp cannot load the file.
@@ -75,7 +79,8 @@ class LlamaCpp:
         self.path = Path(path)
         self._has_template = _inspect(self.path)
         self._key = secrets.token_hex(16)
-        self._server: Any = _start(self.path, self._key, context, threads or default_threads(), gpu_layers, cache)
+        threads = threads or default_threads(self.path.stat().st_size)
+        self._server: Any = _start(self.path, self._key, context, threads, gpu_layers, cache)
         self._host = self._server.listening_address.removeprefix("http://")
         self._call("GET", "/lora-adapters")  # waits for the server's loop: closed before it runs, it would never end
 
@@ -199,8 +204,11 @@ class LlamaCpp:
         return connection
 
 
-def default_threads() -> int:
-    """Physical cores that this process may run on: llama.cpp gains nothing from two threads on one core."""
+def default_threads(bytes_of_file: int) -> int:
+    """Physical cores that this process may run on, for llama.cpp gains nothing from two threads on one core; one core
+    for a file that is small."""
+    if bytes_of_file < SMALL_BYTES:
+        return 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 
