@@ -356,6 +356,7 @@ def test_every_part_is_optional(tmp_path, kept):
     assert ("evaluation" in targets) == ("evaluation" in kept)
     assert ("exports" in targets) == ("export" in kept)
     assert ("data" in targets) == ("manifest.json" in kept)
+    assert ("next" in targets) == ("manifest.json" in kept), "no verb takes a run without manifest"
 
 
 def test_not_evaluated_yet_says_so_and_offers_it(tmp_path):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from pydantic import ValidationError
 
 from afina import durable
@@ -150,7 +149,7 @@ def _contents(run: Path) -> Facts:
             {"name": name, "bytes": _number(_dict(entry).get("bytes")), "sha256": _text(_dict(entry).get("sha256"))}
             for name, entry in _dict(manifest.get("files")).items()
         ],
-        "commands": _commands(run, recipe, bool(tasks), exports),
+        "commands": _commands(run, recipe, bool(tasks), exports) if manifest else [],
         "damaged": folder.damaged,
     }
 
@@ -407,7 +406,7 @@ def _commands(run: Path, recipe: Facts, evaluated: bool, exports: Sequence[Facts
     return commands
 
 
-def _inline(svg: bytes, name: str) -> Markup:
+def _inline(svg: bytes, name: str) -> str:
     """A figure of plot.py as part of the page: its colours become the page's, its ids its own, prolog and style go.
 
     Only tags are touched. Labels, which come from data, stay as matplotlib escaped them: no `<` is ever left in one.
@@ -415,7 +414,7 @@ def _inline(svg: bytes, name: str) -> Markup:
     text = svg.decode("utf-8")
     text = text[text.index("<svg") :]
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
-    return Markup(re.sub(r"<[^<>]+>", lambda tag: _of_page(tag[0], name), text))
+    return re.sub(r"<[^<>]+>", lambda tag: _of_page(tag[0], name), text)
 
 
 def _of_page(tag: str, name: str) -> str:
