@@ -60,9 +60,10 @@ class Completion:
 class LlamaCpp:
     """A loaded GGUF file. Use as a context manager, or call `close`; nothing of it stays behind.
 
-    `context` is how many tokens prompt and answer may have together (0: as many as the model was trained for);
-    `threads` defaults to the physical cores this process may use, or 1 where the file is small. `cache` is the type of the keys and values kept:
-    f16 is what llama.cpp does by itself, f32 is for comparing with another implementation to the last digits.
+    `context` is how many tokens prompt and answer may have together (0: as many as the model was trained for).
+    `threads` defaults to the physical cores this process may use, or 1 where the file is small. `cache` is the type of
+    the keys and values kept: f16 is what llama.cpp does by itself, f32 is for comparing with another implementation to
+    the last digits.
 
     Raises ResourceError when `xllamacpp` is missing, ModelError when llama.cpp cannot load the file.
     """
