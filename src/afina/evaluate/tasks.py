@@ -23,12 +23,14 @@ from afina.errors import DataError
 from afina.evaluate.metrics import mcnemar, per_label, shares
 from afina.language import _
 from afina.model.generate import generate
-from afina.model.load import Hardware
+from afina.model.load import Hardware, cache_bytes, limit_of
 from afina.model.loss import token_losses
 from afina.recipe.schema import Task
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
-PROMPTS_AT_ONCE = {"cpu": 32, "cuda": 256}
+CACHE_AT_ONCE = {"cpu": 2**28, "cuda": 2**33}
+"""Bytes that the keys and values of the answers being written may take together."""
+PROMPTS_AT_ONCE = 256
 LIKELY_CHANCE = 0.05
 """Two systems are said to differ when chance alone would do so in fewer than one case in twenty."""
 
@@ -76,7 +78,7 @@ def prepare(task: Task, samples: Sequence[Sample], seed: int) -> Asked:
                 )
     if task.kind == "json":
         for sample in chosen:
-            if _field(sample.answer, task.field) is None:
+            if _field(sample.answer, task.field) is NOTHING:
                 raise DataError(
                     _("The reference answer of task {task} is not JSON with the field {field}.").format(
                         task=task.name, field=task.field or "-"
@@ -90,7 +92,7 @@ def prepare(task: Task, samples: Sequence[Sample], seed: int) -> Asked:
 def ask(
     asked: Asked, systems: Sequence[System], renderer: Renderer, hardware: Hardware, on_progress: Progress
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Put a task to every system; returns its figures for evaluation.json and one row a sample for predictions.jsonl."""
+    """Put a task to every system; returns its figures for evaluation.json and a row a sample for predictions.jsonl."""
     expected = [sample.answer.strip() for sample in asked.samples]
     answers: dict[str, list[str]] = {}
     figures: dict[str, Any] = {}
@@ -129,7 +131,7 @@ def mark(task: Task, expected: Sequence[str], answered: Sequence[str]) -> list[b
     """Which answers are right."""
     if task.kind == "json":
         return [
-            (found := _field(answer, task.field)) is not None and found == _field(truth, task.field)
+            (found := _field(answer, task.field)) is not NOTHING and _same(found, _field(truth, task.field))
             for truth, answer in zip(expected, answered, strict=True)
         ]
     return [truth == answer.strip() for truth, answer in zip(expected, answered, strict=True)]
@@ -141,7 +143,11 @@ def _likeliest(
     """The label with the highest likelihood, end of turn included, for each sample."""
     scores = torch.zeros(len(asked.samples), len(asked.labels))
     rows = [renderer.answer(sample.prompt, label) for sample in asked.samples for label in asked.labels]
-    longest = max(row.ids.size for row in rows)
+    lengths = [int(row.ids.size) for row in rows]
+    _check_room(
+        asked, [max(lengths[at : at + len(asked.labels)]) for at in range(0, len(rows), len(asked.labels))], model
+    )
+    longest = max(lengths)
     packing = covers(model, longest)
     batches = micro_batches(
         rows,
@@ -163,17 +169,26 @@ def _likeliest(
 def _written(
     asked: Asked, model: nn.Module, renderer: Renderer, hardware: Hardware, on_progress: Progress
 ) -> list[str]:
-    """What the model writes, greedily; prompts of like length are continued together."""
+    """What the model writes, greedily; prompts of like length are continued together.
+
+    An answer is cut where the model's context ends.
+    """
     prompts = [renderer.prompt(sample.prompt) for sample in asked.samples]
+    _check_room(asked, [len(prompt) + 1 for prompt in prompts], model)
     answers = [""] * len(prompts)
+    limit = limit_of(model) or max(map(len, prompts)) + asked.task.max_new_tokens
+    longest = min(limit, max(map(len, prompts)) + asked.task.max_new_tokens)
+    cache = CACHE_AT_ONCE.get(hardware.device.type, CACHE_AT_ONCE["cpu"])
+    at_once = max(1, min(PROMPTS_AT_ONCE, cache // (longest * cache_bytes(model))))
     order = iter(sorted(range(len(prompts)), key=lambda index: len(prompts[index])))
-    for group in _groups(order, PROMPTS_AT_ONCE.get(hardware.device.type, 32)):
+    for group in _groups(order, at_once):
+        room = limit - max(len(prompts[index]) for index in group)
         written = generate(
             model,
             [prompts[index] for index in group],
             end_ids=renderer.tokenizer.end_ids,
             pad_id=renderer.tokenizer.pad_id,
-            max_new_tokens=asked.task.max_new_tokens,
+            max_new_tokens=min(asked.task.max_new_tokens, room),
         )
         for index, ids in zip(group, written, strict=True):
             answers[index] = renderer.tokenizer.decode(ids).strip()
@@ -191,15 +206,49 @@ def _groups(items: Iterator[int], size: int) -> Iterator[list[int]]:
         yield group
 
 
+def _check_room(asked: Asked, lengths: Sequence[int], model: nn.Module) -> None:
+    """Raises DataError for the first question that the model's context cannot hold with its answer."""
+    limit = limit_of(model)
+    for sample, length in zip(asked.samples, lengths, strict=True):
+        if limit is not None and length > limit:
+            raise DataError(
+                _("This question of task {task} needs {length} tokens; the model was made for {limit}.").format(
+                    task=asked.task.name, length=length, limit=limit
+                ),
+                file=sample.file,
+                line=sample.line,
+                hint=_("Shorten or remove it: a question that was cut would not measure the model."),
+            )
+
+
+NOTHING = object()
+"""What a text holds that is no JSON object, or has not the field asked for. A field may be null, which is something."""
+
+
 def _field(text: str, field: str | None) -> Any:
-    """A top-level field of a JSON object, the whole object without one, or None where there is neither."""
+    """A top-level field of a JSON object, the whole object without one, or NOTHING."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
-        return None
+        return NOTHING
     if not isinstance(value, dict):
-        return None
-    return value if field is None else value.get(field)
+        return NOTHING
+    return value if field is None else value.get(field, NOTHING)
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Equality of JSON values. To Python true equals 1, inside lists and objects too; to JSON it does not."""
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_same(value, right[key]) for key, value in left.items())
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(_same(*pair) for pair in zip(left, right, strict=True))
+    return bool(left == right)
 
 
 def _difference(task: Task, expected: Sequence[str], answers: dict[str, list[str]]) -> dict[str, Any]:

@@ -47,9 +47,7 @@ def choose_hardware(model: Model) -> Hardware:
         else:
             precision = "fp32"
     if precision == "fp16" and name == "cpu":
-        raise ResourceError(
-            _("A CPU does not train in fp16."), hint=_("Set model.precision to auto, fp32 or bf16.")
-        )
+        raise ResourceError(_("A CPU does not train in fp16."), hint=_("Set model.precision to auto, fp32 or bf16."))
     return Hardware(device, DTYPES[precision])
 
 
@@ -93,3 +91,12 @@ def limit_of(model: nn.Module) -> int | None:
     """The longest context the model was made for, in tokens."""
     limit: Any = getattr(model.config, "max_position_embeddings", None)
     return int(limit) if limit else None
+
+
+def cache_bytes(model: nn.Module) -> int:
+    """Bytes that one token's keys and values take while the model writes."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    held = next(model.parameters()).element_size()
+    return int(2 * config.num_hidden_layers * heads * width * held)

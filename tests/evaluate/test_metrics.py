@@ -1,0 +1,85 @@
+"""Figures against scikit-learn and SciPy, which count in other ways than we do."""
+
+import math
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from afina.evaluate.metrics import mcnemar, per_label, shares, wilson
+
+sklearn = pytest.importorskip("sklearn.metrics")
+
+LABELS = ["negativa", "neutra", "positiva", "no sé"]
+answers = st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=1, max_size=60)
+
+
+@given(answers)
+def test_figures_of_each_label_are_scikit_learns(pairs):
+    expected, answered = [truth for truth, _ in pairs], [answer for _, answer in pairs]
+    ours = per_label(expected, answered, LABELS)
+    precision, recall, f1, support = sklearn.precision_recall_fscore_support(
+        expected, answered, labels=LABELS, zero_division=0
+    )
+    for number, label in enumerate(LABELS):
+        figures = ours["per_label"][label]
+        assert figures["precision"] == pytest.approx(precision[number])
+        assert figures["recall"] == pytest.approx(recall[number])
+        assert figures["f1"] == pytest.approx(f1[number])
+        assert figures["support"] == support[number]
+    macro = sklearn.f1_score(expected, answered, labels=LABELS, average="macro", zero_division=0)
+    assert ours["f1_macro"] == pytest.approx(macro)
+    assert ours["confusion"] == sklearn.confusion_matrix(expected, answered, labels=LABELS).tolist()
+    accuracy = shares([truth == answer for truth, answer in pairs])
+    assert accuracy["accuracy"] == pytest.approx(sklearn.accuracy_score(expected, answered))
+
+
+@given(st.integers(1, 400).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
+def test_wilson_is_the_roots_of_its_equation(counts):
+    """The interval's ends are where the share p has |p - observed| = z * sqrt(p (1 - p) / n): a quadratic in p."""
+    correct, total = counts
+    low, high = wilson(correct, total)
+    share, z2 = correct / total, 1.959963984540054**2
+    a, b, c = 1 + z2 / total, -(2 * share + z2 / total), share**2
+    reach = math.sqrt(max(0.0, b * b - 4 * a * c))
+    assert low == pytest.approx(max(0.0, (-b - reach) / (2 * a)), abs=1e-12)
+    assert high == pytest.approx(min(1.0, (-b + reach) / (2 * a)), abs=1e-12)
+    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
+
+
+def test_wilson_at_the_edges():
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611252), abs=1e-6)
+    assert wilson(20, 20) == pytest.approx((0.8388748, 1.0), abs=1e-6)
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-4)  # Newcombe (1998), table I
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_mcnemar_is_the_exact_binomial_test(fixed, broken):
+    stats = pytest.importorskip("scipy.stats")
+    exact = 1.0 if fixed + broken == 0 else stats.binomtest(fixed, fixed + broken, 0.5).pvalue
+    assert mcnemar(fixed, broken) == pytest.approx(exact, rel=1e-9)
+    assert mcnemar(fixed, broken) == mcnemar(broken, fixed)
+
+
+@pytest.mark.parametrize("fixed, broken", [(0, 0), (1, 0), (3, 2), (7, 1), (5, 5)])
+def test_mcnemar_counts_the_ways(fixed, broken):
+    """Brute force: of all ways the disagreements could have fallen, those at least as uneven."""
+    total = fixed + broken
+    ways = uneven = 0
+    for size in range(total + 1):
+        for _chosen in combinations(range(total), size):
+            ways += 1
+            uneven += abs(2 * size - total) >= abs(fixed - broken)
+    assert mcnemar(fixed, broken) == pytest.approx(uneven / ways)
+
+
+def test_mcnemar_of_many_does_not_overflow():
+    assert mcnemar(3000, 3000) == 1.0
+    assert 0 < mcnemar(3100, 2900) < 0.02
+    assert mcnemar(6000, 0) == 0.0  # less than the smallest float
+
+
+def test_nothing_asked_is_nothing_right():
+    assert shares([]) == {"correct": 0, "accuracy": 0.0, "interval": [0.0, 1.0]}
