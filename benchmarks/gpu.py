@@ -1,0 +1,188 @@
+"""Training speed and memory on one GPU: ours and whichever peers are installed, on the same random models and tokens.
+
+    python benchmarks/gpu.py W1 W10 --tools afina,reference,unsloth      one process a case; lines go to results/gpu.jsonl
+    python benchmarks/gpu.py --case '{"workload": "W1", "tool": "afina"}'  one case in this process
+
+Weights have the shapes of real models and random values; every token is learnt; three steps warm up, six are timed
+and the median counts. Memory is what tensors held at most (max_memory_allocated).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+STARTED = time.perf_counter()
+HERE = Path(__file__).parent
+LLAMA_8B = dict(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=128256, max_position_embeddings=131072, rope_theta=500000.0,
+)  # fmt: skip
+LLAMA_1B = dict(
+    hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+    head_dim=64, vocab_size=128256, max_position_embeddings=131072, rope_theta=500000.0, tie_word_embeddings=True,
+)  # fmt: skip
+WORKLOADS: dict[str, dict[str, Any]] = {
+    "W1": dict(shape=LLAMA_8B, samples=4, length=2048),
+    "W10": dict(shape=LLAMA_8B, samples=2, length=4096),
+    "S1": dict(shape=LLAMA_1B, samples=8, length=2048),
+}
+WARM_UP, TIMED = 3, 6
+
+
+def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
+    import torch
+
+    work = WORKLOADS[workload]
+    step, parameters, about = {"afina": afina_step, "reference": reference_step}[tool](work, options)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=True)
+    vocabulary = work["shape"]["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+    shape = (work["samples"], work["length"])
+    tokens = [torch.randint(5, vocabulary - 1, shape, generator=generator).cuda() for _ in range(4)]
+    torch.cuda.reset_peak_memory_stats()
+    seconds, losses = [], []
+    for turn in range(WARM_UP + TIMED):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        loss = step(tokens[turn % 4])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        losses.append(round(loss.item(), 4))
+        if turn == 0:
+            first = time.perf_counter() - STARTED
+        if not norm.item() > 0:
+            raise SystemExit("no gradient")
+    timed = sorted(seconds[WARM_UP:])
+    median = timed[len(timed) // 2]
+    result = dict(
+        workload=workload, tool=tool, tokens_per_second=round(shape[0] * shape[1] / median),
+        step_ms=[round(1000 * value, 1) for value in timed], peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        first_step_s=round(first, 1), losses=losses, gpu=torch.cuda.get_device_name(), **about,
+    )  # fmt: skip
+    if options.get("profile"):
+        profile(lambda: step(tokens[0]).backward())
+    return result
+
+
+def random_model(shape: dict[str, Any]) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(**shape, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.to_empty(device="cuda").tie_weights()
+    generator = torch.Generator("cuda").manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.fill_(1.0) if "norm" in name else value.normal_(0, 0.02, generator=generator)
+    # buffers that depend on the configuration, not on the weights, are lost with the meta device
+    rotary = type(model.model.rotary_emb)(config=config, device="cuda")
+    model.model.rotary_emb = rotary
+    return model
+
+
+def adapted(work: dict[str, Any]) -> tuple[Any, list[Any]]:
+    from afina.model.attach import attach, learning
+    from afina.recipe.schema import Lora
+
+    model = attach(random_model(work["shape"]), Lora(rank=16, alpha=16.0), seed=3407).train()
+    return model, [parameter for _name, parameter in learning(model)]
+
+
+def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
+    import torch
+
+    from afina.data.batch import Batch
+    from afina.engine.engine import Engine
+
+    model, parameters = adapted(work)
+    engine = Engine(model)
+    torch.cuda.empty_cache()
+    if "keep" in options:
+        for place, block in enumerate(engine.blocks):
+            block.keep_gate_up = place >= len(engine.blocks) - options["keep"]
+    samples, length = work["samples"], work["length"]
+    count = samples * length
+
+    def step(ids: Any) -> Any:
+        places = torch.arange(count, device="cuda").view(samples, length)
+        batch = Batch(
+            input_ids=ids.view(1, -1), position_ids=torch.arange(length, device="cuda").repeat(samples)[None],
+            attention_mask=None, lengths=(length,) * samples, predicting=places[:, :-1].flatten(),
+            targets=ids[:, 1:].flatten(), owner=places[:, 1:].flatten(), samples=tuple(range(samples)), tokens=count,
+        )  # fmt: skip
+        return engine.summed_loss(model, batch) / (count - samples)
+
+    return step, parameters, {"engine": "fused", **options}
+
+
+def reference_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
+    import torch
+
+    model, parameters = adapted(work)
+
+    def step(ids: Any) -> Any:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    return step, parameters, {"engine": "reference"}
+
+
+def profile(step: Any) -> None:
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        step()
+        torch.cuda.synchronize()
+    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("workloads", nargs="*")
+    options.add_argument("--tools", default="afina,reference")
+    options.add_argument("--case")
+    options.add_argument("--results", type=Path, default=HERE / "results" / "gpu.jsonl")
+    chosen = options.parse_args()
+    if chosen.case:
+        print("RESULT " + json.dumps(case(**json.loads(chosen.case))), flush=True)
+        return
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
+    )
+    for workload in chosen.workloads or WORKLOADS:
+        for tool in chosen.tools.split(","):
+            description = json.dumps({"workload": workload, "tool": tool})
+            command = [sys.executable, str(Path(__file__)), "--case", description]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+            line = next((text for text in done.stdout.split("\n") if text.startswith("RESULT ")), None)
+            if line is None:
+                print(f"{workload} {tool} failed:\n{done.stderr[-1500:]}", flush=True)
+                continue
+            from afina.artifact import versions
+
+            result = json.loads(line.removeprefix("RESULT "))
+            result |= dict(
+                command=f"python benchmarks/gpu.py {workload} --tools {tool}", commit=commit.stdout.strip(),
+                versions=versions(), date=datetime.now(UTC).isoformat(timespec="seconds"),
+            )  # fmt: skip
+            with chosen.results.open("a", encoding="utf-8") as results:
+                results.write(json.dumps(result) + "\n")
+            print(f"{workload:4} {tool:10} {result['tokens_per_second']:7,} tokens/s {result['peak_gib']:6.2f} GiB "
+                  f"first step {result['first_step_s']:5.1f} s  {result['losses'][:3]}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

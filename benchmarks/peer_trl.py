@@ -1,0 +1,62 @@
+"""One training by TRL's SFTTrainer + PEFT, in an environment of its own; prints one JSON line. Called by train_cpu.py."""
+
+import json
+import resource
+import sys
+import time
+
+started = time.perf_counter()
+import datasets  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import trl  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+
+case = json.loads(sys.argv[1])
+torch.set_num_threads(case["threads"])
+tokenizer = transformers.AutoTokenizer.from_pretrained(case["model"])
+if case.get("template"):
+    tokenizer.chat_template = open(case["template"]).read()
+if tokenizer.pad_token is None:
+    tokenizer.pad_token = tokenizer.eos_token
+rows = [json.loads(line) for line in open(case["data"], encoding="utf-8")]
+arguments = trl.SFTConfig(
+    output_dir=case["out"],
+    report_to="none",
+    save_strategy="no",
+    logging_steps=10,
+    disable_tqdm=True,
+    num_train_epochs=case["epochs"],
+    learning_rate=1e-3,
+    max_length=case["max_length"],
+    seed=42,
+    dataset_num_proc=None,
+    use_cpu=True,
+    **case["settings"],
+)
+trainer = trl.SFTTrainer(
+    model=case["model"],
+    args=arguments,
+    train_dataset=datasets.Dataset.from_list(rows),
+    processing_class=tokenizer,
+    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+)
+tokens = sum(len(row) for row in trainer.train_dataset["input_ids"])
+ready = time.perf_counter()
+result = trainer.train()
+seconds = time.perf_counter() - ready
+history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+print(
+    json.dumps(
+        {
+            "tokens": int(tokens * case["epochs"]),
+            "loop_s": seconds,
+            "start_s": ready - started,
+            "steps": trainer.state.global_step,
+            "first_loss": history[0],
+            "last_loss": history[-1],
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "versions": {m.__name__: m.__version__ for m in (trl, transformers, torch)},
+        }
+    )
+)

@@ -1,0 +1,176 @@
+"""One decoder layer as a forward and a backward, its saved tensors named: the Llama family (Llama, Mistral, Qwen 2).
+
+    h = x + o(attention(rotate(qkv(norm(x)))))          y = h + down(swiglu(gate_up(norm(h))))
+
+What the backward needs is either saved (`Saved`) or made again from it by one pass over memory: the norms' outputs
+and SwiGLU's product are never kept. Keeping `gate_up` is the lever of memory: it is 61% of what a Llama-3 layer saves;
+a layer may make it again by one product instead (`keep_gate_up`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from afina.engine.attention import Attended, attend, attend_backward
+from afina.engine.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
+from afina.engine.products import Product, make_product
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where each token stands: the samples' lengths and the angles' cosines and sines, (tokens, width / 2) fp32."""
+
+    lengths: tuple[int, ...]
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass
+class Saved:
+    """What a layer's forward leaves for its backward; tokens first in every shape.
+
+    x: (tokens, hidden) the layer's input. qkv: (tokens, columns) with positions turned in. attended: attention's own.
+    h: (tokens, hidden). gate_up: (tokens, 2 intermediate), or None when it is made again. low_*: x A^T of each product.
+    """
+
+    x: torch.Tensor
+    qkv: torch.Tensor
+    attended: Attended
+    h: torch.Tensor
+    gate_up: torch.Tensor | None
+    low_qkv: torch.Tensor
+    low_o: torch.Tensor
+    low_gate_up: torch.Tensor
+    low_down: torch.Tensor
+
+
+@dataclass
+class Block:
+    """A layer's products and norms, shared with the transformers layer it was made from."""
+
+    qkv: Product
+    o: Product
+    gate_up: Product
+    down: Product
+    norm_attention: torch.Tensor
+    norm_mlp: torch.Tensor
+    eps: float
+    heads: int
+    kv_heads: int
+    head_width: int
+    keep_gate_up: bool = True
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """All four, in the order in which `backward` returns gradients."""
+        return self.qkv, self.o, self.gate_up, self.down
+
+    @property
+    def scaling(self) -> float:
+        """Of attention's scores."""
+        return self.head_width**-0.5
+
+    def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
+        """x: (tokens, hidden). Returns the layer's output, and what the backward needs when `save`."""
+        wide = self._normed(x, self.norm_attention, self.qkv)
+        qkv = self.qkv.forward(wide)
+        low_qkv = self.qkv.low(wide)
+        rotate(qkv, at.cos, at.sin, self.heads + self.kv_heads)
+        attended = attend(*self._split(qkv), at.lengths, self.scaling)
+        h, low_o = self.o.forward_narrow(attended.out.flatten(1), residual=x)
+
+        wide = self._normed(h, self.norm_mlp, self.gate_up)
+        gate_up = self.gate_up.forward(wide)
+        low_gate_up = self.gate_up.low(wide)
+        wide = x.new_empty(x.shape[0], self.down.k + self.down.r)
+        swiglu(gate_up, wide[:, : self.down.k])
+        y = self.down.forward(wide, residual=h)
+        if not save:
+            return y, None
+        kept = gate_up if self.keep_gate_up else None
+        return y, Saved(x, qkv, attended, h, kept, low_qkv, low_o, low_gate_up, self.down.low(wide))
+
+    def backward(
+        self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """wide_dy: (tokens, hidden + down.r), the output's gradient in its first columns.
+
+        Returns dx in rows with `below` extra columns (None: the first layer, whose dx nobody needs), and the adapters'
+        gradients, product by product in the order of `products`.
+        """
+        hidden = saved.x.shape[1]
+        n = saved.x.new_empty(saved.x.shape)
+
+        gate_up = saved.gate_up
+        if gate_up is None:
+            gate_up = self.gate_up.forward(self._normed(saved.h, self.norm_mlp, self.gate_up))
+        d_act = self.down.backward(wide_dy)
+        wide_d = self._room(saved.x, self.gate_up)
+        act = swiglu_backward(d_act, gate_up, wide_d[:, : self.gate_up.n])
+        saved.gate_up = gate_up = None
+        of_down = self.down.gradients(wide_dy, act, saved.low_down)
+        d_n = self.gate_up.backward(wide_d)
+        wide_dh = self._room(saved.x, self.o)
+        rms_norm_backward(d_n, saved.h, self.norm_mlp, self.eps, wide_dh[:, :hidden], residual=wide_dy[:, :hidden], y=n)
+        of_gate_up = self.gate_up.gradients(wide_d, n, saved.low_gate_up)
+
+        d_out = self.o.backward(wide_dh)
+        of_o = self.o.gradients(wide_dh, saved.attended.out.flatten(1), saved.low_o)
+        wide_d = self._room(saved.x, self.qkv)
+        heads = self._split(saved.qkv)
+        d_heads = attend_backward(saved.attended, d_out.view_as(saved.attended.out), *heads, at.lengths, self.scaling)
+        for place, gradient in zip(self._split(wide_d[:, : self.qkv.n]), d_heads, strict=True):
+            place.copy_(gradient)
+        rotate(wide_d, at.cos, at.sin, self.heads + self.kv_heads, backward=True)
+        d_n = self.qkv.backward(wide_d, needs_dx=below is not None)
+        dx = None
+        if d_n is not None and below is not None:
+            dx = saved.x.new_empty(saved.x.shape[0], hidden + below)
+            rms_norm_backward(
+                d_n, saved.x, self.norm_attention, self.eps, dx[:, :hidden], residual=wide_dh[:, :hidden], y=n
+            )
+        else:
+            rms_norm(saved.x, self.norm_attention, self.eps, n)
+        of_qkv = self.qkv.gradients(wide_d, n, saved.low_qkv)
+        return dx, [*of_qkv, *of_o, *of_gate_up, *of_down]
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor, product: Product) -> torch.Tensor:
+        """The norm of x in rows that hold the product's extra columns."""
+        wide = x.new_empty(x.shape[0], product.k + product.r)
+        rms_norm(x, weight, self.eps, wide[:, : product.k])
+        return wide
+
+    def _room(self, x: torch.Tensor, product: Product) -> torch.Tensor:
+        """Rows for a gradient of the product's output, and the extra columns."""
+        return x.new_empty(x.shape[0], product.n + product.r)
+
+    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views (tokens, heads, width) of queries, keys and values."""
+        parts = qkv.unflatten(1, (self.heads + 2 * self.kv_heads, self.head_width))
+        return parts.split((self.heads, self.kv_heads, self.kv_heads), dim=1)  # type: ignore[return-value]
+
+
+def make_block(layer: Any, config: Any) -> Block:
+    """From a transformers decoder layer, whose weights become views of the block's."""
+    attention, mlp = layer.self_attn, layer.mlp
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Block(
+        qkv=make_product([attention.q_proj, attention.k_proj, attention.v_proj]),
+        o=make_product([attention.o_proj]),
+        gate_up=make_product([mlp.gate_proj, mlp.up_proj]),
+        down=make_product([mlp.down_proj]),
+        norm_attention=layer.input_layernorm.weight.detach(),
+        norm_mlp=layer.post_attention_layernorm.weight.detach(),
+        eps=float(config.rms_norm_eps),
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_width=width,
+    )
+
+
+def adapted_layers(model: nn.Module) -> Any:
+    """The decoder layers of a transformers model, with or without PEFT around it."""
+    whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return whole.model.layers

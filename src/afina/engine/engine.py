@@ -1,0 +1,233 @@
+"""The engine: a transformers model with adapters attached, run through blocks of our own. Same numbers, less time.
+
+It knows families, not models. What it does not know is left to the reference, with the reason in one sentence. Before
+the first step it proves itself on the user's own batch (`prove`), and steps aside on a mismatch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from afina.engine.block import Block, Positions, adapted_layers, make_block
+from afina.engine.elementwise import cross_entropy, rms_norm, rms_norm_backward
+from afina.language import _
+from afina.model.loss import Targeted, summed_loss
+
+FAMILIES = {"llama", "mistral", "qwen2"}
+LOGITS_AT_ONCE = 2**27
+"""Elements of one chunk of logits: 1,024 rows of a 128k vocabulary, 0.5 GiB in fp32."""
+
+
+def why_not(model: nn.Module, longest: int) -> str | None:
+    """Why the engine leaves this model to the reference; None when it takes it."""
+    config: Any = model.config
+    if config.model_type not in FAMILIES:
+        return _("the {family} family is not fused yet").format(family=config.model_type)
+    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
+        return _("its activation is {name}").format(name=config.hidden_act)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and window < longest:
+        return _("its attention has a window of {count} tokens").format(count=window)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head % 8 or head > 256:
+        return _("its heads are {count} wide").format(count=head)
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if any(".lora_A." not in name and ".lora_B." not in name for name in learning):
+        return _("more than low-rank adapters learns")
+    known = tuple(f".{name}." for name in ("self_attn", "mlp"))
+    if any(part not in name for name in learning for part in (".layers.",)) or any(
+        not any(part in name for part in known) for name in learning
+    ):
+        return _("an adapter lies on a layer that is not fused")
+    for module in model.modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        if len(module.active_adapters) != 1 or any(getattr(module, "use_dora", {}).values()):
+            return _("its adapters are not plain LoRA")
+        if any(getattr(part, "p", 0) for part in module.lora_dropout.values()):
+            return _("adapters with dropout are not fused yet")
+        if type(module.base_layer) is not nn.Linear:
+            return _("its base layers are {kind}").format(kind=type(module.base_layer).__name__)
+    return None
+
+
+@dataclass
+class Plan:
+    """Which layers keep `gate_up` for the backward: chosen by bytes, given the most tokens of a micro-batch."""
+
+    kept_layers: int
+    bytes_per_layer: int
+
+
+class Engine:
+    """The fused model. `summed_loss(model, batch)` is a loss function for the loop; the batch must be packed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = model.config
+        whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.blocks: list[Block] = [make_block(layer, config) for layer in adapted_layers(model)]
+        self.embedding: torch.Tensor = whole.model.embed_tokens.weight.detach()
+        self.norm: torch.Tensor = whole.model.norm.weight.detach()
+        self.head: torch.Tensor = whole.lm_head.weight.detach()
+        self.eps = float(config.rms_norm_eps)
+        self._rotary = whole.model.rotary_emb
+        self._products = [product for block in self.blocks for product in block.products]
+        self.parameters = [parameter for product in self._products for parameter in product.parameters()]
+        self._versions: list[int] = []
+
+    def summed_loss(self, _model: nn.Module, batch: Targeted) -> torch.Tensor:
+        """Sum of the loss over the batch's targets, differentiable in the adapters."""
+        self._refresh()
+        if not torch.is_grad_enabled():
+            hidden, _saved = self._hidden(batch, self._positions(batch), save=False)
+            return self._head_loss(hidden, batch, gradient=False)[0]
+        loss: torch.Tensor = _Run.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
+        return loss
+
+    def plan(self, tokens: int, free_bytes: int) -> Plan:
+        """Let as many layers keep gate_up as fit into `free_bytes` with micro-batches of `tokens`; the rest make it again."""
+        element = self.embedding.element_size()
+        each = max(block.gate_up.n for block in self.blocks) * tokens * element
+        kept = len(self.blocks) if free_bytes < 0 else min(len(self.blocks), max(0, free_bytes // max(1, each)))
+        for place, block in enumerate(self.blocks):
+            block.keep_gate_up = place >= len(self.blocks) - kept
+        return Plan(kept, each)
+
+    def _refresh(self) -> None:
+        """Copy the adapters into the products' buffers when the optimiser has changed them."""
+        versions = [parameter._version for parameter in self.parameters]
+        if versions != self._versions:
+            with torch.no_grad():
+                for product in self._products:
+                    product.refresh()
+            self._versions = versions
+
+    @torch.no_grad()
+    def _positions(self, batch: Targeted) -> Positions:
+        if batch.lengths is None:
+            raise RuntimeError("the engine runs packed batches only")
+        like = torch.zeros(
+            1, dtype=torch.promote_types(self.embedding.dtype, torch.float32), device=self.embedding.device
+        )
+        cos, sin = self._rotary(like, batch.position_ids)
+        half = cos.shape[-1] // 2
+        return Positions(batch.lengths, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+
+    def _hidden(self, batch: Targeted, at: Positions, *, save: bool) -> tuple[torch.Tensor, list[Any]]:
+        x = nn.functional.embedding(batch.input_ids[0], self.embedding)
+        saved = []
+        for block in self.blocks:
+            x, kept = block.forward(x, at, save=save)
+            saved.append(kept)
+        return x, saved
+
+    def _head_loss(
+        self, hidden: torch.Tensor, batch: Targeted, *, gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Loss at the predicting rows, and the gradient of `hidden` in rows wide enough for the last layer's backward."""
+        rows = hidden[batch.predicting]
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        wide = d_rows = None
+        if gradient:
+            wide = hidden.new_zeros(hidden.shape[0], hidden.shape[1] + self.blocks[-1].down.r)
+            d_rows = torch.empty_like(rows)
+        step = max(1, LOGITS_AT_ONCE // self.head.shape[0])
+        for start in range(0, rows.shape[0], step):
+            chunk = rows[start : start + step]
+            normed = rms_norm(chunk, self.norm, self.eps, torch.empty_like(chunk))
+            logits = _logits(normed, self.head)
+            slopes = torch.empty_like(logits, dtype=hidden.dtype)
+            total += cross_entropy(logits, batch.targets[start : start + step], slopes).sum()
+            if d_rows is not None:
+                d_normed = torch.mm(slopes, self.head)
+                rms_norm_backward(d_normed, chunk, self.norm, self.eps, d_rows[start : start + step])
+        if wide is not None and d_rows is not None:
+            wide[:, : hidden.shape[1]].index_copy_(0, batch.predicting, d_rows)
+        return total, wide
+
+    def forward(self, batch: Targeted) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        """The loss, and what `backward` needs."""
+        at = self._positions(batch)
+        hidden, saved = self._hidden(batch, at, save=True)
+        loss, wide = self._head_loss(hidden, batch, gradient=True)
+        return loss, (at, saved, wide)
+
+    def backward(self, d_loss: torch.Tensor, kept: tuple[Any, ...]) -> list[torch.Tensor]:
+        """The adapters' gradients, in the order of `parameters`; layers are let go as they are done."""
+        at, saved, wide = kept
+        wide.mul_(d_loss)
+        gradients: list[list[torch.Tensor]] = []
+        for place in range(len(self.blocks) - 1, -1, -1):
+            below = self.blocks[place - 1].down.r if place else None
+            wide, found = self.blocks[place].backward(wide, saved.pop(), at, below)
+            gradients.append(found)
+        return [gradient for found in reversed(gradients) for gradient in found]
+
+
+class _Run(torch.autograd.Function):
+    """The whole model as one node of autograd's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, batch: Targeted, *_parameters: nn.Parameter) -> torch.Tensor:
+        loss, ctx.kept = engine.forward(batch)
+        ctx.engine = engine
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[Any, ...]:
+        kept, ctx.kept = ctx.kept, None
+        return None, None, *ctx.engine.backward(d_loss, kept)
+
+
+def _logits(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """(rows, vocabulary), in fp32 from 16-bit factors on a GPU, so that nothing is rounded between product and loss."""
+    if rows.is_cuda and rows.dtype != torch.float32:
+        return torch.mm(rows, head.t(), out_dtype=torch.float32)
+    return torch.mm(rows, head.t())
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The largest relative differences between engine and reference on one batch."""
+
+    loss: float
+    gradient: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether engine and reference agree to the rounding of their arithmetic."""
+        return self.loss <= self.tolerance and self.gradient <= 10 * self.tolerance
+
+
+def prove(
+    engine: Engine, model: nn.Module, batch: Targeted, autocast: torch.autocast, parameters: Sequence[nn.Parameter]
+) -> Proof:
+    """Compare loss and adapter gradients with the reference on `batch`, every B perturbed: with B = 0 dA is zero.
+
+    The adapters are as before afterwards.
+    """
+    kept = [parameter.detach().clone() for parameter in parameters]
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    with torch.no_grad():
+        for product in engine._products:
+            for adapter in product.adapters:
+                noise = torch.randn(adapter.b.shape, generator=generator) * 0.02
+                adapter.b.add_(noise.to(adapter.b))
+    found = []
+    for loss_fn in (engine.summed_loss, summed_loss):
+        with autocast:
+            loss = loss_fn(model, batch)
+        gradients = torch.autograd.grad(loss, list(parameters))
+        found.append((loss.item(), [gradient.float() for gradient in gradients]))
+    with torch.no_grad():
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
+    (ours, our_gradients), (theirs, their_gradients) = found
+    error = sum((a - b).square().sum().item() for a, b in zip(our_gradients, their_gradients, strict=True)) ** 0.5
+    norm = sum(gradient.square().sum().item() for gradient in their_gradients) ** 0.5
+    tolerance = 1e-5 if engine.embedding.dtype in (torch.float32, torch.float64) else 5e-3
+    return Proof(abs(ours - theirs) / max(abs(theirs), 1e-9), error / max(norm, 1e-12), tolerance)

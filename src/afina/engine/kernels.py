@@ -1,0 +1,178 @@
+"""The Triton twins of elementwise.py: one pass over memory each, statistics in fp32.
+
+Imported on a GPU only. Row strides are arguments, so that inputs and outputs may be parts of wider rows; offsets are
+64-bit, because 32,768 tokens times 128,256 logits do not fit into 32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
+    rows, width = x.shape
+    block = triton.next_power_of_2(width)
+    _rms_norm[(rows,)](x, x.stride(0), weight, out, out.stride(0), width, eps, block, num_warps=_warps(block))
+    return out
+
+
+@triton.jit
+def _rms_norm(x, x_stride, w, y, y_stride, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+    weight = tl.load(w + columns, mask=inside, other=0.0)
+    normed = (value * inverse).to(y.dtype.element_ty)
+    tl.store(y + row * y_stride + columns, weight * normed, mask=inside)
+
+
+def rms_norm_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    dx: torch.Tensor,
+    residual: torch.Tensor | None,
+    y: torch.Tensor | None,
+) -> torch.Tensor:
+    rows, width = x.shape
+    block = triton.next_power_of_2(width)
+    past, again = dy if residual is None else residual, dx if y is None else y
+    _rms_norm_backward[(rows,)](
+        dy, dy.stride(0), x, x.stride(0), weight, past, past.stride(0), dx, dx.stride(0), again, again.stride(0),
+        width, eps, block, residual is not None, y is not None, num_warps=_warps(block),
+    )  # fmt: skip
+    return dx
+
+
+@triton.jit
+def _rms_norm_backward(
+    dy, dy_stride, x, x_stride, w, past, past_stride, dx, dx_stride, y, y_stride,
+    width, eps, BLOCK: tl.constexpr, HAS_PAST: tl.constexpr, HAS_Y: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(w + columns, mask=inside, other=0.0)
+    scaled = tl.load(dy + row * dy_stride + columns, mask=inside, other=0.0).to(tl.float32) * weight.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+    normed = value * inverse
+    found = inverse * (scaled - normed * (tl.sum(scaled * normed, axis=0) / width))
+    if HAS_PAST:
+        found += tl.load(past + row * past_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_Y:
+        tl.store(y + row * y_stride + columns, weight * normed.to(y.dtype.element_ty), mask=inside)
+    tl.store(dx + row * dx_stride + columns, found, mask=inside)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, backward: bool) -> torch.Tensor:
+    tokens, half = cos.shape
+    group = max(1, 1024 // triton.next_power_of_2(half))
+    grid = (tokens, triton.cdiv(heads, group))
+    _rotate[grid](x, x.stride(0), cos, sin, half, heads, group, triton.next_power_of_2(half), backward, num_warps=4)
+    return x
+
+
+@triton.jit
+def _rotate(
+    x, x_stride, cos, sin, half, heads, GROUP: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (head < heads) & (column < half)
+    c = tl.load(cos + token * half + column, mask=column < half, other=0.0)
+    s = tl.load(sin + token * half + column, mask=column < half, other=0.0)
+    if BACKWARD:
+        s = -s
+    place = x + token * x_stride + head * 2 * half + column
+    first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, first * c - second * s, mask=inside)
+    tl.store(place + half, second * c + first * s, mask=inside)
+
+
+def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    rows, width = out.shape
+    block = 2048
+    _swiglu[(rows, triton.cdiv(width, block))](
+        gate_up, gate_up.stride(0), out, out.stride(0), width, block, num_warps=8
+    )
+    return out
+
+
+@triton.jit
+def _swiglu(gate_up, gate_up_stride, out, out_stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(gate_up + row * gate_up_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * gate_up_stride + width + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + columns, gate * tl.sigmoid(gate) * up, mask=inside)
+
+
+def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor, d_gate_up: torch.Tensor) -> torch.Tensor:
+    rows, width = d.shape
+    block = 2048
+    _swiglu_backward[(rows, triton.cdiv(width, block))](
+        d, d.stride(0), gate_up, gate_up.stride(0), d_gate_up, d_gate_up.stride(0), width, block, num_warps=8
+    )
+    return d
+
+
+@triton.jit
+def _swiglu_backward(d, d_stride, gate_up, gate_up_stride, out, out_stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(gate_up + row * gate_up_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * gate_up_stride + width + columns, mask=inside, other=0.0).to(tl.float32)
+    slope = tl.load(d + row * d_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(out + row * out_stride + columns, slope * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
+    tl.store(out + row * out_stride + width + columns, slope * silu, mask=inside)
+    tl.store(d + row * d_stride + columns, silu * up, mask=inside)
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, d_logits: torch.Tensor) -> torch.Tensor:
+    rows, width = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    _cross_entropy[(rows,)](
+        logits, logits.stride(0), targets, d_logits, d_logits.stride(0), losses, width, 4096, num_warps=16
+    )
+    return losses
+
+
+@triton.jit
+def _cross_entropy(logits, logits_stride, targets, out, out_stride, losses, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.full((BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):  # a running maximum per lane, joined once at the end
+        columns = start + tl.arange(0, BLOCK)
+        value = tl.load(logits + row * logits_stride + columns, mask=columns < width, other=-float("inf")).to(
+            tl.float32
+        )
+        higher = tl.maximum(largest, value)
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp(largest - shift) + tl.exp(value - shift)
+        largest = higher
+    peak = tl.max(largest, axis=0)
+    log_sum = peak + tl.log(tl.sum(total * tl.exp(largest - peak), axis=0))
+    target = tl.load(targets + row)
+    truth = tl.load(logits + row * logits_stride + target).to(tl.float32)
+    tl.store(losses + row, log_sum - truth)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < width
+        value = tl.load(logits + row * logits_stride + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        share = tl.exp(value - log_sum) - tl.where(columns == target, 1.0, 0.0)
+        tl.store(out + row * out_stride + columns, share, mask=inside)
+
+
+def _warps(block: int) -> int:
+    return 4 if block <= 2048 else 8 if block <= 8192 else 16

@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import torch
+from small import llama, perturb_adapters, spread
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
+
+from afina.data.batch import micro_batches
+from afina.data.template import Rendered
+from afina.engine.engine import Engine, why_not
+from afina.model.attach import attach, learning
+from afina.model.loss import summed_loss
+from afina.recipe.schema import Full, Lora
+
+SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=8192, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+FAMILIES = {
+    "llama": lambda: llama(),
+    "llama, tied, one kv head": lambda: llama(tie_word_embeddings=True, num_key_value_heads=1),
+    "llama, wide heads": lambda: llama(head_dim=16),
+    "llama 3 rope": lambda: llama(
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }  # fmt: skip
+    ),
+    "mistral": lambda: spread(AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, sliding_window=None))),
+    "qwen2": lambda: spread(AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE)), scale=0.1),
+}
+
+
+def rows(lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [
+        Rendered(random.integers(3, 97, length).astype(np.int32), np.append(random.random(length - 1) < 0.4, True))
+        for length in lengths
+    ]
+
+
+def both(model, lengths, dtype):
+    """Loss and gradients of engine and reference on the same packed batch."""
+    model = model.to(dtype)
+    (batch,) = micro_batches(rows(lengths), range(len(lengths)), budget=100_000, packing=True, pad_id=0)
+    parameters = [parameter for _name, parameter in learning(model)]
+    expected = summed_loss(model, batch)
+    plain = torch.autograd.grad(expected, parameters)
+    loss = Engine(model).summed_loss(model, batch)
+    found = torch.autograd.grad(loss, parameters)
+    return (loss.item(), found), (expected.item(), plain), [name for name, _parameter in learning(model)]
+
+
+def perturbed(model, **method):
+    model = attach(model, Lora(**{"rank": 4, **method}), seed=0)
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data += torch.rand(parameter.shape) * 0.3
+        if name.endswith("proj.base_layer.bias"):
+            parameter.data = torch.randn(parameter.shape) * 0.3
+    return perturb_adapters(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lengths", [[7], [2, 2, 33, 5], [129, 64, 3, 3, 3]], ids=str)
+def test_loss_and_gradients_are_the_references(family, lengths):
+    (loss, found), (expected, plain), names = both(perturbed(FAMILIES[family]()), lengths, torch.float64)
+    assert loss == pytest.approx(expected, rel=1e-6)  # transformers' norms and angles are fp32 even here
+    for name, gradient, truth in zip(names, found, plain, strict=True):
+        assert truth.norm() > 0, name
+        assert (gradient - truth).norm() <= 2e-5 * truth.norm(), name
+    (loss, found), _again, _names = both(perturbed(FAMILIES[family]()), lengths, torch.float32)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, gradient, truth in zip(names, found, plain, strict=True):
+        assert (gradient - truth).norm() <= 1e-4 * truth.norm(), name
+
+
+@pytest.mark.parametrize(
+    "method",
+    [dict(rank=3), dict(targets=["q_proj", "v_proj"]), dict(targets=["down_proj"]), dict(rslora=True, alpha=5.0)],
+    ids=str,
+)
+def test_any_plain_lora_is_the_references(method):
+    (loss, found), (expected, plain), names = both(perturbed(llama(), **method), [20, 9, 31], torch.float64)
+    assert loss == pytest.approx(expected, rel=1e-6)  # transformers' norms and angles are fp32 even here
+    for name, gradient, truth in zip(names, found, plain, strict=True):
+        assert (gradient - truth).norm() <= 2e-5 * truth.norm(), name
+
+
+def test_making_gate_up_again_changes_nothing():
+    model = perturbed(llama())
+    (batch,) = micro_batches(rows([20, 9, 31]), range(3), budget=1000, packing=True, pad_id=0)
+    parameters = [parameter for _name, parameter in learning(model)]
+    engine = Engine(model)
+    kept = torch.autograd.grad(engine.summed_loss(model, batch), parameters)
+    assert engine.plan(batch.tokens, 0).kept_layers == 0
+    again = torch.autograd.grad(engine.summed_loss(model, batch), parameters)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-6 * a.norm()) for a, b in zip(kept, again, strict=True))
+
+
+def test_the_engine_follows_the_optimiser():
+    model = perturbed(llama())
+    (batch,) = micro_batches(rows([20, 9]), range(2), budget=1000, packing=True, pad_id=0)
+    engine = Engine(model)
+    before = engine.summed_loss(model, batch).item()
+    with torch.no_grad():
+        for _name, parameter in learning(model):
+            parameter.mul_(1.5)
+    assert engine.summed_loss(model, batch).item() != before
+    assert engine.summed_loss(model, batch).item() == pytest.approx(summed_loss(model, batch).item(), rel=1e-6)
+
+
+def test_the_transformers_model_shares_the_weights_and_answers_as_before():
+    model = perturbed(llama())
+    ids = torch.randint(3, 97, (2, 11))
+    before = model(input_ids=ids).logits
+    engine = Engine(model)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+    assert weight.untyped_storage().data_ptr() == engine.blocks[0].gate_up.wide.untyped_storage().data_ptr()
+
+
+def test_what_is_not_covered_is_said():
+    assert why_not(attach(llama(), Lora(), seed=0), 64) is None
+    assert "dropout" in why_not(attach(llama(), Lora(dropout=0.1), seed=0), 64)
+    assert "low-rank" in why_not(attach(llama(), Full(name="full"), seed=0), 64)
+    window = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, sliding_window=16))
+    assert "16" in why_not(attach(window, Lora(), seed=0), 64)
