@@ -18,7 +18,9 @@ def command(
     beside_base: Annotated[bool, typer.Option("--beside-base", help=_("Show the base's answers too."))] = False,
     system: Annotated[str | None, typer.Option(help=_("The system message."))] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help=_("0 always takes the likeliest token."))] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.01, max=1, help=_("Share of likely tokens sampled from."))] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help=_("Share of likely tokens sampled from."))
+    ] = None,
     seed: Annotated[int, typer.Option(help=_("Makes sampling repeatable."))] = 0,
     json: Json = False,
     debug: Debug = False,

@@ -6,17 +6,30 @@ from typing import Annotated
 import typer
 
 from afina.cli.options import Debug, Json
+from afina.console import console
 from afina.language import _
-from afina.recipe.starter import USE_CASES
 
 UseCase = Annotated[
-    str, typer.Argument(help=_("One of {names}.").format(names=", ".join(USE_CASES)), show_default=False)
+    str | None,
+    typer.Argument(help=_("What the model is for; `afina init` alone lists the use cases."), show_default=False),
 ]
 Folder = Annotated[Path | None, typer.Argument(help=_("The new folder; named after the use case if not given."))]
 
 
-def command(use_case: UseCase, folder: Folder = None, json: Json = False, debug: Debug = False) -> None:
+def command(use_case: UseCase = None, folder: Folder = None, json: Json = False, debug: Debug = False) -> None:
     """A project folder."""
     from afina import pipeline
 
-    pipeline.init(use_case, folder)
+    if use_case is None:
+        _list()
+    else:
+        pipeline.init(use_case, folder)
+
+
+def _list() -> None:
+    from afina.recipe.starter import USE_CASES
+
+    console.line(_("afina init USE_CASE [FOLDER], where USE_CASE is one of:"))
+    for name in USE_CASES:
+        console.line(f"  {name}")
+    console.event("use_cases", names=list(USE_CASES))

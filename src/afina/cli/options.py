@@ -31,6 +31,4 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help=_("Changes to the recipe, such as training.epochs=1."), show_default=False),
 ]
-Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help=_("The run folder to make; runs/NAME if not given."))
-]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help=_("The run folder to make; runs/NAME if not given."))]

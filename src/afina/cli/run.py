@@ -3,7 +3,9 @@
 from afina.cli.options import Debug, Json, Out, Overrides, Recipe
 
 
-def command(recipe: Recipe, overrides: Overrides = None, out: Out = None, json: Json = False, debug: Debug = False) -> None:
+def command(
+    recipe: Recipe, overrides: Overrides = None, out: Out = None, json: Json = False, debug: Debug = False
+) -> None:
     """All of it."""
     from afina import pipeline
 
