@@ -53,7 +53,7 @@ def choose_hardware(model: Model) -> Hardware:
 
 def load_model(source: str, hardware: Hardware, *, revision: str | None = None) -> nn.Module:
     """Load a causal language model in evaluation mode. Raises ModelError for a folder or name that is none."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     folder = Path(source)
@@ -68,14 +68,19 @@ def load_model(source: str, hardware: Hardware, *, revision: str | None = None) 
             hint=_("Other formats can run code when they are opened, so they are not read. Convert the weights first."),
         )
     logging.disable_progress_bar()
+    where = {"revision": revision or "main", "trust_remote_code": False}
     try:
+        config = AutoConfig.from_pretrained(source, **where)
+        # Said aloud, because a config may ask for a kernel from the hub, which is code. Soft-capped scores and sinks
+        # (Gemma 2, gpt-oss) are beyond sdpa.
+        fused = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", False)
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             source,
-            revision=revision or "main",
+            config=config,
             dtype=hardware.dtype,
-            attn_implementation="sdpa",
-            trust_remote_code=False,
+            attn_implementation="sdpa" if fused else "eager",
             use_safetensors=True,
+            **where,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
