@@ -136,7 +136,10 @@ class Training(Section):
     packing: bool = True
     """Lay samples end to end without padding; attention stays inside each sample."""
     micro_batch_tokens: Annotated[int, Field(ge=8, le=2**28)] | None = Field(default=None, examples=[4096])
-    """Tokens computed at once, padding included; unset: max_length, and four times that on a GPU."""
+    """Tokens computed at once, padding included; unset: 4096, on a GPU 16384, and never less than max_length."""
+    engine: Literal["auto", "reference"] = "auto"
+    """auto: fused blocks, where they cover the model and prove themselves on the first batch; reference: transformers
+    and PEFT as they are."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """The peak."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -25,6 +25,7 @@ from afina.data.split import split
 from afina.data.template import Rendered, Renderer, audit
 from afina.data.tokenizer import load_tokenizer
 from afina.engine.attention import covers, packed_attention
+from afina.engine.engine import Engine, prove, why_not
 from afina.errors import DataError, RecipeError
 from afina.language import _
 from afina.model.attach import attach, learning, save_adapter
@@ -32,12 +33,15 @@ from afina.model.load import Hardware, choose_hardware, limit_of, load_model
 from afina.model.loss import summed_loss
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe
-from afina.train.loop import StepReport, mean_loss, train
+from afina.train.loop import LossFunction, StepReport, mean_loss, train
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "mps": 4096}
 """Computed at once where the recipe says nothing: enough to fill the device, little enough to fit beside the weights."""
 BACKWARD_WORK = 3
 """A learnt token costs about three times a token that is only looked at."""
+
+PROOF_TOKENS = 512
+"""On so many tokens of the first step the fused engine is compared with the reference."""
 
 
 @dataclass
@@ -62,6 +66,7 @@ class Examples:
 class Tally:
     """Figures gathered while training."""
 
+    engine: str = ""
     losses: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
     tokens: int = 0
@@ -146,9 +151,6 @@ def train_run(recipe: Recipe, folder: Path, out: Path, console: Console) -> dict
         )
     )
     packing = recipe.training.packing and covers(model, recipe.model.max_length)
-    engine = (
-        _("reference (transformers + PEFT), packed attention") if packing else _("reference (transformers + PEFT)")
-    )
     tally, steps = _run_loop(model, recipe, examples, hardware, tokenizer.pad_id, packing, out, console)
 
     save_adapter(model, out / "adapter", base=recipe.model.base)
@@ -156,7 +158,7 @@ def train_run(recipe: Recipe, folder: Path, out: Path, console: Console) -> dict
     return {
         "seed": recipe.seed,
         "hardware": str(hardware),
-        "engine": engine,
+        "engine": tally.engine,
         "data": {
             "rows": examples.rows,
             "train": len(examples.train),
@@ -207,6 +209,10 @@ def _run_loop(
     def lay_out(rows: Sequence[Rendered], samples: Sequence[int]) -> list[Batch]:
         return micro_batches(rows, samples, budget=budget, packing=packing, pad_id=pad_id)
 
+    first = lay_out(examples.train, _few(examples.train, order.step(0)))[0]
+    with packed_attention(model, packing):
+        loss_fn, tally.engine = _choose_engine(model, recipe, hardware, first if packing else None)
+    console.line(_("Engine    {engine}").format(engine=tally.engine))
     held_out = lay_out(examples.validation, range(len(examples.validation)))
     held_out_tokens = sum(batch.tokens for batch in held_out)
     validate_after = _validation_steps(steps, training.validations) if held_out else frozenset()
@@ -240,7 +246,7 @@ def _run_loop(
             )
 
         def on_validate(step: int) -> None:
-            loss = mean_loss(model, held_out, hardware, summed_loss)
+            loss = mean_loss(model, held_out, hardware, loss_fn)
             tally.validation.append(loss)
             log.append({"kind": "validation", "step": step, "loss": loss})
             progress.advance(held_out_tokens)
@@ -254,13 +260,39 @@ def _run_loop(
             training=training,
             seed=recipe.seed,
             hardware=hardware,
-            loss_fn=summed_loss,
+            loss_fn=loss_fn,
             on_step=on_step,
             on_validate=on_validate,
             validate_after=validate_after,
         )
         tally.seconds = time.perf_counter() - started
     return tally, steps
+
+
+def _choose_engine(
+    model: nn.Module, recipe: Recipe, hardware: Hardware, first: Batch | None
+) -> tuple[LossFunction, str]:
+    """The loss function that trains, and a sentence on which engine it is and why. `first`: a packed batch, if packed.
+
+    The fused engine proves itself on that batch against the reference; on a mismatch the reference trains.
+    """
+    if recipe.training.engine == "reference":
+        return summed_loss, _("reference (transformers + PEFT), as the recipe asks")
+    if first is None:
+        return summed_loss, _("reference (transformers + PEFT), as batches are padded")
+    if reason := why_not(model, recipe.model.max_length):
+        return summed_loss, _("reference (transformers + PEFT) with packed attention: {reason}").format(reason=reason)
+    engine, batch = Engine(model), first.to(hardware.device)
+    model.train()
+    proof = prove(engine, model, batch, hardware.autocast(), engine.parameters)
+    if not proof.holds:
+        reason = _("on the first batch the fused loss differs by {loss:.1e}, its gradients by {gradient:.1e}")
+        return summed_loss, _("reference (transformers + PEFT) with packed attention: {reason}").format(
+            reason=reason.format(loss=proof.loss, gradient=proof.gradient)
+        )
+    return engine.summed_loss, _(
+        "fused blocks; on the first batch loss and gradients are the reference's to {loss:.0e} and {gradient:.0e}"
+    ).format(loss=proof.loss, gradient=proof.gradient)
 
 
 def _render(
@@ -283,12 +315,25 @@ def _render(
             + "\n".join(shown),
             file=fatal[0][0].file,
             line=fatal[0][0].line,
-            hint=_("Raise model.max_length, shorten them, or set data.too_long to reject to go on without the long ones.")
+            hint=_(
+                "Raise model.max_length, shorten them, or set data.too_long to reject to go on without the long ones."
+            )
             if len(too_long) == len(fatal)
             else _("Mend these samples, or use a chat template that closes the answer (model.chat_template)."),
         )
     aside = {id(sample) for sample, _reason in rejected}
     return [row for sample, row in zip(samples, rendered, strict=True) if id(sample) not in aside], rejected
+
+
+def _few(rows: Sequence[Rendered], samples: Sequence[int]) -> list[int]:
+    """The first samples of a step, PROOF_TOKENS together or one at least: the reference needs more memory than we do."""
+    chosen, tokens = [samples[0]], rows[samples[0]].ids.size
+    for index in samples[1:]:
+        tokens += rows[index].ids.size
+        if tokens > PROOF_TOKENS:
+            break
+        chosen.append(index)
+    return chosen
 
 
 def _epochs_for(steps: int, order: Order) -> float:
