@@ -5,6 +5,7 @@ loop divides by their number over the whole step. Packed, samples lie end to end
 `lengths` tells attention where each begins; unpacked, each has a row of its own, padded on the right.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,16 +71,17 @@ def micro_batches(
 def _best_fit(samples: Sequence[int], lengths: dict[int, int], budget: int) -> list[list[int]]:
     """Best-fit decreasing: the longest first, each into the fullest bin that still has room."""
     bins: list[list[int]] = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted, so that the fullest that fits is found by halving
     for index in sorted(samples, key=lambda index: (-lengths[index], index)):
-        open_bins = [place for place, left in enumerate(room) if left >= lengths[index]]
-        if open_bins:
-            place = min(open_bins, key=lambda place: room[place])
-            bins[place].append(index)
-            room[place] -= lengths[index]
+        found = bisect_left(rooms, (lengths[index], 0))
+        if found < len(rooms):
+            room, place = rooms.pop(found)
         else:
-            bins.append([index])
-            room.append(budget - lengths[index])
+            room, place = budget, len(bins)
+            bins.append([])
+        bins[place].append(index)
+        if room > lengths[index]:
+            insort(rooms, (room - lengths[index], place))
     return bins
 
 

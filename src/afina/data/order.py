@@ -7,6 +7,7 @@ step is cut into micro-batches.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 
 import numpy as np
 
@@ -36,7 +37,9 @@ class Order:
         """The samples of step `number` (from 0)."""
         first = number * self.batch_size
         places = range(first, min(first + self.batch_size, self._seen))
-        return [int(_permutation(self.samples, self.seed, place // self.samples)[place % self.samples]) for place in places]
+        return [
+            int(_permutation(self.samples, self.seed, place // self.samples)[place % self.samples]) for place in places
+        ]
 
     def epoch(self, number: int) -> float:
         """Passes over the data finished when step `number` begins."""
@@ -45,10 +48,14 @@ class Order:
 
 @lru_cache(maxsize=2)
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+    order.flags.writeable = False  # it is shared with whoever asks next
+    return order
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A 63-bit seed for one purpose, such as the dropout of one micro-step, from the run's seed and where it is."""
-    words = [part if isinstance(part, int) else int.from_bytes(part.encode(), "little") for part in parts]
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+    """A 63-bit seed for one purpose, such as the dropout of one micro-step, from the run's seed and where it is.
+
+    Different parts give different seeds: (1, 0) is neither (1,) nor (10,), as it would be in numpy's SeedSequence.
+    """
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1

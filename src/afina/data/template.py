@@ -1,8 +1,10 @@
 """Conversation to token ids and the mask of what is learnt. Training, evaluation and chat all come through here.
 
-The template is rendered once as text. Where an answer stands in that text is found by rendering again with a mark
-beside the answer, not by searching for marker strings. The text is then cut at the control tokens that the template
-itself wrote and where answers begin, and each piece is encoded as plain text. So
+The template renders each conversation once, as text. Where the answers stand in that text follows from how the same
+template renders placeholders in the same roles (`_Layout`), checked to the character; for a template that looks into
+the contents, from rendering again with a mark beside the answer. Marker strings are never searched for. The text is
+then cut at the control tokens that the template itself wrote and where answers begin, and each piece is encoded as
+plain text. So
 
 * a control token written by a user or found in data stays text: it cannot end a turn or forge a role;
 * a prompt at inference has the very ids it had in training, because nothing merges across the place where the
@@ -10,19 +12,24 @@ itself wrote and where answers begin, and each piece is encoded as plain text. S
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
 from afina.data.conversation import Message, Sample
-from afina.data.tokenizer import Tokenizer
+from afina.data.problem import BadRows, Problem
+from afina.data.tokenizer import Refusal, Tokenizer
 from afina.errors import DataError
 from afina.language import _
 
 MARK = "\ue0f0\ue0f1\ue0f0"
-"""Private-use characters: no template treats them as space, no text of a data set holds them in this order."""
+_PRIVATE = "\ue0f0-\ue0f5"
+"""Characters of our own between contents and template. Where a content holds one of them, it is hidden like markup."""
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +42,55 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A part of the rendered text: one control token (`control`), or plain text."""
+    """A part of the rendered text: one token of the template's markup, or plain text."""
 
     text: str
     learnt: bool
-    control: int | None
+    markup: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Hidden:
+    """A conversation as the template may see it: placeholders stand for `texts`, which must not become markup."""
+
+    rows: list[dict[str, str]]
+    texts: list[str]
+
+    def restore(self, text: str) -> str:
+        """The text with what was hidden put back."""
+        return re.sub("\ue0f2([0-9]+)\ue0f3", lambda m: self.texts[int(m.group(1))], text) if self.texts else text
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What the template writes around the contents of one sequence of roles.
+
+    `order`: the messages in the order in which their contents appear. `literals[i]` stands before the i-th of these,
+    the last one after all; there are none when a content is missing or written twice. `leads`: per message, how many
+    characters before its content the model takes over.
+    """
+
+    order: tuple[int, ...]
+    literals: tuple[str, ...]
+    leads: tuple[int, ...]
+
+    def find(self, text: str, rows: list[dict[str, str]]) -> list[Span] | None:
+        """Where each content stands in `text`, as it is or stripped; None when `text` is not laid out so."""
+        if not self.literals or not text.startswith(self.literals[0]):
+            return None
+        found: dict[int, Span] = {}
+        position = len(self.literals[0])
+        for place, literal in zip(self.order, self.literals[1:], strict=True):
+            content = rows[place]["content"]
+            for form in (content, content.strip()):
+                end = position + len(form)
+                if text.startswith(form, position) and text.startswith(literal, end):
+                    break
+            else:
+                return None
+            found[place] = (position, end)
+            position = end + len(literal)
+        return [found[place] for place in range(len(rows))] if position == len(text) else None
 
 
 @dataclass(frozen=True)
@@ -54,71 +105,136 @@ class Renderer:
         return self.samples([sample])[0]
 
     def samples(self, samples: Sequence[Sample]) -> list[Rendered]:
-        """As `sample`, for many at once (the tokenizer then uses all cores)."""
-        return self._encode([self._explain(sample) for sample in samples])
+        """As `sample`, for many at once (the tokenizer then uses all cores). Raises BadRows naming all that fail."""
+        pieces: list[list[_Piece]] = []
+        problems: list[Problem] = []
+        hint = ""
+        for sample in samples:
+            try:
+                pieces.append(self._pieces(sample.messages, self.learn))
+            except (DataError, Refusal) as error:
+                problems.append(Problem(sample.file, sample.line, error.message))
+                hint = hint or error.hint
+        if problems:
+            raise BadRows(problems, len(samples), hint=hint)
+        return self._encode(pieces)
 
     def prompt(self, messages: Iterable[Message]) -> list[int]:
         """Ids of a conversation that the model shall continue with its answer."""
-        messages = list(messages)
-        text, texts = self._render(messages, prompt=True)
-        told = self._render(messages)[0] if any(message.role == "assistant" for message in messages) else ""
-        spans = self._spans(told, messages) if told and text.startswith(told) else []
-        return [int(index) for index in self._encode([self._cut(text, texts, spans, [])])[0].ids]
+        hidden = self._hide(list(messages))
+        text = self.tokenizer.render(hidden.rows, prompt=True)
+        layout = self._layout(hidden.rows, prompt=True)
+        self._check(text, hidden, layout, learnt=())
+        pieces = self._cut(text, hidden, self._spans(text, hidden, layout, prompt=True), [])
+        return [int(index) for index in self._encode([pieces])[0].ids]
 
     def answer(self, messages: Sequence[Message], answer: str) -> Rendered:
         """Ids of messages followed by this answer, of which only the answer and its end of turn are learnt."""
-        whole = [*messages, Message("assistant", answer)]
-        return self._encode([self._pieces(whole, learn="last")])[0]
+        return self._encode([self._pieces([*messages, Message("assistant", answer)], "last")])[0]
 
-    def _explain(self, sample: Sample) -> list[_Piece]:
-        try:
-            return self._pieces(list(sample.messages), self.learn)
-        except DataError as error:
-            raise DataError(error.message, hint=error.hint, file=sample.file, line=sample.line) from error
+    def _pieces(self, messages: Sequence[Message], learn: str) -> list[_Piece]:
+        """A conversation cut up. Every answer is cut out, learnt or not: ids must not depend on what is learnt."""
+        hidden = self._hide(messages)
+        text = self.tokenizer.render(hidden.rows)
+        layout = self._layout(hidden.rows, prompt=False)
+        answers = _answers(hidden.rows)
+        self._check(text, hidden, layout, learnt=answers if learn == "all" else answers[-1:])
+        spans = self._spans(text, hidden, layout, prompt=False)
+        return self._cut(text, hidden, spans, spans if learn == "all" else spans[-1:])
 
-    def _pieces(self, messages: list[Message], learn: str) -> list[_Piece]:
-        text, texts = self._render(messages)
-        spans = self._spans(text, messages)
-        return self._cut(text, texts, spans, spans if learn == "all" else spans[-1:])
-
-    def _spans(self, text: str, messages: list[Message]) -> list[tuple[int, int]]:
-        """Where each answer stands in `text`, whether it is learnt or not: ids must not depend on what is learnt."""
-        answers = [place for place, message in enumerate(messages) if message.role == "assistant"]
-        return [self._span(text, messages, place) for place in answers]
-
-    def _render(self, messages: list[Message], *, prompt: bool = False) -> tuple[str, list[str]]:
-        """The rendered text, control tokens in contents replaced by placeholders, and what these stand for."""
+    def _hide(self, messages: Sequence[Message]) -> _Hidden:
+        """Put placeholders for what could become markup: control tokens anywhere, tags but in the assistant's words."""
         texts: list[str] = []
 
-        def hide(match: re.Match[str]) -> str:
+        def placeholder(match: re.Match[str]) -> str:
             texts.append(match.group())
             return f"\ue0f2{len(texts) - 1}\ue0f3"
 
-        rows = [{"role": m.role, "content": self._control.sub(hide, m.content)} for m in messages]
-        rendered = self.tokenizer.render(rows, prompt=prompt)
-        for message, row in zip(messages, rows, strict=True):
-            if row["content"].strip() not in rendered:
-                raise DataError(
-                    _("The chat template drops or changes the {role}'s message “{start}”.").format(
-                        role=message.role, start=message.content.strip()[:40]
-                    ),
-                    hint=_("Use a template that has this role, or write its text into the user's message."),
-                )
-        return rendered, texts
+        rows = []
+        for message in messages:
+            pattern = self._not_assistants if message.role == "assistant" else self._not_users
+            rows.append({"role": message.role, "content": pattern.sub(placeholder, message.content)})
+        return _Hidden(rows, texts)
 
-    def _span(self, text: str, messages: list[Message], place: int) -> tuple[int, int]:
-        """Where answer `place` is learnt: from where the model takes over to the end-of-turn token, included."""
-        before = self._render(messages[:place], prompt=True)[0] if place else ""
-        start = len(before) if before and text.startswith(before) else self._marked(text, messages, place, front=True)
-        end = self._marked(text, messages, place, front=False)
-        close = self._closing.match(text, end)
-        return start, close.end() if close else end
+    def _check(self, text: str, hidden: _Hidden, layout: _Layout | None, learnt: Sequence[int]) -> None:
+        """Refuse a template that drops a message, or changes a user's words or an answer that shall be learnt.
 
-    def _marked(self, text: str, messages: list[Message], place: int, *, front: bool) -> int:
+        Earlier answers it may shorten: templates of thinking models leave the thoughts of earlier turns out. In system
+        messages some look for switches such as /no_think.
+        """
+        for place, row in enumerate(hidden.rows):
+            if row["role"] == "assistant" and place not in learnt:
+                continue
+            parts = {"user": [row["content"]], "assistant": self._tags.split(row["content"])}.get(row["role"], [])
+            kept = layout is None or place in layout.order
+            if kept and all(part.strip() in text for part in parts):
+                continue
+            raise DataError(
+                _("The chat template drops or changes the {role}'s message “{start}”.").format(
+                    role=row["role"], start=hidden.restore(row["content"]).strip()[:40]
+                ),
+                hint=_("Use a template that has this role, or write its text into the user's message."),
+            )
+
+    def _spans(self, text: str, hidden: _Hidden, layout: _Layout | None, *, prompt: bool) -> list[Span]:
+        """Where each answer stands in `text`: from where the model takes over to the end of turn, included."""
+        answers = _answers(hidden.rows)
+        found = layout.find(text, hidden.rows) if layout is not None else None
+        if layout is not None and found is not None:
+            spans = [(found[place][0] - layout.leads[place], found[place][1]) for place in answers]
+        else:
+            spans = [self._searched(text, hidden.rows, place, prompt) for place in answers]
+        return [(begin, self._closed(text, end)) for begin, end in spans]
+
+    def _closed(self, text: str, end: int) -> int:
+        """After the token that ends the answer, if there is one; what closes a turn but ends nothing is not learnt."""
+        closing = self._ends.match(text, end)
+        return closing.end() if closing else end
+
+    def _layout(self, rows: list[dict[str, str]], *, prompt: bool) -> _Layout | None:
+        """The layout of these roles, found once; None when the template refuses them with placeholders."""
+        key = (prompt, tuple(row["role"] for row in rows))
+        if key not in self._layouts:
+            try:
+                self._layouts[key] = self._laid_out(key[1], prompt)
+            except Refusal:
+                self._layouts[key] = None
+        return self._layouts[key]
+
+    def _laid_out(self, roles: Sequence[str], prompt: bool) -> _Layout:
+        rows = [{"role": role, "content": f"\ue0f4{place}\ue0f5"} for place, role in enumerate(roles)]
+        text = self.tokenizer.render(rows, prompt=prompt)
+        matches = list(re.finditer("\ue0f4([0-9]+)\ue0f5", text))
+        order = tuple(int(match.group(1)) for match in matches)
+        literals: tuple[str, ...] = ()
+        leads = [0] * len(roles)
+        if sorted(order) == list(range(len(roles))):
+            edges = [0, *(edge for match in matches for edge in match.span()), len(text)]
+            literals = tuple(text[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True))
+            for place, match in zip(order, matches, strict=True):
+                leads[place] = self._lead(text[: match.start()], rows, place)
+        return _Layout(order, literals, tuple(leads))
+
+    def _lead(self, text: str, rows: list[dict[str, str]], place: int) -> int:
+        """How many characters the model writes between taking over and the content of answer `place`, after `text`."""
+        if rows[place]["role"] != "assistant" or place == 0:
+            return 0
+        before = self.tokenizer.render(rows[:place], prompt=True)
+        return len(text) - len(before) if text.startswith(before) else 0
+
+    def _searched(self, text: str, rows: list[dict[str, str]], place: int, prompt: bool) -> Span:
+        """Where answer `place` stands, for a template that looks into the contents."""
+        before = self.tokenizer.render(rows[:place], prompt=True) if place else ""
+        end = self._marked(text, rows, place, prompt, front=False)
+        if before and text.startswith(before) and len(before) <= end:
+            return len(before), end
+        return self._marked(text, rows, place, prompt, front=True), end
+
+    def _marked(self, text: str, rows: list[dict[str, str]], place: int, prompt: bool, *, front: bool) -> int:
         """Where an answer begins (`front`) or ends in `text`, found by rendering it with MARK beside it."""
-        content = messages[place].content
-        marked = Message("assistant", MARK + content if front else content + MARK)
-        variant = self._render([*messages[:place], marked, *messages[place + 1 :]])[0]
+        content = rows[place]["content"]
+        marked = {"role": "assistant", "content": MARK + content if front else content + MARK}
+        variant = self.tokenizer.render([*rows[:place], marked, *rows[place + 1 :]], prompt=prompt)
         found = variant.find(MARK)
         if found < 0:
             raise DataError(
@@ -127,75 +243,101 @@ class Renderer:
             )
         return found if front else len(text) - (len(variant) - found - len(MARK))
 
-    def _cut(
-        self, text: str, texts: list[str], spans: list[tuple[int, int]], targets: list[tuple[int, int]]
-    ) -> list[_Piece]:
-        """Cut at control tokens and where `spans` begin and end; those in `targets` are learnt. Hidden texts return."""
+    def _cut(self, text: str, hidden: _Hidden, spans: list[Span], targets: list[Span]) -> list[_Piece]:
+        """Cut at markup and where `spans` begin and end; those in `targets` are learnt. Hidden texts return."""
         edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
         pieces: list[_Piece] = []
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in pairwise(edges):
             learnt = any(first <= begin < last for first, last in targets)
             position = begin
-            for match in self._control.finditer(text, begin, end):
-                pieces.append(_Piece(_restore(text[position : match.start()], texts), learnt, None))
-                pieces.append(_Piece(match.group(), learnt, self.tokenizer.control_tokens[match.group()]))
+            for match in self._tokens.finditer(text, begin, end):
+                if position < match.start():
+                    pieces.append(_Piece(hidden.restore(text[position : match.start()]), learnt))
+                markup = match.group().strip()
+                pieces.append(_Piece(markup, learnt, self.tokenizer.markup[markup]))
                 position = match.end()
-            pieces.append(_Piece(_restore(text[position:end], texts), learnt, None))
-        return [piece for piece in pieces if piece.text]
+            if position < end:
+                pieces.append(_Piece(hidden.restore(text[position:end]), learnt))
+        return pieces
 
     def _encode(self, conversations: list[list[_Piece]]) -> list[Rendered]:
         """Ids of pieces, all plain texts encoded in one call."""
-        plain = [piece.text for pieces in conversations for piece in pieces if piece.control is None]
-        encoded = iter(self.tokenizer.encode(plain))
-        rendered = []
-        for pieces in conversations:
-            ids: list[int] = []
-            learnt: list[bool] = []
-            for piece in pieces:
-                added = next(encoded) if piece.control is None else [piece.control]
-                ids += added
-                learnt += [piece.learnt] * len(added)
-            bos = self._bos
-            if bos is not None and ids[:1] != [bos]:
-                ids, learnt = [bos, *ids], [False, *learnt]
-            rendered.append(Rendered(np.array(ids, np.int32), np.array(learnt, np.bool_)))
-        return rendered
+        plain = [piece.text for pieces in conversations for piece in pieces if piece.markup is None]
+        encoded = iter(self.tokenizer.encode(plain, tags=False))
+        return [self._joined(pieces, encoded) for pieces in conversations]
+
+    def _joined(self, pieces: list[_Piece], encoded: Iterator[list[int]]) -> Rendered:
+        ids: list[int] = []
+        learnt: list[bool] = []
+        bos = self.tokenizer.bos_id
+        if bos is not None and (not pieces or pieces[0].markup != bos):
+            ids, learnt = [bos], [False]
+        for piece in pieces:
+            added = [piece.markup] if piece.markup is not None else next(encoded)
+            ids += added
+            learnt += [piece.learnt] * len(added)
+        return Rendered(np.array(ids, np.int32), np.array(learnt, np.bool_))
 
     @cached_property
-    def _bos(self) -> int | None:
-        return self.tokenizer.bos_id
+    def _layouts(self) -> dict[tuple[bool, tuple[str, ...]], _Layout | None]:
+        return {}
 
     @cached_property
-    def _control(self) -> re.Pattern[str]:
-        """Any control token; the longest first, so that none hides in another."""
-        names = sorted(self.tokenizer.control_tokens, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)) if names else r"(?!)")
+    def _tokens(self) -> re.Pattern[str]:
+        """Markup in a rendered text."""
+        return self.tokenizer.pattern(self.tokenizer.markup)
 
     @cached_property
-    def _closing(self) -> re.Pattern[str]:
-        """The control token that closes an answer, after white space at most."""
-        return re.compile(rf"\s*(?:{self._control.pattern})")
+    def _ends(self) -> re.Pattern[str]:
+        """What ends an answer, after white space at most."""
+        ends = [text for text, index in self.tokenizer.markup.items() if index in self.tokenizer.end_ids]
+        return re.compile(rf"\s*(?:{self.tokenizer.pattern(ends).pattern})")
+
+    @cached_property
+    def _tags(self) -> re.Pattern[str]:
+        """Tags that the assistant may write."""
+        return _any_of(set(self.tokenizer.markup) - set(self.tokenizer.control_tokens))
+
+    @cached_property
+    def _not_users(self) -> re.Pattern[str]:
+        return _any_of(self.tokenizer.markup, f"[{_PRIVATE}]")
+
+    @cached_property
+    def _not_assistants(self) -> re.Pattern[str]:
+        return _any_of(self.tokenizer.control_tokens, f"[{_PRIVATE}]")
 
 
-def _restore(text: str, texts: list[str]) -> str:
-    return re.sub("\ue0f2([0-9]+)\ue0f3", lambda match: texts[int(match.group(1))], text) if texts else text
+def _any_of(texts: Iterable[str], *patterns: str) -> re.Pattern[str]:
+    """Any of these texts, the longest first, so that none hides in another."""
+    escaped = [re.escape(text) for text in sorted(texts, key=len, reverse=True)]
+    return re.compile("|".join([*patterns, *escaped]) or r"(?!)")
 
 
-def audit(samples: Sequence[Sample], rendered: Sequence[Rendered], tokenizer: Tokenizer, max_length: int) -> list[tuple[Sample, str]]:
+def _answers(rows: list[dict[str, str]]) -> list[int]:
+    return [place for place, row in enumerate(rows) if row["role"] == "assistant"]
+
+
+def audit(
+    samples: Sequence[Sample], rendered: Sequence[Rendered], tokenizer: Tokenizer, max_length: int
+) -> list[tuple[Sample, str]]:
     """What is wrong with the labels, sample by sample, before the first step; empty when all is well.
 
     Checked: something is learnt; the end of turn is learnt; the sequence fits, so no answer is cut off; one BOS.
     """
     problems: list[tuple[Sample, str]] = []
-    ends = np.array(tokenizer.end_ids, np.int32)
     for sample, row in zip(samples, rendered, strict=True):
-        targets = row.ids[1:][row.learnt[1:]]
-        if targets.size == 0:
-            problems.append((sample, _("nothing is learnt")))
-        elif not np.isin(targets[-1], ends):
-            problems.append((sample, _("the end of turn is not learnt, so the model would never stop")))
-        if row.ids.size > max_length:
-            problems.append((sample, _("{count} tokens exceed model.max_length ({limit})").format(count=row.ids.size, limit=max_length)))
-        if tokenizer.bos_id is not None and int((row.ids == tokenizer.bos_id).sum()) > 1 and tokenizer.bos_id not in ends:
-            problems.append((sample, _("more than one beginning-of-sequence token")))
+        problems += [(sample, reason) for reason in _faults(row, tokenizer, max_length)]
     return problems
+
+
+def _faults(row: Rendered, tokenizer: Tokenizer, max_length: int) -> Iterator[str]:
+    learnt = np.flatnonzero(row.learnt[1:]) + 1  # the first token is never predicted
+    bos = tokenizer.hf.bos_token_id
+    if learnt.size == 0:
+        yield _("nothing is learnt")
+    elif int(row.ids[learnt[-1]]) not in tokenizer.end_ids:
+        yield _("the end of turn is not learnt, so the model would never stop")
+    if row.ids.size > max_length:
+        yield _("{count} tokens exceed model.max_length ({limit})").format(count=row.ids.size, limit=max_length)
+    if bos is not None and row.ids[:2].tolist() == [bos, bos]:
+        yield _("more than one beginning-of-sequence token")

@@ -1,18 +1,36 @@
 """The one door to tokenizers: loads one, encodes text that can never become a control token, decodes ids.
 
-Knows the special ids (end of turn, padding, beginning) but nothing of conversations: that is template.py.
+Knows the special ids (end of turn, padding, beginning) and renders the chat template, but nothing of what is learnt:
+that is template.py.
+
+Added tokens are of three kinds. Control tokens (`special` in tokenizer.json) come from the template alone. Tags that
+are not special, such as <think> or <tool_call>, come from the template or from the assistant, who writes them as
+tokens. The rest (runs of spaces, words added to the vocabulary) are text like any other.
 """
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from afina import durable
+from afina.data.sandbox import FAILURES, Render, chat_template, without_clock
 from afina.errors import ModelError
 from afina.language import _
 from afina.recipe.place import BUNDLED
+
+_TAG = re.compile(r"<\S+>|\[\S+\]")
+_ASKED, _ANSWERED = "\ue0f4", "\ue0f5"
+"""What the template is probed with: private-use characters, which no template writes."""
+
+
+class Refusal(ModelError):
+    """The chat template refuses a conversation, such as one with a system message."""
 
 
 @dataclass(frozen=True)
@@ -26,24 +44,17 @@ class Tokenizer:
     template: str | None
 
     @cached_property
-    def _plain(self) -> Any:
-        """The fast tokenizer with control tokens taken as ordinary text."""
-        from tokenizers import Tokenizer as Backend
-
-        plain = Backend.from_str(self.hf.backend_tokenizer.to_str())
-        plain.no_padding()
-        plain.no_truncation()
-        plain.encode_special_tokens = True
-        return plain
-
-    @cached_property
     def control_tokens(self) -> dict[str, int]:
         """Text to id of every token that is markup, not text."""
-        return {
-            token.content: index for index, token in self.hf.added_tokens_decoder.items() if token.special
-        }
+        return {token.content: index for index, token in self.hf.added_tokens_decoder.items() if token.special}
 
-    @property
+    @cached_property
+    def markup(self) -> dict[str, int]:
+        """Text to id of control tokens and tags: what a user's text can never become."""
+        tokens = self.hf.added_tokens_decoder.items()
+        return {token.content: index for index, token in tokens if token.special or _TAG.fullmatch(token.content)}
+
+    @cached_property
     def bos_id(self) -> int | None:
         """The token every sequence begins with, where the tokenizer itself puts one; else None."""
         ids = self.hf("a")["input_ids"]
@@ -51,12 +62,19 @@ class Tokenizer:
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids at which an answer is over."""
-        ends = {self.hf.eos_token_id}
-        for text in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>"):
-            if text in self.control_tokens:
-                ends.add(self.control_tokens[text])
-        return tuple(sorted(index for index in ends if index is not None))
+        """Ids at which an answer is over: what the template closes one with, and the tokenizer's end of sequence."""
+        return tuple(sorted({index for index in (self.hf.eos_token_id, self._closing_id) if index is not None}))
+
+    @cached_property
+    def _closing_id(self) -> int | None:
+        """The control token that the template writes after the last answer, white space between them at most."""
+        try:
+            rendered = self.render([{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}])
+        except ModelError:
+            return None
+        after = rendered.rpartition(_ANSWERED)[2].lstrip()
+        found = [text for text in self.control_tokens if after.startswith(text)]
+        return self.control_tokens[max(found, key=len)] if found else None
 
     @property
     def pad_id(self) -> int:
@@ -64,14 +82,53 @@ class Tokenizer:
         pad = self.hf.pad_token_id
         return int(pad if pad is not None else self.hf.eos_token_id or 0)
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, with nothing added and nothing taken as markup. Raises ModelError."""
-        try:
-            return [encoding.ids for encoding in self._plain.encode_batch(texts, add_special_tokens=False)]
-        except BaseException as error:  # noqa: BLE001 - the Rust panic derives from BaseException
-            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise ModelError(_("The tokenizer failed on a text: {reason}.").format(reason=error)) from error
-            raise
+    def pattern(self, texts: Iterable[str]) -> re.Pattern[str]:
+        """Where one of these added tokens stands in a text, with the white space that it swallows around it.
+
+        The longest comes first, so that none hides in another.
+        """
+        tokens = {token.content: token for token in self.hf.added_tokens_decoder.values()}
+        choices = []
+        for text in sorted(texts, key=len, reverse=True):
+            left, right = r"\s*" if tokens[text].lstrip else "", r"\s*" if tokens[text].rstrip else ""
+            one = rf"(?<!\w){re.escape(text)}(?!\w)" if tokens[text].single_word else re.escape(text)
+            choices.append(left + one + right)
+        return re.compile("|".join(choices) if choices else r"(?!)")
+
+    def encode(self, texts: list[str], *, tags: bool = True) -> list[list[int]]:
+        """Ids of each text, with nothing added and no control token taken as such. Raises ModelError.
+
+        tags: those that are not special become tokens, as in every other program. A text whose ids would hold a token
+        that it must not become (a vocabulary may have it as a word too) is spelled out, character by character.
+        """
+        backend, forbidden = (self._with_tags, self._control_ids) if tags else (self._plain, self._markup_ids)
+        different = list(dict.fromkeys(texts))  # a template writes the same few texts around all contents
+        found = dict(zip(different, _ids(backend, different), strict=True))
+        for text, ids in found.items():
+            if not forbidden.isdisjoint(ids):
+                found[text] = [index for one in _ids(backend, list(text)) for index in one]
+        return [found[text] for text in texts]
+
+    @cached_property
+    def _with_tags(self) -> Any:
+        """The tokenizer with control tokens taken as ordinary text."""
+        return _backend(self.hf.backend_tokenizer.to_str())
+
+    @cached_property
+    def _plain(self) -> Any:
+        """The tokenizer with all markup taken as ordinary text."""
+        definition = json.loads(self.hf.backend_tokenizer.to_str())
+        for token in definition["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in self.markup
+        return _backend(json.dumps(definition))
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self.control_tokens.values()) - {self.hf.unk_token_id}
+
+    @cached_property
+    def _markup_ids(self) -> frozenset[int]:
+        return frozenset(self.markup.values()) - {self.hf.unk_token_id}
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, control tokens left out."""
@@ -79,21 +136,43 @@ class Tokenizer:
 
     def render(self, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
         """The chat template applied, in its sandbox. Raises ModelError with the template's own complaint."""
-        from jinja2 import TemplateError
+        try:
+            return self._compiled(messages=messages, add_generation_prompt=prompt, **self._given)
+        except FAILURES as error:
+            raise Refusal(
+                _("The chat template refuses these messages: {reason}.").format(reason=str(error).rstrip(".")),
+                hint=_("Write them as the template wants them, or use another one (model.chat_template)."),
+            ) from error
 
+    @cached_property
+    def _compiled(self) -> Render:
         if self.template is None:
             raise ModelError(
                 _("The model has no chat template."),
                 hint=_("Set model.chat_template in the recipe, for instance to afina/alpaca, or to a Jinja file."),
             )
         try:
-            return str(
-                self.hf.apply_chat_template(
-                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
-                )
-            )
-        except (TemplateError, ValueError, TypeError) as error:
-            raise ModelError(_("The chat template refuses these messages: {reason}.").format(reason=error)) from error
+            return chat_template(self.template)
+        except TemplateError as error:
+            raise ModelError(
+                _("The chat template is not valid Jinja: {reason}.").format(reason=error),
+                hint=_("Mend it, or use another one (model.chat_template)."),
+            ) from error
+
+    @cached_property
+    def _given(self) -> dict[str, Any]:
+        """What the template sees beside the messages, as transformers has it.
+
+        A few templates (Hermes' for tools) go through `tools` without asking whether there are any: they get none.
+        """
+        given = {**self.hf.special_tokens_map, "tools": None, "documents": None}
+        try:
+            self._compiled(messages=[{"role": "user", "content": _ASKED}], add_generation_prompt=True, **given)
+        except TypeError:
+            given["tools"] = []
+        except FAILURES:
+            pass  # it will say so when it is given real messages
+        return given
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer and its template as transformers reads them back."""
@@ -105,28 +184,64 @@ class Tokenizer:
         durable.write_json(file, settings)
 
 
-def load_tokenizer(source: str, *, template: str | None = None, folder: Path | None = None, revision: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    source: str, *, template: str | None = None, folder: Path | None = None, revision: str | None = None
+) -> Tokenizer:
     """Load the tokenizer of a model folder or hub name. Raises ModelError.
 
     `template` is a bundled template (afina/NAME) or a Jinja file (relative to `folder`) that replaces the model's own.
+    Where it asks for today's date, it gets a fixed one: see sandbox.py.
     """
     from transformers import AutoTokenizer
 
     try:
         hf = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # tokenizers raises plain Exception for a tokenizer.json it cannot read
         raise ModelError(
             _("The tokenizer of {source} cannot be loaded: {reason}").format(source=source, reason=_first_line(error)),
             hint=_("A model folder needs tokenizer.json and tokenizer_config.json beside its weights."),
         ) from error
     if not hf.is_fast:
-        raise ModelError(_("The tokenizer of {source} has no tokenizer.json.").format(source=source))
-    own = hf.chat_template if isinstance(hf.chat_template, str) else None
-    return Tokenizer(hf, own if template is None else _read_template(template, folder or Path()))
+        raise ModelError(
+            _("The tokenizer of {source} has no tokenizer.json.").format(source=source),
+            hint=_("Use a model that has one, or convert its tokenizer with transformers."),
+        )
+    text = _own_template(hf.chat_template) if template is None else _read_template(template, folder or Path())
+    return Tokenizer(hf, None if text is None else without_clock(text))
+
+
+def _own_template(given: Any) -> str | None:
+    """The model's template; of several with names, the one called default."""
+    chosen = given.get("default") if isinstance(given, dict) else given
+    return chosen if isinstance(chosen, str) else None
+
+
+def _ids(backend: Any, texts: list[str]) -> list[list[int]]:
+    try:
+        return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+    except BaseException as error:  # the Rust panic derives from BaseException
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ModelError(
+                _("The tokenizer failed on a text: {reason}.").format(reason=_first_line(error)),
+                hint=_("The text may hold half a character, or the tokenizer.json a pattern that never ends."),
+            ) from error
+        raise
+
+
+def _backend(definition: str) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(definition)
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    return backend
 
 
 def _read_template(name: str, folder: Path) -> str:
-    file = BUNDLED / "templates" / f"{name.removeprefix('afina/')}.jinja" if name.startswith("afina/") else folder / name
+    file = (
+        BUNDLED / "templates" / f"{name.removeprefix('afina/')}.jinja" if name.startswith("afina/") else folder / name
+    )
     if not file.is_file() and not name.startswith("afina/"):
         file = Path(name)
     try:

@@ -1,0 +1,36 @@
+"""What is wrong with which row: collected over all of the data, then raised as one error that names every place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from afina.errors import DataError
+from afina.language import _
+
+SHOWN = 20
+"""Problems printed in full; the rest is counted, and is in `problems`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why the row at `file:line` cannot be used."""
+
+    file: Path
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+class BadRows(DataError):
+    """Rows that cannot be used: `problems` holds all of them, the message the first of them."""
+
+    def __init__(self, problems: Sequence[Problem], rows: int, *, hint: str) -> None:
+        shown = [str(problem) for problem in islice(problems, SHOWN)]
+        if len(problems) > len(shown):
+            shown.append(_("... and {count} more").format(count=len(problems) - len(shown)))
+        summary = _("{bad} of {all} rows cannot be used:").format(bad=len(problems), all=rows)
+        super().__init__("\n".join([summary, *shown]), hint=hint, file=problems[0].file, line=problems[0].line)
+        self.problems = tuple(problems)

@@ -1,0 +1,99 @@
+"""Foreign Jinja in a sandbox: chat templates as transformers runs them, and the mapping templates of a recipe.
+
+A template sees nothing but what it is given, cannot change it, and reaches neither Python's internals nor files. It
+can still loop for long: nothing here bounds its time.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from datetime import datetime
+from functools import cache
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+DATE = datetime(2024, 7, 26)
+"""What a template is told when it asks for today: the date Llama's templates name where there is no clock. A model
+tuned today and asked tomorrow must see one prompt, and a run repeated tomorrow must be the same run."""
+
+FAILURES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    MemoryError,
+)
+"""What rendering a foreign template on foreign data can raise."""
+
+Render = Callable[..., str]
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant writes; where that is, template.py finds without it."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _Namespace(Namespace):
+    """Jinja's namespace, without names that begin with an underscore."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"a template may not set {name}")
+        super().__setitem__(name, value)
+
+
+@cache
+def chat_template(text: str) -> Render:
+    """Compile a chat template. Raises jinja2.TemplateError."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_refuse, strftime_now=DATE.strftime, namespace=_Namespace)
+    return environment.from_string(text).render
+
+
+def mapping_template(text: str) -> Render:
+    """Compile a template of data.mapping: what is not there is an error, never an empty text."""
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = _to_json
+    environment.globals["namespace"] = _Namespace
+    return environment.from_string(text).render
+
+
+def without_clock(text: str) -> str:
+    """A chat template whose calls of strftime_now are replaced by DATE, so that every program renders it alike."""
+    return re.sub(
+        r"""strftime_now\(\s*(["'])([^"'\\\n]*)\1\s*\)""",
+        lambda call: f'"{DATE.strftime(call.group(2))}"',
+        text,
+    )
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is: Jinja's own filter writes ' and < as escapes, for the sake of HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
