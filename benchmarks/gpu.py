@@ -1,6 +1,6 @@
 """Training speed and memory on one GPU: ours and whichever peers are installed, on the same random models and tokens.
 
-    python benchmarks/gpu.py W1 W10 --tools afina,reference,unsloth      one process a case; lines go to results/gpu.jsonl
+    python benchmarks/gpu.py W1 W10 --tools afina,reference                a process a case; lines go to results/gpu.jsonl
     python benchmarks/gpu.py --case '{"workload": "W1", "tool": "afina"}'  one case in this process
 
 Weights have the shapes of real models and random values; every token is learnt; three steps warm up, six are timed
@@ -66,7 +66,8 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     median = timed[len(timed) // 2]
     result = dict(
         workload=workload, tool=tool, tokens_per_second=round(shape[0] * shape[1] / median),
-        step_ms=[round(1000 * value, 1) for value in timed], peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        step_ms=[round(1000 * value, 1) for value in timed],
+        peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2),
         first_step_s=round(first, 1), losses=losses, gpu=torch.cuda.get_device_name(), **about,
     )  # fmt: skip
     if options.get("profile"):

@@ -1,9 +1,10 @@
-"""One training by TRL's SFTTrainer + PEFT, in an environment of its own; prints one JSON line. Called by train_cpu.py."""
+"""One training by TRL's SFTTrainer + PEFT, in its own environment; prints one JSON line. Called by train_cpu.py."""
 
 import json
 import resource
 import sys
 import time
+from pathlib import Path
 
 started = time.perf_counter()
 import datasets  # noqa: E402
@@ -16,10 +17,10 @@ case = json.loads(sys.argv[1])
 torch.set_num_threads(case["threads"])
 tokenizer = transformers.AutoTokenizer.from_pretrained(case["model"])
 if case.get("template"):
-    tokenizer.chat_template = open(case["template"]).read()
+    tokenizer.chat_template = Path(case["template"]).read_text("utf-8")
 if tokenizer.pad_token is None:
     tokenizer.pad_token = tokenizer.eos_token
-rows = [json.loads(line) for line in open(case["data"], encoding="utf-8")]
+rows = [json.loads(line) for line in Path(case["data"]).read_text("utf-8").split("\n") if line]
 arguments = trl.SFTConfig(
     output_dir=case["out"],
     report_to="none",

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from afina.artifact import versions
@@ -133,12 +134,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             work = workload(name, folder, chosen.real.resolve())
-            cases = {
-                tool: lambda c=changes: run_afina(work, c, folder, chosen.threads) for tool, changes in AFINA.items()
-            }
+            ours = partial(run_afina, work, folder=folder, threads=chosen.threads)
+            cases = {tool: partial(ours, changes) for tool, changes in AFINA.items()}
             if chosen.peer:
-                for tool, settings in TRL.items():
-                    cases[tool] = lambda s=settings: run_trl(chosen.peer, work, s, folder, chosen.threads)
+                theirs = partial(run_trl, chosen.peer, work, folder=folder, threads=chosen.threads)
+                cases |= {tool: partial(theirs, settings) for tool, settings in TRL.items()}
             found: dict[str, list[dict]] = {tool: [] for tool in cases}
             for _turn in range(chosen.repeats):
                 for tool, case in cases.items():
@@ -176,7 +176,8 @@ def record(name: str, work: dict, found: dict[str, list[dict]], threads: int) ->
             }
             results.write(json.dumps(line) + "\n")
             print(
-                f"  {tool:28} {line['tokens_per_second']:9,.0f} tokens/s  {line['peak_mib']:7,.0f} MiB  loss {line['first_loss']:.3f} -> {line['last_loss']:.3f}"
+                f"  {tool:28} {line['tokens_per_second']:9,.0f} tokens/s  {line['peak_mib']:7,.0f} MiB"
+                f"  loss {line['first_loss']:.3f} -> {line['last_loss']:.3f}"
             )
 
 

@@ -11,8 +11,18 @@ from afina.model.attach import attach, learning
 from afina.model.loss import summed_loss
 from afina.recipe.schema import Full, Lora
 
-SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=8192, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 FAMILIES = {
     "llama": lambda: llama(),
     "llama, tied, one kv head": lambda: llama(tie_word_embeddings=True, num_key_value_heads=1),
@@ -25,7 +35,7 @@ FAMILIES = {
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
-        }  # fmt: skip
+        }
     ),
     "mistral": lambda: spread(AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, sliding_window=None))),
     "qwen2": lambda: spread(AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE)), scale=0.1),

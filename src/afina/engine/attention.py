@@ -24,7 +24,7 @@ def covers(model: nn.Module, longest: int) -> bool:
 
     Soft-capped scores, attention sinks and windows shorter than the longest sample are left to the reference.
     """
-    config = model.config
+    config: Any = model.config
     windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     return (
         getattr(model, "_supports_attention_backend", False)
@@ -40,7 +40,8 @@ def packed_attention(model: nn.Module, on: bool = True) -> Iterator[None]:
     if not on:
         yield
         return
-    before = model.config._attn_implementation
+    config: Any = model.config
+    before = config._attn_implementation
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     try:
         yield
@@ -62,10 +63,11 @@ def _attend(
     """query: (1, heads, tokens, width); key, value: (1, kv heads, tokens, width). Returns (1, tokens, heads, width)."""
     if sum(packed_lengths) != query.shape[2]:
         raise RuntimeError(f"packed lengths {packed_lengths} do not sum to {query.shape[2]} tokens")
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
-        return _flash(query, key, value, scaling, packed_lengths), None
-    rows = [part[0].transpose(0, 1) for part in (query, key, value)]
-    return _gathered(*rows, packed_lengths, scaling, dropout)[None], None
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    if _has_flash(query) and dropout == 0.0:
+        out: torch.Tensor = _Packed.apply(q, k, v, packed_lengths, scaling)  # type: ignore[no-untyped-call]
+        return out[None], None
+    return _gathered(q, k, v, packed_lengths, scaling, dropout)[None], None
 
 
 def _gathered(
@@ -104,7 +106,7 @@ def attend(
     if not _has_flash(query):
         with torch.enable_grad():
             leaves = tuple(part.detach().requires_grad_() for part in (query, key, value))
-            graph = _gathered(*leaves, lengths, scaling)
+            graph = _gathered(leaves[0], leaves[1], leaves[2], lengths, scaling)
         return Attended(graph.detach(), (graph,), leaves)
     if len(set(lengths)) == 1 and _cudnn_is_faster(query):
         q, k, v = (_as_batch(part, lengths) for part in (query, key, value))
@@ -192,22 +194,24 @@ def _cudnn_is_faster(query: torch.Tensor) -> bool:
 
 def _as_batch(part: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
     """(tokens, heads, width) of equal samples as (samples, heads, length, width), without a copy."""
-    return part.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2)
+    return part.view(len(lengths), lengths[0], *part.shape[1:]).transpose(1, 2)
 
 
-def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, lengths: tuple[int, ...]
-) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+class _Packed(torch.autograd.Function):
+    """`attend` as a node of autograd's graph, for the reference."""
 
-    bounds = _bounds(lengths, query.device)
-    rows = [part[0].transpose(0, 1) for part in (query, key, value)]
-    if rows[0].shape[1] != rows[1].shape[1]:
-        repeats = rows[0].shape[1] // rows[1].shape[1]
-        rows[1:] = [part.repeat_interleave(repeats, dim=1) for part in rows[1:]]
-    longest = max(lengths)
-    attended: torch.Tensor = varlen_attn(*rows, bounds, bounds, longest, longest, window_size=(-1, 0), scale=scaling)
-    return attended[None]
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], scaling: float
+    ) -> torch.Tensor:
+        ctx.attended = attend(query, key, value, lengths, scaling)
+        ctx.inputs = query, key, value, lengths, scaling
+        out: torch.Tensor = ctx.attended.out
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[Any, ...]:
+        return *attend_backward(ctx.attended, d_out.contiguous(), *ctx.inputs), None, None
 
 
 @lru_cache(maxsize=4)

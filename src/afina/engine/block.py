@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from afina.engine.attention import Attended, attend, attend_backward
 from afina.engine.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
@@ -70,7 +69,7 @@ class Block:
     @property
     def scaling(self) -> float:
         """Of attention's scores."""
-        return self.head_width**-0.5
+        return float(self.head_width**-0.5)
 
     def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
         """x: (tokens, hidden). Returns the layer's output, and what the backward needs when `save`."""
@@ -124,14 +123,15 @@ class Block:
         for place, gradient in zip(self._split(wide_d[:, : self.qkv.n]), d_heads, strict=True):
             place.copy_(gradient)
         rotate(wide_d, at.cos, at.sin, self.heads + self.kv_heads, backward=True)
-        d_n = self.qkv.backward(wide_d, needs_dx=below is not None)
         dx = None
-        if d_n is not None and below is not None:
+        if below is not None:
+            d_n = self.qkv.backward(wide_d)
             dx = saved.x.new_empty(saved.x.shape[0], hidden + below)
             rms_norm_backward(
                 d_n, saved.x, self.norm_attention, self.eps, dx[:, :hidden], residual=wide_dh[:, :hidden], y=n
             )
         else:
+            self.qkv.widen(wide_d)
             rms_norm(saved.x, self.norm_attention, self.eps, n)
         of_qkv = self.qkv.gradients(wide_d, n, saved.low_qkv)
         return dx, [*of_qkv, *of_o, *of_gate_up, *of_down]
@@ -148,8 +148,9 @@ class Block:
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views (tokens, heads, width) of queries, keys and values."""
-        parts = qkv.unflatten(1, (self.heads + 2 * self.kv_heads, self.head_width))
-        return parts.split((self.heads, self.kv_heads, self.kv_heads), dim=1)  # type: ignore[return-value]
+        parts = qkv.view(qkv.shape[0], self.heads + 2 * self.kv_heads, self.head_width)
+        query, key, value = parts.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        return query, key, value
 
 
 def make_block(layer: Any, config: Any) -> Block:
@@ -168,9 +169,3 @@ def make_block(layer: Any, config: Any) -> Block:
         kv_heads=config.num_key_value_heads,
         head_width=width,
     )
-
-
-def adapted_layers(model: nn.Module) -> Any:
-    """The decoder layers of a transformers model, with or without PEFT around it."""
-    whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return whole.model.layers

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from afina.engine.block import Block, Positions, adapted_layers, make_block
+from afina.engine.block import Block, Positions, Saved, make_block
 from afina.engine.elementwise import cross_entropy, rms_norm, rms_norm_backward
 from afina.language import _
 from afina.model.loss import Targeted, summed_loss
@@ -37,14 +37,10 @@ def why_not(model: nn.Module, longest: int) -> str | None:
     learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if any(".lora_A." not in name and ".lora_B." not in name for name in learning):
         return _("more than low-rank adapters learns")
-    known = tuple(f".{name}." for name in ("self_attn", "mlp"))
-    if any(part not in name for name in learning for part in (".layers.",)) or any(
-        not any(part in name for part in known) for name in learning
-    ):
+    if any(".layers." not in name or not (".self_attn." in name or ".mlp." in name) for name in learning):
         return _("an adapter lies on a layer that is not fused")
-    for module in model.modules():
-        if not hasattr(module, "lora_A"):
-            continue
+    adapted: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for module in adapted:
         if len(module.active_adapters) != 1 or any(getattr(module, "use_dora", {}).values()):
             return _("its adapters are not plain LoRA")
         if any(getattr(part, "p", 0) for part in module.lora_dropout.values()):
@@ -67,8 +63,8 @@ class Engine:
 
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
-        whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.blocks: list[Block] = [make_block(layer, config) for layer in adapted_layers(model)]
+        whole = _transformers_model(model)
+        self.blocks: list[Block] = [make_block(layer, config) for layer in whole.model.layers]
         self.embedding: torch.Tensor = whole.model.embed_tokens.weight.detach()
         self.norm: torch.Tensor = whole.model.norm.weight.detach()
         self.head: torch.Tensor = whole.lm_head.weight.detach()
@@ -88,7 +84,7 @@ class Engine:
         return loss
 
     def plan(self, tokens: int, free_bytes: int) -> Plan:
-        """Let as many layers keep gate_up as fit into `free_bytes` with micro-batches of `tokens`; the rest make it again."""
+        """Let as many layers keep gate_up as fit into `free_bytes` with micro-batches of `tokens`."""
         element = self.embedding.element_size()
         each = max(block.gate_up.n for block in self.blocks) * tokens * element
         kept = len(self.blocks) if free_bytes < 0 else min(len(self.blocks), max(0, free_bytes // max(1, each)))
@@ -116,9 +112,9 @@ class Engine:
         half = cos.shape[-1] // 2
         return Positions(batch.lengths, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
 
-    def _hidden(self, batch: Targeted, at: Positions, *, save: bool) -> tuple[torch.Tensor, list[Any]]:
+    def _hidden(self, batch: Targeted, at: Positions, *, save: bool) -> tuple[torch.Tensor, list[Saved | None]]:
         x = nn.functional.embedding(batch.input_ids[0], self.embedding)
-        saved = []
+        saved: list[Saved | None] = []
         for block in self.blocks:
             x, kept = block.forward(x, at, save=save)
             saved.append(kept)
@@ -127,7 +123,7 @@ class Engine:
     def _head_loss(
         self, hidden: torch.Tensor, batch: Targeted, *, gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Loss at the predicting rows, and the gradient of `hidden` in rows wide enough for the last layer's backward."""
+        """Loss at the predicting rows, and `hidden`'s gradient in rows wide enough for the last layer's backward."""
         rows = hidden[batch.predicting]
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         wide = d_rows = None
@@ -180,6 +176,12 @@ class _Run(torch.autograd.Function):
     def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[Any, ...]:
         kept, ctx.kept = ctx.kept, None
         return None, None, *ctx.engine.backward(d_loss, kept)
+
+
+def _transformers_model(model: nn.Module) -> Any:
+    """The transformers model itself, with or without PEFT around it."""
+    whole: Any = model
+    return whole.get_base_model() if hasattr(model, "get_base_model") else whole
 
 
 def _logits(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:

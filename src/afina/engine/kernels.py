@@ -10,6 +10,7 @@ import triton.language as tl
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
+    """See elementwise.rms_norm."""
     rows, width = x.shape
     block = triton.next_power_of_2(width)
     _rms_norm[(rows,)](x, x.stride(0), weight, out, out.stride(0), width, eps, block, num_warps=_warps(block))
@@ -37,6 +38,7 @@ def rms_norm_backward(
     residual: torch.Tensor | None,
     y: torch.Tensor | None,
 ) -> torch.Tensor:
+    """See elementwise.rms_norm_backward."""
     rows, width = x.shape
     block = triton.next_power_of_2(width)
     past, again = dy if residual is None else residual, dx if y is None else y
@@ -69,6 +71,7 @@ def _rms_norm_backward(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, backward: bool) -> torch.Tensor:
+    """See elementwise.rotate."""
     tokens, half = cos.shape
     group = max(1, 1024 // triton.next_power_of_2(half))
     grid = (tokens, triton.cdiv(heads, group))
@@ -96,6 +99,7 @@ def _rotate(
 
 
 def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """See elementwise.swiglu."""
     rows, width = out.shape
     block = 2048
     _swiglu[(rows, triton.cdiv(width, block))](
@@ -115,6 +119,7 @@ def _swiglu(gate_up, gate_up_stride, out, out_stride, width, BLOCK: tl.constexpr
 
 
 def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor, d_gate_up: torch.Tensor) -> torch.Tensor:
+    """See elementwise.swiglu_backward."""
     rows, width = d.shape
     block = 2048
     _swiglu_backward[(rows, triton.cdiv(width, block))](
@@ -139,6 +144,7 @@ def _swiglu_backward(d, d_stride, gate_up, gate_up_stride, out, out_stride, widt
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, d_logits: torch.Tensor) -> torch.Tensor:
+    """See elementwise.cross_entropy."""
     rows, width = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _cross_entropy[(rows,)](

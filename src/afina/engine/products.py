@@ -68,7 +68,7 @@ class Product:
         return [parameter for adapter in self.adapters for parameter in (adapter.a, adapter.b)]
 
     def forward(self, wide_x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """wide_x: (tokens, K + r), the input in its first K columns; the rest is written here. Returns y (+ residual)."""
+        """y (+ residual) from wide_x (tokens, K + r), the input in its first K columns; the rest is written here."""
         if self.r:
             torch.mm(wide_x[:, : self.k], self.wide[self.n :, : self.k].t(), out=wide_x[:, self.k :])
         weight = self.wide[: self.n].t()
@@ -89,17 +89,21 @@ class Product:
         """x A^T (tokens, r) as `forward` left it, in memory of its own."""
         return wide_x[:, self.k :].clone()
 
-    def backward(self, wide_dy: torch.Tensor, *, needs_dx: bool = True) -> torch.Tensor | None:
-        """wide_dy: (tokens, N + r), dy in its first N columns; the rest, dy sB, is written here. Returns dx (tokens, K)."""
+    def widen(self, wide_dy: torch.Tensor) -> None:
+        """Write dy sB into the last columns of wide_dy (tokens, N + r), whose first N hold dy."""
         used = self.adapters[-1].columns.stop if self.adapters else 0
         wide_dy[:, self.n + used :].zero_()  # padding meets zeros of the buffer, and what was here before may be NaN
         for adapter in self.adapters:
             scaled = self.wide[adapter.rows, self.k :][:, adapter.columns]
             torch.mm(wide_dy[:, adapter.rows], scaled, out=wide_dy[:, self.n :][:, adapter.columns])
-        return torch.mm(wide_dy, self.wide[:, : self.k]) if needs_dx else None
+
+    def backward(self, wide_dy: torch.Tensor) -> torch.Tensor:
+        """dx (tokens, K) from wide_dy (tokens, N + r), which is widened here."""
+        self.widen(wide_dy)
+        return torch.mm(wide_dy, self.wide[:, : self.k])
 
     def gradients(self, wide_dy: torch.Tensor, x: torch.Tensor, low: torch.Tensor) -> list[torch.Tensor]:
-        """dA (rank, K) and dB (rows, rank) of each adapter, after `backward`; x: (tokens, K), low: (tokens, r)."""
+        """dA (rank, K) and dB (rows, rank) of each adapter, after `widen`; x: (tokens, K), low: (tokens, r)."""
         found = []
         for adapter in self.adapters:
             up = wide_dy[:, self.n :][:, adapter.columns]
@@ -111,7 +115,7 @@ class Product:
 
 def make_product(linears: Sequence[nn.Module]) -> Product:
     """Concatenate linear layers (plain, or wrapped by PEFT's LoRA) into one product; their weights become its views."""
-    plain = [getattr(linear, "base_layer", linear) for linear in linears]
+    plain: list[Any] = [getattr(linear, "base_layer", linear) for linear in linears]
     k = plain[0].in_features
     sizes = [layer.out_features for layer in plain]
     ranks = [_rank(linear) for linear in linears]
