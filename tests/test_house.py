@@ -68,6 +68,8 @@ BROAD = {
     "durable.py": 3,  # takes away what is half-written, then raises on
     "recipe/starter.py": 1,  # the same, for a project folder
     "data/tokenizer.py": 2,  # the Rust side of tokenizers panics with a BaseException
+    "model/load.py": 1,  # what transformers raises on a damaged folder is anything at all
+    "model/attach.py": 2,  # the same of PEFT; and safetensors hides a full disk in an exception of its own
 }
 """`except Exception`, `except BaseException` and bare `except`, counted."""
 PRINTING = {"console.py"}

@@ -23,7 +23,7 @@ def mcnemar(fixed: int, broken: int) -> float:
     total, least = fixed + broken, min(fixed, broken)
     if total == 0:
         return 1.0
-    tail = sum(math.comb(total, count) for count in range(least + 1)) / 2**total
+    tail: float = sum(math.comb(total, count) for count in range(least + 1)) / 2**total
     return min(1.0, 2 * tail)
 
 

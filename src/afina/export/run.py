@@ -13,7 +13,7 @@ from afina.data.read import read
 from afina.errors import ProofError, ResourceError
 from afina.export.gguf import write_gguf
 from afina.language import _
-from afina.model.attach import merged
+from afina.model.attach import merged, save_whole
 from afina.model.generate import generate
 from afina.model.llamacpp import LlamaCpp
 from afina.train.reopen import Tuned, reopen
@@ -38,7 +38,7 @@ def export_run(run: Path, out: Path, formats: Sequence[str], console: Console) -
     with durable.new_folder(out) as folder:
         whole = folder / "merged"
         model = merged(tuned.model)
-        model.save_pretrained(whole)  # type: ignore[operator]
+        save_whole(model, whole)
         tuned.renderer.tokenizer.save(whole)
         for kind in formats:
             if kind == "merged":

@@ -1,1 +1,1 @@
-"""A model and what is attached to it: transformers and PEFT as they are. Knows ids only, no text and no files of rows."""
+"""A model and what is attached to it: transformers and PEFT as they are. Knows ids only, no text and no rows."""

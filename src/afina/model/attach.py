@@ -1,12 +1,17 @@
 """A method is surgery on the model, never a second loop: what is attached, and which parameters learn. Door to PEFT."""
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import nn
 
-from afina.errors import ModelError
+from afina.errors import AfinaError, ModelError
 from afina.language import _
 from afina.recipe.schema import Full, Lora
 
@@ -45,24 +50,53 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         )
     try:
         adapted: nn.Module = PeftModel.from_pretrained(model, folder)  # type: ignore[arg-type]
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            _("The adapter {folder} does not fit this model: {reason}").format(
-                folder=folder, reason=str(error).split("\n")[0]
-            ),
-            hint=_("Use the base model it was trained on."),
-        ) from error
+        there = load_peft_weights(str(folder), device="cpu").keys()
+    except AfinaError:
+        raise
+    except Exception as error:  # a damaged folder makes PEFT and safetensors raise anything at all
+        raise _misfit(folder, str(error).strip().split("\n")[0] or type(error).__name__) from error
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    if there != wanted:  # PEFT only warns of weights that have no place, and starts anew those that are not there
+        raise _misfit(
+            folder,
+            _("{count} weights differ, such as {name}").format(count=len(there ^ wanted), name=min(there ^ wanted)),
+        )
     return adapted.eval()
 
 
+def _misfit(folder: Path, reason: str) -> ModelError:
+    return ModelError(
+        _("The adapter {folder} does not fit this model: {reason}").format(folder=folder, reason=reason),
+        hint=_("Use the base model it was trained on."),
+    )
+
+
 def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
-    """Write what was attached in PEFT's format, naming `base`; a fully tuned model is written whole."""
+    """Write what was attached in PEFT's format, naming `base`; a fully tuned model is written whole. Raises OSError."""
     if isinstance(model, PeftModel):
         model.peft_config["default"].base_model_name_or_path = base
-        model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would look the base up on the hub
+        with _refusals_told():  # "auto" would look the base up on the hub
+            model.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run folder has a true one
     else:
+        save_whole(model, folder)
+
+
+def save_whole(model: nn.Module, folder: Path) -> None:
+    """Write a model as transformers reads it, in safetensors. Raises OSError."""
+    with _refusals_told():
         model.save_pretrained(folder)  # type: ignore[operator]
+
+
+@contextmanager
+def _refusals_told() -> Iterator[None]:
+    """safetensors hides what the operating system said (a full disk, say) in a text: make it an OSError again."""
+    try:
+        yield
+    except Exception as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise
 
 
 def merged(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from afina.errors import ModelError, ResourceError
+from afina.errors import AfinaError, ModelError, ResourceError
 from afina.language import _
 from afina.recipe.schema import Model
 
@@ -74,22 +74,32 @@ def load_model(source: str, hardware: Hardware, *, revision: str | None = None) 
         # Said aloud, because a config may ask for a kernel from the hub, which is code. Soft-capped scores and sinks
         # (Gemma 2, gpt-oss) are beyond sdpa.
         fused = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", False)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=hardware.dtype,
             attn_implementation="sdpa" if fused else "eager",
             use_safetensors=True,
+            output_loading_info=True,
             **where,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            _("The model {source} cannot be loaded: {reason}").format(
-                source=source, reason=str(error).strip().split("\n")[0]
-            ),
-            hint=_("Check the folder or the hub name, and that this machine reaches the hub."),
-        ) from error
-    return model.to(hardware.device).eval()
+    except AfinaError:
+        raise
+    except Exception as error:  # a damaged folder makes transformers and safetensors raise anything at all
+        raise _unloadable(source, str(error).strip().split("\n")[0] or type(error).__name__) from error
+    if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
+        shown = ", ".join([*missing[:3], *(["..."] if len(missing) > 3 else [])])
+        reason = _("{count} of its weights are missing: {names}").format(count=len(missing), names=shown)
+        raise _unloadable(source, reason)
+    loaded: nn.Module = model.to(hardware.device).eval()
+    return loaded
+
+
+def _unloadable(source: str, reason: str) -> ModelError:
+    return ModelError(
+        _("The model {source} cannot be loaded: {reason}").format(source=source, reason=reason),
+        hint=_("Check the folder or the hub name, and that this machine reaches the hub."),
+    )
 
 
 def limit_of(model: nn.Module) -> int | None:

@@ -1,0 +1,81 @@
+"""The loss of a batch is that of each sample alone, padded or packed, and only learnt tokens count."""
+
+import numpy as np
+import pytest
+import torch
+from small import llama
+
+from afina.data.batch import micro_batches
+from afina.data.template import Rendered
+from afina.engine.attention import packed_attention
+from afina.model.loss import summed_loss, target_logits, token_losses
+
+
+def rows(seed: int = 0) -> list[Rendered]:
+    random = np.random.default_rng(seed)
+    made = []
+    for length in (17, 2, 40, 9, 31):
+        learnt = random.random(length) < 0.4
+        learnt[-1] = True
+        made.append(Rendered(random.integers(3, 97, length).astype(np.int32), learnt))
+    return made
+
+
+def alone(model, row: Rendered) -> torch.Tensor:
+    """Minus log-probability of each learnt token, from the whole logits in float64."""
+    ids = torch.from_numpy(row.ids).long()
+    shares = torch.log_softmax(model(input_ids=ids[None]).logits[0].double(), -1)
+    return torch.stack([-shares[at - 1, ids[at]] for at in range(1, len(ids)) if row.learnt[at]])
+
+
+LAYOUTS = {
+    "padded": dict(budget=1000, packing=False),
+    "padded in pairs": dict(budget=64, packing=False),
+    "packed": dict(budget=1000, packing=True),
+    "packed in two": dict(budget=60, packing=True),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fast", [True, False])
+def test_losses_are_those_of_each_sample_alone(layout, fast):
+    if fast and not LAYOUTS[layout]["packing"]:
+        pytest.skip("padded rows always run on the reference")
+    model, samples = llama().double(), rows()
+    seen = set()
+    with packed_attention(model, fast):
+        found = [
+            (batch, token_losses(model, batch))
+            for batch in micro_batches(samples, range(5), pad_id=0, **LAYOUTS[layout])
+        ]
+    for batch, losses in found:
+        wanted = torch.cat([alone(model, samples[index]) for index in batch.samples])
+        torch.testing.assert_close(losses.double(), wanted, rtol=1e-5, atol=1e-5)
+        owners = torch.cat([torch.full((len(alone(model, samples[i])),), at) for at, i in enumerate(batch.samples)])
+        assert torch.equal(batch.owner, owners)
+        seen |= set(batch.samples)
+    assert seen == set(range(5))
+
+
+def test_padding_is_never_seen():
+    model, samples = llama().double(), rows()
+    losses = [
+        summed_loss(model, micro_batches(samples, range(5), budget=1000, packing=False, pad_id=pad)[0]).item()
+        for pad in (0, 50)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_logits_are_taken_where_a_target_is_predicted_and_at_least_in_fp32():
+    samples = rows()
+    for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32)):
+        for layout in LAYOUTS.values():
+            for batch in micro_batches(samples, range(5), pad_id=0, **layout):
+                logits = target_logits(llama().to(dtype), batch)
+                assert logits.shape == (batch.targets.numel(), 97) and logits.dtype == wanted
+
+
+def test_the_loss_flows_back_to_every_weight():
+    model, samples = llama(), rows()
+    summed_loss(model, micro_batches(samples, range(5), budget=1000, packing=False, pad_id=0)[0]).backward()
+    assert all(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in model.parameters())
