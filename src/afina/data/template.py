@@ -236,9 +236,9 @@ class Renderer:
         marked = {"role": "assistant", "content": MARK + content if front else content + MARK}
         variant = self.tokenizer.render([*rows[:place], marked, *rows[place + 1 :]], prompt=prompt)
         found = variant.find(MARK)
-        if found < 0:
+        if variant.count(MARK) != 1:
             raise DataError(
-                _("The chat template drops the answer “{start}”.").format(start=content.strip()[:40]),
+                _("The chat template drops or repeats the answer “{start}”.").format(start=content.strip()[:40]),
                 hint=_("Use another template (model.chat_template)."),
             )
         return found if front else len(text) - (len(variant) - found - len(MARK))
