@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered
 from afina.engine.engine import Engine, why_not
+from afina.engine.nf4 import from_bitsandbytes
 from afina.model.attach import attach, learning
 from afina.model.loss import summed_loss
 from afina.recipe.schema import Full, Lora
@@ -129,7 +130,7 @@ def test_the_transformers_model_shares_the_weights_and_answers_as_before():
     engine = Engine(model)
     assert torch.equal(model(input_ids=ids).logits, before)
     weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
-    assert weight.untyped_storage().data_ptr() == engine.blocks[0].gate_up.wide.untyped_storage().data_ptr()
+    assert weight.untyped_storage().data_ptr() == engine.blocks[0].gate_up.weights().untyped_storage().data_ptr()
 
 
 def test_what_is_not_covered_is_said():
@@ -138,3 +139,37 @@ def test_what_is_not_covered_is_said():
     assert "low-rank" in why_not(attach(llama(), Full(name="full"), seed=0), 64)
     window = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, sliding_window=16))
     assert "16" in why_not(attach(window, Lora(), seed=0), 64)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["fp32 scales", "double quantisation"])
+def test_four_bit_weights_are_bitsandbytes_own(nested):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(96, 128)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type="nf4")
+    packed.quant_state = state
+    out = torch.full((96, 136), float("nan"))
+    from_bitsandbytes(packed).fill(out[:, :128])
+    assert torch.equal(out[:, :128], functional.dequantize_4bit(packed, state))
+    assert out[:, 128:].isnan().all()
+
+
+def test_a_four_bit_base_gives_the_references_loss_and_gradients():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = llama(hidden_size=64, intermediate_size=128)
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    four = bitsandbytes.nn.Linear4bit(
+                        linear.in_features,
+                        linear.out_features,
+                        bias=False,
+                        compute_dtype=torch.float32,
+                        quant_type="nf4",
+                    )
+                    four.load_state_dict(linear.state_dict())
+                    setattr(part, name, four.to("cpu"))
+    (loss, found), (expected, plain), names = both(perturbed(model), [20, 9, 31], torch.float32)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, gradient, truth in zip(names, found, plain, strict=True):
+        assert (gradient - truth).norm() <= 1e-4 * truth.norm(), name

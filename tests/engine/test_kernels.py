@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from afina.engine import elementwise
+from afina.engine.nf4 import from_bitsandbytes
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA GPU; the twins are tested everywhere"
@@ -95,3 +96,16 @@ def test_cross_entropy(rows, width):
     found = elementwise.cross_entropy(logits, targets, slopes)
     assert (exact(found) - losses).abs().max() <= 1e-5 * losses.abs().max()
     close(slopes, truth, torch.float32)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("rows, columns", [(3, 64), (40, 192), (1024, 4096)])
+def test_fill_nf4(rows, columns, nested):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    packed, state = functional.quantize_4bit(
+        torch.randn(rows, columns, device="cuda"), blocksize=64, compress_statistics=nested, quant_type="nf4"
+    )
+    packed.quant_state = state
+    weight, out = from_bitsandbytes(packed), draw(rows, columns, torch.bfloat16)
+    weight.fill(out)
+    assert torch.equal(out, functional.dequantize_4bit(packed, state).to(torch.bfloat16))

@@ -14,7 +14,7 @@ import torch
 
 from afina.engine.attention import Attended, attend, attend_backward
 from afina.engine.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
-from afina.engine.products import Product, make_product
+from afina.engine.products import Product, Scratch, make_product
 
 
 @dataclass(frozen=True)
@@ -75,21 +75,21 @@ class Block:
         """x: (tokens, hidden). Returns the layer's output, and what the backward needs when `save`."""
         wide = self._normed(x, self.norm_attention, self.qkv)
         qkv = self.qkv.forward(wide)
-        low_qkv = self.qkv.low(wide)
+        low_qkv = self.qkv.low_of(wide)
         rotate(qkv, at.cos, at.sin, self.heads + self.kv_heads)
         attended = attend(*self._split(qkv), at.lengths, self.scaling)
         h, low_o = self.o.forward_narrow(attended.out.flatten(1), residual=x)
 
         wide = self._normed(h, self.norm_mlp, self.gate_up)
         gate_up = self.gate_up.forward(wide)
-        low_gate_up = self.gate_up.low(wide)
+        low_gate_up = self.gate_up.low_of(wide)
         wide = x.new_empty(x.shape[0], self.down.k + self.down.r)
         swiglu(gate_up, wide[:, : self.down.k])
         y = self.down.forward(wide, residual=h)
         if not save:
             return y, None
         kept = gate_up if self.keep_gate_up else None
-        return y, Saved(x, qkv, attended, h, kept, low_qkv, low_o, low_gate_up, self.down.low(wide))
+        return y, Saved(x, qkv, attended, h, kept, low_qkv, low_o, low_gate_up, self.down.low_of(wide))
 
     def backward(
         self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
@@ -153,17 +153,17 @@ class Block:
         return query, key, value
 
 
-def make_block(layer: Any, config: Any) -> Block:
+def make_block(layer: Any, config: Any, scratch: Scratch, dtype: torch.dtype) -> Block:
     """From a transformers decoder layer, whose weights become views of the block's."""
     attention, mlp = layer.self_attn, layer.mlp
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Block(
-        qkv=make_product([attention.q_proj, attention.k_proj, attention.v_proj]),
-        o=make_product([attention.o_proj]),
-        gate_up=make_product([mlp.gate_proj, mlp.up_proj]),
-        down=make_product([mlp.down_proj]),
-        norm_attention=layer.input_layernorm.weight.detach(),
-        norm_mlp=layer.post_attention_layernorm.weight.detach(),
+        qkv=make_product([attention.q_proj, attention.k_proj, attention.v_proj], scratch, dtype),
+        o=make_product([attention.o_proj], scratch, dtype),
+        gate_up=make_product([mlp.gate_proj, mlp.up_proj], scratch, dtype),
+        down=make_product([mlp.down_proj], scratch, dtype),
+        norm_attention=layer.input_layernorm.weight.detach().to(dtype),
+        norm_mlp=layer.post_attention_layernorm.weight.detach().to(dtype),
         eps=float(config.rms_norm_eps),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,

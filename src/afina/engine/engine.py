@@ -13,6 +13,8 @@ from torch import nn
 
 from afina.engine.block import Block, Positions, Saved, make_block
 from afina.engine.elementwise import cross_entropy, rms_norm, rms_norm_backward
+from afina.engine.nf4 import from_bitsandbytes
+from afina.engine.products import Scratch
 from afina.language import _
 from afina.model.loss import Targeted, summed_loss
 
@@ -45,7 +47,7 @@ def why_not(model: nn.Module, longest: int) -> str | None:
             return _("its adapters are not plain LoRA")
         if any(getattr(part, "p", 0) for part in module.lora_dropout.values()):
             return _("adapters with dropout are not fused yet")
-        if type(module.base_layer) is not nn.Linear:
+        if type(module.base_layer) is not nn.Linear and from_bitsandbytes(module.base_layer.weight) is None:
             return _("its base layers are {kind}").format(kind=type(module.base_layer).__name__)
     return None
 
@@ -64,9 +66,10 @@ class Engine:
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
         whole = _transformers_model(model)
-        self.blocks: list[Block] = [make_block(layer, config) for layer in whole.model.layers]
         self.embedding: torch.Tensor = whole.model.embed_tokens.weight.detach()
-        self.norm: torch.Tensor = whole.model.norm.weight.detach()
+        scratch, dtype = Scratch(), self.embedding.dtype
+        self.blocks: list[Block] = [make_block(layer, config, scratch, dtype) for layer in whole.model.layers]
+        self.norm: torch.Tensor = whole.model.norm.weight.detach().to(dtype)
         self.head: torch.Tensor = whole.lm_head.weight.detach()
         self.eps = float(config.rms_norm_eps)
         self._rotary = whole.model.rotary_emb

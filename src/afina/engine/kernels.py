@@ -4,9 +4,14 @@ Imported on a GPU only. Row strides are arguments, so that inputs and outputs ma
 64-bit, because 32,768 tokens times 128,256 logits do not fit into 32.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
+
+if TYPE_CHECKING:
+    from afina.engine.nf4 import Nf4
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
@@ -178,6 +183,40 @@ def _cross_entropy(logits, logits_stride, targets, out, out_stride, losses, widt
         value = tl.load(logits + row * logits_stride + columns, mask=inside, other=-float("inf")).to(tl.float32)
         share = tl.exp(value - log_sum) - tl.where(columns == target, 1.0, 0.0)
         tl.store(out + row * out_stride + columns, share, mask=inside)
+
+
+def fill_nf4(weight: "Nf4", out: torch.Tensor) -> None:
+    """See nf4.Nf4.fill."""
+    nested = weight.scale_levels is not None
+    levels = weight.scale_levels if nested else weight.levels
+    outer = weight.outer_scales if nested else weight.scales
+    offset = weight.offset if nested else weight.levels
+    block = 1024
+    _fill_nf4[(weight.rows, triton.cdiv(weight.columns, block))](
+        weight.packed, weight.levels, weight.scales, levels, outer, offset, out, out.stride(0), weight.columns,
+        weight.outer_block, block, nested, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fill_nf4(
+    packed, levels, scales, scale_levels, outer, offset, out, out_stride, columns, outer_block,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    half = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+    inside = half * 2 < columns
+    pair = tl.load(packed + row * (columns // 2) + half, mask=inside, other=0).to(tl.int32)
+    place = (row * columns + half * 2) // 64
+    scale = tl.load(scales + place, mask=inside, other=0)
+    if NESTED:
+        wide = tl.load(outer + place // outer_block, mask=inside, other=0.0)
+        scale = tl.load(scale_levels + scale.to(tl.int32)) * wide + tl.load(offset)
+    first = tl.load(levels + (pair >> 4)) * scale
+    second = tl.load(levels + (pair & 15)) * scale
+    both = tl.interleave(first, second)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + row * out_stride + column, both, mask=column < columns)
 
 
 def _warps(block: int) -> int:
