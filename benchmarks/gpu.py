@@ -1,6 +1,6 @@
 """Training speed and memory on one GPU: ours and whichever peers are installed, on the same random models and tokens.
 
-    python benchmarks/gpu.py W1 W10 --tools afina,reference                a process a case; lines go to results/gpu.jsonl
+    python benchmarks/gpu.py W1 W10 --tools afina,reference                one process a case; lines go to results
     python benchmarks/gpu.py --case '{"workload": "W1", "tool": "afina"}'  one case in this process
 
 Weights have the shapes of real models and random values; every token is learnt; three steps warm up, six are timed
@@ -30,6 +30,8 @@ LLAMA_1B = dict(
 WORKLOADS: dict[str, dict[str, Any]] = {
     "W1": dict(shape=LLAMA_8B, samples=4, length=2048),
     "W10": dict(shape=LLAMA_8B, samples=2, length=4096),
+    "W3": dict(shape=LLAMA_8B, samples=4, length=2048, four_bits=True),
+    "W4": dict(shape=LLAMA_8B, samples=1, length=2048, four_bits=True, keep=0),
     "S1": dict(shape=LLAMA_1B, samples=8, length=2048),
 }
 WARM_UP, TIMED = 3, 6
@@ -93,11 +95,35 @@ def random_model(shape: dict[str, Any]) -> Any:
     return model
 
 
+def into_four_bits(model: Any) -> Any:
+    """Every linear layer but the head as bitsandbytes' NF4 with double quantisation."""
+    import bitsandbytes
+    import torch
+
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    four = bitsandbytes.nn.Linear4bit(
+                        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16,
+                        compress_statistics=True, quant_type="nf4", device="meta",
+                    )  # fmt: skip
+                    four.weight = bitsandbytes.nn.Params4bit(
+                        linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+                    ).to("cuda")
+                    setattr(part, name, four)
+    torch.cuda.empty_cache()
+    return model
+
+
 def adapted(work: dict[str, Any]) -> tuple[Any, list[Any]]:
     from afina.model.attach import attach, learning
     from afina.recipe.schema import Lora
 
-    model = attach(random_model(work["shape"]), Lora(rank=16, alpha=16.0), seed=3407).train()
+    base = random_model(work["shape"])
+    if work.get("four_bits"):
+        into_four_bits(base).requires_grad_(False)
+    model = attach(base, Lora(rank=16, alpha=16.0), seed=3407).train()
     return model, [parameter for _name, parameter in learning(model)]
 
 
@@ -110,9 +136,9 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
     model, parameters = adapted(work)
     engine = Engine(model)
     torch.cuda.empty_cache()
-    if "keep" in options:
-        for place, block in enumerate(engine.blocks):
-            block.keep_gate_up = place >= len(engine.blocks) - options["keep"]
+    keep = options.get("keep", work.get("keep", len(engine.blocks)))
+    for place, block in enumerate(engine.blocks):
+        block.keep_gate_up = place >= len(engine.blocks) - keep
     samples, length = work["samples"], work["length"]
     count = samples * length
 
