@@ -48,8 +48,10 @@ def rows(text: str, *, lines: bool, path: str) -> Iterator[Row]:
 
 
 def _is_lines(text: str) -> bool:
-    """Whether one of the first two lines that are not blank is an object of its own."""
-    position = 0
+    """Whether a text that begins with an object has one to itself on one of its first two lines that are not blank."""
+    position = _skip_space(text, 0)
+    if text[position : position + 1] != "{":
+        return False
     for _attempt in range(2):
         position = _skip_space(text, position)
         end = text.find("\n", position)
