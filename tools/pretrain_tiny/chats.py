@@ -1,4 +1,4 @@
-"""Chats that are not about opinions: small talk, definitions and how-tos, from text/charlas.txt and text/saberes.txt."""
+"""Chats that are not about opinions: small talk, definitions, how-tos; from text/charlas.txt and text/saberes.txt."""
 
 from __future__ import annotations
 

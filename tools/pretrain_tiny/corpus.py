@@ -1,7 +1,7 @@
 """What the tiny model reads, and how much of each: written and generated text, and real text under free licences.
 
-Generated sources give a stream of documents from a seed, so any amount can be had and none is stored; real ones are read
-and repeated as often as their share asks for. A document that begins with <|im_start|> is a chat; train.py puts
+Generated sources give a stream of documents from a seed, so any amount can be had and none is stored; real ones are
+read and repeated as often as their share asks for. A document that begins with <|im_start|> is a chat; train.py puts
 <|endoftext|> before the others. Every fiftieth real document, and a seed of their own for generated ones, is held out.
 """
 
@@ -33,11 +33,13 @@ class Source:
 
 
 SOURCES = (
-    Source("account", 15, opinions.account),
-    Source("confided", 13, opinions.confided),
-    Source("understood", 8, opinions.understood),
-    Source("disagreement", 5, opinions.disagreement),
-    Source("told", 5, opinions.told),
+    Source("account", 14, opinions.account),
+    Source("confided", 11, opinions.confided),
+    Source("understood", 6, opinions.understood),
+    Source("read", 9, opinions.read),
+    Source("answered", 3, opinions.answered),
+    Source("disagreement", 4, opinions.disagreement),
+    Source("told", 4, opinions.told),
     Source("inventory", 3, opinions.inventory),
     Source("meaning", 4, opinions.meaning),
     Source("english_opinions", 3, opinions.english),
@@ -49,11 +51,11 @@ SOURCES = (
     Source("how_to", 1, chats.how_to),
     Source("lesson", 5, chats.lesson),
     Source("worksheet", 3, lessons.worksheet),
-    Source("gsm8k", 7),
-    Source("mbpp", 0.6),
-    Source("gpteacher", 5),
-    Source("snips", 1),
-    Source("quijote", 3),
+    Source("gsm8k", 5),
+    Source("mbpp", 0.4),
+    Source("gpteacher", 3),
+    Source("snips", 0.8),
+    Source("quijote", 1.5),
 )
 
 

@@ -1,8 +1,8 @@
 """A small template language for written text: choices, names, and Spanish agreement.
 
-`[a|b]` chooses one branch (they nest), `{name}` is what is bound to the name, else a line of the lexicon, else a Spanish
-verb in the third person made to agree with the speaker. `@`, `=`, `%` and `^` are endings: o/a/os/as, ""/s, ""/es and ""/a/es/as.
-It knows no vocabulary of its own: the texts are in text/*.txt.
+`[a|b]` chooses one branch (they nest), `{name}` is what is bound to the name, else a line of the lexicon, else a
+Spanish verb in the third person made to agree with the speaker. Endings: `@` is o/a/os/as, `=` is ""/s, `%` is ""/es,
+`^` is ""/a/es/as, and `#` after a verb puts it in the plural. It knows no vocabulary of its own: that is in text/*.txt.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 TEXT = Path(__file__).parent / "text"
@@ -25,6 +25,7 @@ IRREGULAR: dict[str, tuple[str, str]] = {
     "estuvo": ("estuve", "estuvimos"),
     "pudo": ("pude", "pudimos"),
     "pidió": ("pedí", "pedimos"),
+    "repitió": ("repetí", "repetimos"),
     "sintió": ("sentí", "sentimos"),
     "durmió": ("dormí", "dormimos"),
     "rio": ("reí", "reímos"),
@@ -41,6 +42,7 @@ IRREGULAR: dict[str, tuple[str, str]] = {
     "piensa": ("pienso", "pensamos"),
     "usa": ("uso", "usamos"),
     "recomienda": ("recomiendo", "recomendamos"),
+    "siente": ("siento", "sentimos"),
     "era": ("era", "era"),
     "se": ("me", "nos"),
     "su": ("mi", "mi"),
@@ -49,7 +51,7 @@ IRREGULAR: dict[str, tuple[str, str]] = {
 
 
 def conjugate(verb: str, person: str) -> str:
-    """The third person singular `verb` for `person` ("yo", "nosotros" or "tercera"); raises KeyError on an unknown form."""
+    """The third person singular `verb` for `person`: "yo", "nosotros" or "tercera". Raises KeyError."""
     if person == "tercera":
         return "le" if verb == "me" else verb
     lower = verb[0].lower() + verb[1:]
@@ -73,18 +75,37 @@ def conjugate(verb: str, person: str) -> str:
     return form[0].upper() + form[1:] if verb[0].isupper() else form
 
 
+THIRD_PLURAL = {
+    "es": "son",
+    "era": "eran",
+    "fue": "fueron",
+    "dio": "dieron",
+    "está": "están",
+    "tuvo": "tuvieron",
+    "hizo": "hicieron",
+    "estuvo": "estuvieron",
+    "ha sido": "han sido",
+    "ha salido": "han salido",
+}
+
+
+def pluralise(verb: str) -> str:
+    """The third person plural of a singular `verb`, which may follow a pronoun ("se mostró")."""
+    if verb in THIRD_PLURAL:
+        return THIRD_PLURAL[verb]
+    if verb.endswith("ió"):
+        return verb[:-1] + "eron"
+    return verb[:-1] + "aron" if verb.endswith("ó") else verb + "n"
+
+
 def agree(text: str, feminine: bool, plural: bool) -> str:
-    """`text` with its endings @, =, % and ^ resolved."""
-    if plural:
-        text = text.replace("z%", "ces").replace("ón%", "ones")
-    vowel = ("as" if feminine else "os") if plural else ("a" if feminine else "o")
-    bare = vowel if feminine else "es" if plural else ""
-    return (
-        text.replace("@", vowel)
-        .replace("^", bare)
-        .replace("=", "s" if plural else "")
-        .replace("%", "es" if plural else "")
-    )
+    """`text` with its endings @, =, %, ^ and # resolved."""
+    if not plural:
+        text = text.replace("@", "a" if feminine else "o").replace("^", "a" if feminine else "")
+        return re.sub("[=%#]", "", text)
+    text = text.replace("z%", "ces").replace("ón%", "ones").replace("%", "es").replace("=", "s")
+    text = text.replace("@", "as" if feminine else "os").replace("^", "as" if feminine else "es")
+    return re.sub(r"(\w+)#", lambda found: pluralise(found.group(1)), text)
 
 
 def noun_agreement(noun: str) -> tuple[bool, bool]:
@@ -96,7 +117,7 @@ def noun_agreement(noun: str) -> tuple[bool, bool]:
 Piece = str | tuple[str, tuple[object, ...]]
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(template: str) -> tuple[Piece, ...]:
     """`template` as literals, ("name", (key,)) and ("choice", branches)."""
     pieces: list[Piece] = []
@@ -186,12 +207,14 @@ def _capital(found: re.Match[str]) -> str:
 def read_sections(name: str) -> dict[str, dict[str, list[str]]]:
     """text/`name`: "== header" opens a section, "-- part" a part of it (else the part is ""); # comments at the top."""
     sections: dict[str, dict[str, list[str]]] = {}
+    section: dict[str, list[str]] = {}
     part: list[str] = []
     for line in (TEXT / name).read_text(encoding="utf-8").splitlines():
         if line.startswith("== "):
-            part = sections.setdefault(line[3:].strip(), {}).setdefault("", [])
+            section = sections.setdefault(line[3:].strip(), {})
+            part = section.setdefault("", [])
         elif line.startswith("-- "):
-            part = list(sections.values())[-1].setdefault(line[3:].strip(), [])
+            part = section.setdefault(line[3:].strip(), [])
         elif line.strip() and sections:
             part.append(line)
     return sections

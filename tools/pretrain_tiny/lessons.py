@@ -9,12 +9,9 @@ import json
 import random
 from collections.abc import Callable
 
-from people import ENGLISH, MEN, WOMEN
+from people import ENGLISH, MEN, WOMEN, WORDS
 
-THINGS = {
-    "es": "manzanas libros canicas galletas lápices monedas flores sillas cromos huevos naranjas globos cartas pelotas".split(),
-    "en": "apples books marbles cookies pencils coins flowers chairs cards eggs oranges balloons letters balls".split(),
-}
+THINGS = {"es": WORDS["cosas"], "en": WORDS["things"]}
 
 
 def sums(rng: random.Random) -> tuple[str, str]:
@@ -28,7 +25,7 @@ def sums(rng: random.Random) -> tuple[str, str]:
         f"{a} {sign} {b}"
     )
     steps = ""
-    if sign != "x" and a > 9 and b > 9 and rng.random() < 0.6:
+    if sign != "x" and a > 9 and b > 9 and b % 10 and rng.random() < 0.6:
         tens = b // 10 * 10
         middle = a + tens if sign == "+" else a - tens
         steps = f"{a} {sign} {tens} = {middle}. {middle} {sign} {b - tens} = {value}. "
@@ -41,19 +38,21 @@ def problem(rng: random.Random) -> tuple[str, str]:
     thing, name = rng.choice(THINGS[language]), rng.choice(WOMEN + MEN if language == "es" else ENGLISH)
     a, b, c = rng.randint(3, 60), rng.randint(2, 30), rng.randint(2, 9)
     small, packs = rng.randint(2, 12), rng.randint(2, 10)
-    give = rng.randint(1, a + b - 1)
+    both, product = a + b, packs * small
+    give = rng.randint(1, both - 1)
+    left = both - give
     spanish = (
         (
             f"{name} tiene {a} {thing}, compra {b} más y regala {give}. ¿Cuántas unidades le quedan?",
-            f"Primero suma: {a} + {b} = {a + b}. Luego resta: {a + b} - {give} = {a + b - give}. Le quedan {a + b - give}.",
+            f"Primero suma: {a} + {b} = {both}. Luego resta: {both} - {give} = {left}. Le quedan {left}.",
         ),
         (
             f"{name} compra {packs} cajas con {small} {thing} cada una. ¿Cuánto suman en total?",
-            f"Multiplica: {packs} x {small} = {packs * small}. En total son {packs * small}.",
+            f"Multiplica: {packs} x {small} = {product}. En total son {product}.",
         ),
         (
-            f"Una entrada cuesta {small} euros. ¿Cuánto pagan {packs} personas? ¿Y si además gastan {b} euros en comida?",
-            f"Entradas: {packs} x {small} = {packs * small}. Con la comida: {packs * small} + {b} = {packs * small + b} euros.",
+            f"Una entrada cuesta {small} euros. ¿Cuánto pagan {packs} personas? ¿Y si gastan además {b} en comida?",
+            f"Entradas: {packs} x {small} = {product}. Con la comida: {product} + {b} = {product + b} euros.",
         ),
         (
             f"{name} reparte {small * c} {thing} entre {c} amigos por igual. ¿Cuánto recibe cada uno?",
@@ -63,11 +62,11 @@ def problem(rng: random.Random) -> tuple[str, str]:
     english = (
         (
             f"{name} has {a} {thing}, buys {b} more and gives away {give}. How many are left?",
-            f"First add: {a} + {b} = {a + b}. Then subtract: {a + b} - {give} = {a + b - give}. There are {a + b - give} left.",
+            f"First add: {a} + {b} = {both}. Then subtract: {both} - {give} = {left}. There are {left} left.",
         ),
         (
             f"{name} buys {packs} boxes with {small} {thing} each. How many {thing} in all?",
-            f"Multiply: {packs} x {small} = {packs * small}. There are {packs * small} {thing}.",
+            f"Multiply: {packs} x {small} = {product}. There are {product} {thing}.",
         ),
         (
             f"{name} shares {small * c} {thing} equally among {c} friends. How many does each get?",

@@ -1,7 +1,7 @@
 """Everyday judgement: what people lived through, how they felt about it, and what they did next.
 
-Each text hides one outcome (well, badly, so-so) behind its evidence, and the evidence, the feeling, the decision and the
-listener's reply all follow from it, in varying order. To predict the rest, a model has to work the outcome out. The
+Each text hides one outcome (well, badly, so-so) behind its evidence, and the evidence, the feeling, the decision and
+the listener's reply all follow from it, in varying order. To predict the rest, a model has to work the outcome out. The
 outcome itself is never named: there are no labels here, and nothing that looks like a classification task.
 """
 
@@ -12,36 +12,29 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 
-from grammar import Voice, agree, noun_agreement, read_sections, sentence
+from grammar import Voice, agree, noun_agreement, pluralise, read_sections, sentence
 from people import ENGLISH, speaker
 
 OUTCOMES = ("bien", "mal", "regular")
 ODDS = (36, 36, 28)
-PLURAL_VERBS = {
-    "era": "eran",
-    "es": "son",
-    "fue": "fueron",
-    "estuvo": "estuvieron",
-    "está": "están",
-    "salió": "salieron",
-}
-PLURAL_VERBS |= {"ha sido": "han sido", "ha salido": "han salido", "se mostró": "se mostraron", "resultó": "resultaron"}
 
 
 @dataclass(frozen=True)
 class Aspect:
-    """Nouns that belong together, and the adjectives each outcome has for them."""
+    """Nouns that belong together, and the adjectives and deeds that each outcome has for them."""
 
     verbs: list[str]
     nouns: list[str]
     adjectives: dict[str, list[str]]
+    deeds: dict[str, list[str]]
 
     def clause(self, rng: random.Random, outcome: str) -> str:
         """Such as "la sopa estaba deliciosa"."""
         noun, verb = rng.choice(self.nouns), rng.choice(self.verbs)
         feminine, plural = noun_agreement(noun)
-        if plural:
-            verb = PLURAL_VERBS.get(verb, verb + "n")
+        if rng.random() < 0.35:
+            return f"{noun} {agree(rng.choice(self.deeds[outcome]), feminine, plural)}"
+        verb = pluralise(verb) if plural else verb
         adjective = agree(rng.choice(self.adjectives[outcome]), feminine, plural)
         if outcome != "regular" and " " not in adjective:
             shape = rng.random()
@@ -69,14 +62,17 @@ FRASES = {name: parts[""] for name, parts in read_sections("frases.txt").items()
 def _domains() -> list[Domain]:
     aspects: dict[str, list[Aspect]] = {}
     for header, parts in read_sections("aspectos.txt").items():
-        aspect = Aspect(parts["verbos"], parts["nombres"], {outcome: parts[outcome] for outcome in OUTCOMES})
+        adjectives = {outcome: parts[outcome] for outcome in OUTCOMES}
+        deeds = {outcome: parts[f"hace_{outcome}"] for outcome in OUTCOMES}
+        aspect = Aspect(parts["verbos"], parts["nombres"], adjectives, deeds)
         for name in header.split()[1:]:
             aspects.setdefault(name, []).append(aspect)
     domains = []
     for header, parts in read_sections("opiniones.txt").items():
         name, kind, what = header.split(maxsplit=2)
         evidence = {outcome: parts[outcome] for outcome in OUTCOMES}
-        domains.append(Domain(kind.removesuffix("s"), what, parts["caso"], evidence, aspects.get(name, [])))
+        near = aspects.get(name, []) * 2 + aspects["*"]
+        domains.append(Domain(kind.removesuffix("s"), what, parts["caso"], evidence, near))
     return domains
 
 
@@ -106,8 +102,10 @@ class Tale:
         """One fact that speaks for `outcome`."""
         outcome, rng = outcome or self.outcome, self.rng
         chance = rng.random()
-        if chance < 0.08:
+        if chance < 0.07:
             return self.voice.pick(FRASES[f"niega_{outcome}"])
+        if chance < 0.18:
+            return self.voice.pick(FRASES[f"general_{outcome}"])
         if chance < 0.45 and self.domain.aspects:
             return rng.choice(self.domain.aspects).clause(rng, outcome)
         return self.voice.pick(self.domain.evidence[outcome])
@@ -127,7 +125,7 @@ class Tale:
         if self.outcome != "regular" and rng.random() < 0.15:
             lead = "deja_claro" if self.outcome == "bien" else "deja_claro_mal"
             text = self.voice.pick(FRASES[lead]) + text
-        elif self.outcome != "regular" and rng.random() < 0.06:
+        elif self.outcome != "regular" and rng.random() < 0.04:
             other = "mal" if self.outcome == "bien" else "bien"
             text = self.evidence(other) + rng.choice((", pero ", ". Aun así, ", ". A pesar de todo, ")) + text
         return text
@@ -171,7 +169,8 @@ class Tale:
             text = f"{self.opening()}: {self.facts()}"
         else:
             text = f"{self.facts()}. {self.verdict()}"
-        return sentence(text)
+        text = sentence(text)
+        return f"{text} {self.voice.pick(FRASES[f'remate_{self.outcome}'])}" if rng.random() < 0.12 else text
 
 
 def _plain(text: str, rng: random.Random) -> str:
@@ -342,6 +341,30 @@ def understood(rng: random.Random) -> str:
     if shape < 2 and rng.random() < 0.5:
         messages += ["¿Por qué?", sentence(f"porque {facts}")]
     return turns(*messages)
+
+
+def read(rng: random.Random) -> str:
+    """A chat about something that somebody wrote: how it went for them, before or after the text itself."""
+    tale = Tale(rng, rng.choice(("yo", "yo", "nosotros")))
+    text = _plain(tale.account(), rng)
+    other = speaker(rng, FRASES, "tercera")
+    question = other.pick(FRASES["pregunta_ajena"])
+    answer = other.pick(FRASES[f"ajena_{tale.outcome}"]).rstrip(".")
+    if rng.random() < 0.3:
+        answer += f" porque {tale.evidence()}" if rng.random() < 0.2 else f": {tale.verdict()}"
+    elif question.startswith(("Responde", "Contesta")) and rng.random() < 0.7:
+        answer = rng.choice(FRASES[f"responde_{tale.outcome}"])
+    join = rng.choice(("\n", "\n", "\n\n", " "))
+    message = f"{question}{join}{text}" if rng.random() < 0.75 else f"{text}{join}{question}"
+    return turns(message, sentence(answer))
+
+
+def answered(rng: random.Random) -> str:
+    """An account, and what the people of the place wrote back."""
+    tale = Tale(rng, rng.choice(("yo", "nosotros")))
+    reply = speaker(rng, FRASES, "tercera").pick(FRASES[f"dueño_{tale.outcome}"])
+    head = rng.choice(("Respuesta de la casa: ", "Nos contestaron: ", "Respuesta del encargado: ", "— "))
+    return f"{_plain(tale.account(), rng)}\n{head}{reply}"
 
 
 def meaning(rng: random.Random) -> str:

@@ -30,7 +30,8 @@ def spanish(rng: random.Random) -> str:
     ending = "a" if feminine else "o"
     lexicon = RELATOS | {name: RELATOS[f"{name}_{ending}"] for name in ("oficio", "cualidad", "animo")}
     bound = {"un": "una" if feminine else "un", "pequen": "pequeñ@", "cansad": "cansad@"}
-    bound |= {"n": rng.choice(WOMEN if feminine else MEN), "m": rng.choice(WOMEN + MEN)}
+    hero = rng.choice(WOMEN if feminine else MEN)
+    bound |= {"n": hero, "m": rng.choice([name for name in WOMEN + MEN if name != hero])}
     return _tell(Voice(rng, lexicon, bound, feminine=feminine), "es", "nudo", "giro")
 
 

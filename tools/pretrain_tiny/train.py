@@ -20,12 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from corpus import held_out, shards
-from tokenizer import DOCUMENT, END, PAD, TURN, learn
+from tokenizer import DOCUMENT, END, PAD, TURN, VOCABULARY, learn
 from torch.nn import functional
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 ROW = 512
 SHARD = 8_000_000  # characters
+CONTROL = 4  # the first ids are control tokens
+# Against learning the generator's sentences by heart: a share of the tokens shown is replaced at random, less and less
+# until BLURRED of the steps are over, and every third shard has its words cut into pieces other than the usual ones.
+BLUR, BLURRED = 0.12, 0.75
+LOOSE_EVERY, LOOSENESS = 3, 0.1
 
 
 def configuration(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
@@ -48,9 +53,15 @@ def configuration(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
     )
 
 
-def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of `texts` one after another (uint16), and which of them begin a document (bool), both (tokens,)."""
+def encode(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, looseness: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of `texts` one after another (uint16), and which of them begin a document (bool), both (tokens,).
+
+    `looseness` is the chance that a merge is left out (BPE-dropout, arXiv:1910.13267; the library draws it, unseeded).
+    """
     marked = [text if text.startswith(TURN) else DOCUMENT + text for text in texts]
+    tokenizer.backend_tokenizer.model.dropout = looseness
     encoded = tokenizer(marked, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     starts = np.zeros(sum(map(len, encoded)), dtype=bool)
     starts[np.cumsum([0, *map(len, encoded[:-1])])] = True
@@ -58,7 +69,7 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[np.nda
 
 
 def rows(parts: Iterable[tuple[np.ndarray, np.ndarray]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and starts cut into rows, both (rows, ROW); a document cut by the end of a row begins again in the next."""
+    """Tokens and starts cut into rows, both (rows, ROW); one cut by the end of a row begins again in the next."""
     tokens, starts = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
     count = len(tokens) // ROW
     cut = starts[: count * ROW].reshape(count, ROW).copy()
@@ -76,12 +87,22 @@ def lay_out(starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return positions, seen[:, None]
 
 
-def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss over (batch, ROW) and the number of tokens it is over: each but the first of its document."""
+def blur(ids: torch.Tensor, share: float) -> torch.Tensor:
+    """`ids` with a `share` of them replaced at random; control tokens stay."""
+    hit = (torch.rand(ids.shape, device=ids.device) < share) & (ids >= CONTROL)
+    return torch.where(hit, torch.randint_like(ids, CONTROL, VOCABULARY), ids)
+
+
+def loss_of(
+    model: LlamaForCausalLM, ids: torch.Tensor, starts: torch.Tensor, shown: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss over `ids` (batch, ROW) when the model is `shown` the same or a blurred version, and the number
+    of tokens that it is over: each but the first of its document."""
     positions, seen = lay_out(starts)
-    ids = ids.long()
-    targets = torch.where(starts, -100, ids)[:, 1:]
-    hidden = model.model(input_ids=ids, position_ids=positions, attention_mask=seen, use_cache=False).last_hidden_state
+    targets = torch.where(starts, -100, ids.long())[:, 1:]
+    hidden = model.model(
+        input_ids=shown.long(), position_ids=positions, attention_mask=seen, use_cache=False
+    ).last_hidden_state
     logits = model.lm_head(hidden[:, :-1]).float()
     loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
     return loss, (targets != -100).sum()
@@ -114,7 +135,7 @@ def measure(model: LlamaForCausalLM, texts: list[str], tokenizer: PreTrainedToke
     total = tokens = 0.0
     for some_ids, some_starts in zip(ids.split(32), starts.split(32), strict=True):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-            loss, number = loss_of(model, some_ids, some_starts)
+            loss, number = loss_of(model, some_ids, some_starts, some_ids)
         total, tokens = total + loss.item(), tokens + number.item()
     return round(total / max(tokens, 1), 3)
 
@@ -131,19 +152,19 @@ def train(model: LlamaForCausalLM, ids: torch.Tensor, starts: torch.Tensor, give
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, given.lr)
         chosen = next(order)
+        clean = ids[chosen]
+        shown = blur(clean, BLUR * max(0.0, 1 - step / (BLURRED * steps)))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=cuda):
-            loss, number = step_loss(model, ids[chosen], starts[chosen])
+            loss, number = step_loss(model, clean, starts[chosen], shown)
         (loss / number).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % max(1, steps // 40) == 0 or step == steps - 1:
-            seconds, seen = time.perf_counter() - began, (step + 1) * given.batch * ROW
-            print(
-                f"step {step} of {steps}: loss {(loss / number).item():.3f}, {seen / 1e6:.0f} M tokens in {seconds:.0f} s",
-                flush=True,
-            )
-    return steps * given.batch * ROW
+            seconds, seen = time.perf_counter() - began, (step + 1) * given.batch * ROW / 1e6
+            mean = (loss / number).item()
+            print(f"step {step} of {steps}: loss {mean:.3f}, {seen:.0f} M tokens in {seconds:.0f} s", flush=True)
+    return int(steps * given.batch * ROW)
 
 
 @torch.no_grad()
@@ -178,8 +199,8 @@ def main() -> None:
     arguments.add_argument("--real", type=Path, required=True, help="the folder that holds data/gsm8k and the rest")
     arguments.add_argument("--out", type=Path, required=True)
     arguments.add_argument("--tokenizer", type=Path, help="a folder to take the vocabulary from instead of learning it")
-    arguments.add_argument("--tokens", type=int, default=500_000_000, help="how many to train on")
-    arguments.add_argument("--shards", type=int, default=32, help="of 8 million characters each; shown again as needed")
+    arguments.add_argument("--tokens", type=int, default=750_000_000, help="how many to train on")
+    arguments.add_argument("--shards", type=int, default=48, help="of 8 million characters each; shown again as needed")
     arguments.add_argument("--batch", type=int, default=256, help="rows of 512 tokens a step")
     arguments.add_argument("--lr", type=float, default=3e-3)
     arguments.add_argument("--seed", type=int, default=1)
@@ -192,7 +213,10 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     else:
         tokenizer = learn(text for shard in shards(given.real, 1, 3 * SHARD) for text in shard)
-    parts = [encode(texts, tokenizer) for texts in shards(given.real, given.shards, SHARD, given.workers)]
+    parts = [
+        encode(texts, tokenizer, LOOSENESS if index % LOOSE_EVERY == LOOSE_EVERY - 1 else None)
+        for index, texts in enumerate(shards(given.real, given.shards, SHARD, given.workers))
+    ]
     ids, starts = rows(parts, device)
     print(f"{ids.numel() / 1e6:.1f} M tokens of text ready in {time.perf_counter() - began:.0f} s", flush=True)
 
@@ -209,6 +233,7 @@ def main() -> None:
         eos_token_id=model.config.eos_token_id,
         pad_token_id=model.config.pad_token_id,
     )
+    tokenizer.backend_tokenizer.model.dropout = None
     figures = {
         "parameters": model.num_parameters(),
         "tokens_seen": seen,
