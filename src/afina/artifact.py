@@ -22,7 +22,19 @@ from afina.language import _
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-RECORDED_PACKAGES = ("afina", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "gguf", "xllamacpp")
+MANIFEST_BYTES = 2**26
+"""No manifest is read beyond this; a run over a million files would have one of 64 MiB."""
+RECORDED_PACKAGES = (
+    "afina",
+    "torch",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "gguf",
+    "xllamacpp",
+)
 
 
 @dataclass(frozen=True)
@@ -44,11 +56,7 @@ class Artifact:
 
     def verify(self) -> None:
         """Compare every file with its recorded hash. Raises OutputError naming each file that differs."""
-        wrong = [
-            name
-            for name, entry in self.manifest["files"].items()
-            if not (self.folder / name).is_file() or sha256(self.folder / name) != entry["sha256"]
-        ]
+        wrong = [name for name, entry in self.manifest["files"].items() if not self._holds(name, entry)]
         if wrong:
             raise OutputError(
                 _("{folder} is not what its manifest says: {files}.").format(
@@ -57,13 +65,19 @@ class Artifact:
                 hint=_("The files were changed or damaged after they were written. Make the artifact again."),
             )
 
+    def _holds(self, name: str, entry: Any) -> bool:
+        """Whether the file is there as recorded; a name that leads out of the folder is never followed."""
+        file = self.folder / name
+        inside = file.resolve().is_relative_to(self.folder.resolve())
+        return inside and file.is_file() and isinstance(entry, dict) and sha256(file) == entry.get("sha256")
+
 
 def seal(folder: Path, kind: str, *, parents: Iterable[dict[str, Any]] = (), **facts: Any) -> Artifact:
     """Write the manifest of a finished folder. `facts` are recorded as they are (recipe, seeds, measured figures)."""
     files = {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST and durable.PARTIAL not in path.name
+        if path.is_file() and path != folder / MANIFEST and durable.PARTIAL not in path.name
     }
     manifest = {
         "format": FORMAT,
@@ -81,7 +95,15 @@ def seal(folder: Path, kind: str, *, parents: Iterable[dict[str, Any]] = (), **f
 def open_artifact(folder: Path, kind: str | None = None) -> Artifact:
     """Read the manifest of `folder`. Raises AfinaError when there is none, or it is of another kind."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        with (folder / MANIFEST).open("rb") as file:
+            content = file.read(MANIFEST_BYTES + 1)
+        if len(content) > MANIFEST_BYTES:
+            raise AfinaError(
+                _("The file is larger than any real one of its kind."),
+                file=folder / MANIFEST,
+                hint=_("Name a folder that afina made; an interrupted run has no manifest."),
+            )
+        manifest = json.loads(content)
     except OSError as error:
         raise AfinaError(
             _("{folder} holds no {manifest}, so it is not a finished artifact.").format(
@@ -89,17 +111,23 @@ def open_artifact(folder: Path, kind: str | None = None) -> Artifact:
             ),
             hint=_("Name a folder that afina made; an interrupted run has no manifest."),
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AfinaError(
             _("The manifest is not valid JSON: {reason}.").format(reason=error), file=folder / MANIFEST
         ) from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise AfinaError(_("The manifest lacks its list of files."), file=folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise AfinaError(
+            _("The manifest has the format {found}; this Afina reads format {known}.").format(
+                found=manifest.get("format"), known=FORMAT
+            ),
+            file=folder / MANIFEST,
+            hint=_("Read it with the Afina that wrote it, or make the artifact again."),
+        )
     if kind is not None and manifest.get("kind") != kind:
         raise AfinaError(
-            _("{folder} is a {found}, not a {wanted}.").format(
-                folder=folder, found=manifest.get("kind"), wanted=kind
-            )
+            _("{folder} is a {found}, not a {wanted}.").format(folder=folder, found=manifest.get("kind"), wanted=kind)
         )
     return Artifact(folder, manifest)
 

@@ -14,11 +14,10 @@ from typing import Any
 
 from rich.console import Console as Screen
 from rich.live import Live
-from rich.markup import escape
-from rich.progress import BarColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
-from rich.progress import TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from afina.errors import AfinaError
 from afina.language import _
@@ -27,6 +26,8 @@ PLAIN_EVERY_S = 10.0
 """Seconds between two lines of progress where the output is no terminal."""
 RATE_WINDOW_S = 30.0
 """Remaining time is judged by the pace of these last seconds, so that a slow start does not haunt the estimate."""
+CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""Control characters are not printed: a model, a file or its name could move the cursor or rename the window."""
 
 
 class Console:
@@ -38,13 +39,18 @@ class Console:
 
     @property
     def screen(self) -> Screen:
-        """Where people read. Made anew so that a redirected stdout is respected."""
-        return Screen(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+        """Where people read. Made anew so that a redirected stdout is respected. Text is never taken for markup."""
+        return Screen(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+
+    @property
+    def side(self) -> Screen:
+        """Where people read what is no result: stderr."""
+        return Screen(stderr=True, highlight=False, markup=False, emoji=False)
 
     def line(self, text: str = "", style: str = "") -> None:
         """One line of plain text for people."""
         if not self.json:
-            self.screen.print(escape(text), style=style)
+            self.screen.print(printable(text), style=style)
 
     def heading(self, text: str) -> None:
         """A line that begins a part."""
@@ -53,7 +59,7 @@ class Console:
     def stream(self, piece: str) -> None:
         """A piece of text as it arrives, with no line end."""
         if not self.json:
-            sys.stdout.write(piece)
+            sys.stdout.write(printable(piece))
             sys.stdout.flush()
 
     def ask(self, prompt: str) -> str:
@@ -65,7 +71,7 @@ class Console:
         if self.json:
             self.event("warning", message=text)
         else:
-            Screen(stderr=True, highlight=False).print(f"[yellow]![/yellow] {escape(text)}")
+            self.side.print(Text.assemble(("!", "yellow"), " ", printable(text)), soft_wrap=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
         """Rows under columns; columns after the first are aligned to the right."""
@@ -75,7 +81,7 @@ class Console:
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
         for row in rows:
-            table.add_row(*(escape(str(cell)) for cell in row))
+            table.add_row(*(printable(str(cell)) for cell in row))
         self.screen.print(table)
 
     def event(self, name: str, /, **facts: Any) -> None:
@@ -97,11 +103,10 @@ class Console:
                 exit_status=error.exit_status,
             )
             return
-        screen = Screen(stderr=True, highlight=False)
-        where = f"{escape(error.where)}: " if error.where else ""
-        screen.print(f"[bold red]{escape(_('Error'))}[/bold red] {where}{escape(error.message)}", soft_wrap=True)
+        said = f"{error.where}: {error.message}" if error.where else error.message
+        self.side.print(Text.assemble((_("Error"), "bold red"), " ", printable(said)), soft_wrap=True)
         if error.hint:
-            screen.print(f"  {escape(error.hint)}", soft_wrap=True)
+            self.side.print(f"  {printable(error.hint)}", soft_wrap=True)
 
     @contextmanager
     def progress(self, label: str, total: float) -> Iterator["Progress"]:
@@ -121,13 +126,15 @@ class Progress:
         self._label = label
         self._total = max(total, 1e-9)
         self._done = 0.0
-        self._started = time.monotonic()
-        self._printed = self._started
-        self._marks: deque[tuple[float, float]] = deque([(self._started, 0.0)])
+        self._text = ""
+        self._printed = time.monotonic()
+        self._marks: deque[tuple[float, float]] = deque([(self._printed, 0.0)])
         self._live: Live | None = None
         if not console.json and sys.stdout.isatty():
             self._bars = Bars(
-                TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}")
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[text]}", markup=False),
             )
             self._task = self._bars.add_task(label, total=self._total, text="")
             self._live = Live(self._bars, console=console.screen, refresh_per_second=8, transient=True)
@@ -139,10 +146,10 @@ class Progress:
         (then, before), now = self._marks[0], time.monotonic()
         if self._done <= before or now - then < 0.2:
             return None
-        return (self._total - self._done) * (now - then) / (self._done - before)
+        return max(self._total - self._done, 0) * (now - then) / (self._done - before)
 
     def advance(self, work: float, text: str = "", /, **facts: Any) -> None:
-        """`work` units were done; `text` is shown beside the bar, `facts` go to machines."""
+        """`work` units were done; `text`, or the last one given, is shown beside the bar; `facts` go to machines."""
         now = time.monotonic()
         if self._done == 0:
             self._marks = deque([(now, work)])  # the first unit pays for warm-up: it says nothing about the rest
@@ -151,20 +158,28 @@ class Progress:
         while len(self._marks) > 2 and now - self._marks[0][0] > RATE_WINDOW_S:
             self._marks.popleft()
         left = self.remaining_s
-        shown = f"{text} · {_('{time} left').format(time=duration(left))}" if left is not None and text else text
+        self._text = shown = text or self._text
+        if left is not None and self._done < self._total:
+            said = _("{time} left").format(time=duration(left))
+            shown = f"{shown} · {said}" if shown else said
         self._console.event(
-            "progress", label=self._label, share=round(self._done / self._total, 4), remaining_s=left, **facts
+            "progress", label=self._label, share=round(min(self._done / self._total, 1), 4), remaining_s=left, **facts
         )
         if self._live:
             self._bars.update(self._task, completed=self._done, text=shown)
         elif not self._console.json and (now - self._printed >= PLAIN_EVERY_S or self._done >= self._total):
             self._printed = now
-            self._console.line(f"{self._label} {self._done / self._total:4.0%}  {shown}")
+            self._console.line(f"{self._label} {min(self._done / self._total, 1):4.0%}  {shown}".rstrip())
 
     def close(self) -> None:
         """Take the bar off the screen."""
         if self._live:
             self._live.stop()
+
+
+def printable(text: str) -> str:
+    """The text without control characters; line ends and tabs stay."""
+    return text.translate(CONTROLS)
 
 
 def duration(seconds: float) -> str:

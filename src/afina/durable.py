@@ -8,22 +8,29 @@ before the bytes it names unless these were synced first, and the rename itself 
 """
 
 import errno
+import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
-from afina.errors import OutputError
+from afina.errors import AfinaError, OutputError
 from afina.language import _
 
 PARTIAL = ".partial"
-"""What a temporary name contains, followed by the writer's process id; `sweep` removes what a killed process left."""
+"""What a temporary name contains, then the writer's machine and process; `sweep` removes what a killed process left."""
+CLOCK_S = 2.0
+"""A process that began so long after the last change of a file did not write it, though it has its writer's id."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -61,10 +68,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises OutputError when `path` exists already, cannot be written, or the disk is full.
     """
-    if path.exists():
-        raise OutputError(
-            _("{path} exists already.").format(path=path), hint=_("Choose another name, or remove it first.")
-        )
+    if os.path.lexists(path):
+        raise _exists(path)
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=_partial_prefix(path), dir=path.parent))
@@ -86,10 +91,8 @@ def new_file(path: Path) -> Iterator[Path]:
     For files too large to hold as bytes. Raises OutputError when `path` exists already, cannot be written, or the disk
     is full.
     """
-    if path.exists():
-        raise OutputError(
-            _("{path} exists already.").format(path=path), hint=_("Choose another name, or remove it first.")
-        )
+    if os.path.lexists(path):
+        raise _exists(path)
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=_partial_prefix(path), dir=path.parent)
@@ -108,7 +111,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 class Log:
-    """A file of JSON lines that only grows. Each line is written whole and flushed, so a reader never sees half of one."""
+    """A file of JSON lines that only grows. Each line is written whole and at once, so no reader sees half of one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -117,9 +120,16 @@ class Log:
             self._file: IO[bytes] = path.open("ab", buffering=0)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add one record as one line."""
+        """Add one record as one line; on a full disk none of it. Raises OutputError."""
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
         with _explained(self.path):
-            self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+            whole = os.fstat(self._file.fileno()).st_size
+            try:
+                while line:  # near the end of a disk, less may be written than was asked for
+                    line = line[self._file.write(line) :]
+            except OSError:
+                self._file.truncate(whole)
+                raise
 
     def close(self) -> None:
         """Sync and close."""
@@ -135,7 +145,7 @@ class Log:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove what processes that are no more left half-written directly in `folder`; returns what was removed."""
+    """Remove what dead processes of this machine left half-written directly in `folder`; returns what was removed."""
     left = [path for path in sorted(folder.glob(f".*{PARTIAL}-*")) if not _writer_lives(path)]
     for path in left:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
@@ -150,12 +160,28 @@ def free_bytes(path: Path) -> int:
 
 
 def _partial_prefix(path: Path) -> str:
-    return f".{path.name}{PARTIAL}-{os.getpid()}-"
+    return f".{path.name}{PARTIAL}-{_machine()}-{os.getpid()}-"
+
+
+@cache
+def _machine() -> str:
+    """A short name of this machine: on a shared disk a process id says nothing about the processes of another one."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def _writer_lives(path: Path) -> bool:
-    process = path.name.rpartition(f"{PARTIAL}-")[2].partition("-")[0]
-    return process.isdigit() and psutil.pid_exists(int(process))
+    """Whether the process that named `path` may still be at work. What another machine left is never judged."""
+    machine, _dash, rest = path.name.rpartition(f"{PARTIAL}-")[2].partition("-")
+    process = rest.partition("-")[0]
+    if machine != _machine() or not process.isdigit():
+        return True
+    try:
+        born = psutil.Process(int(process)).create_time()
+        return born <= path.lstat().st_mtime + CLOCK_S
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
+    except psutil.Error:
+        return True
 
 
 def _sync(path: Path) -> None:
@@ -175,23 +201,50 @@ def _sync_tree(folder: Path) -> None:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into one sentence with the next step."""
+    """Turn the refusals of the operating system to write `path` into one sentence with the next step."""
     try:
         yield
+    except AfinaError:
+        raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                _("The disk is full while writing {path}.").format(path=path),
-                hint=_("Free some space, or choose another place with --out. Nothing half-written was left."),
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if error.errno in FULL:
+            raise _disk_full(path) from error
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise _exists(path) from error
+        if error.errno in REFUSED and _is_beside(error.filename, path):
             raise OutputError(
                 _("{path} cannot be written: {reason}.").format(path=path, reason=os.strerror(error.errno)),
                 hint=_("Choose another place with --out, or change its permissions."),
             ) from error
-        if isinstance(error, FileNotFoundError) or error.errno is None:
+        if isinstance(error, FileNotFoundError) or error.errno is None or not _is_beside(error.filename, path):
             raise
         raise OutputError(
             _("Writing {path} failed: {reason}.").format(path=path, reason=error.strerror or error),
             hint=_("Check the disk, then run the same command again."),
         ) from error
+    except Exception as error:
+        # Libraries written in Rust or C++ (safetensors, gguf, llama.cpp) tell of a full disk in words alone.
+        if any(os.strerror(number) in str(error) for number in FULL):
+            raise _disk_full(path) from error
+        raise
+
+
+def _is_beside(refused: str | bytes | int | None, path: Path) -> bool:
+    """Whether the file that was refused is `path`, beside it or below it: a file elsewhere was only to be read."""
+    if not isinstance(refused, str):
+        return True
+    place, folder = Path(refused).absolute(), path.absolute().parent
+    return place.is_relative_to(folder) or folder.is_relative_to(place)
+
+
+def _disk_full(path: Path) -> OutputError:
+    return OutputError(
+        _("The disk is full while writing {path}.").format(path=path),
+        hint=_("Free some space, or choose another place with --out. Nothing half-written was left."),
+    )
+
+
+def _exists(path: Path) -> OutputError:
+    return OutputError(
+        _("{path} exists already.").format(path=path), hint=_("Choose another name, or remove it first.")
+    )

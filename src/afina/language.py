@@ -6,18 +6,28 @@ its translation; a test fails on a message that has none. This module knows noth
 
 import gettext
 import os
+import re
 from functools import cache
 from pathlib import Path
 
 CATALOGUES = Path(__file__).parent / "locale"
+LOCALE = ("LC_ALL", "LC_MESSAGES", "LANG")
+SPANISH = re.compile(r"es(?![a-z])|spanish", re.IGNORECASE)
+"""es, es_MX.UTF-8, es-419, Spanish_Spain.1252; neither est nor eo."""
 
 
 def chosen() -> str:
-    """The language code of this process: `AFINA_LANG`, or the first locale variable that is set, as POSIX orders them."""
-    for variable in ("AFINA_LANG", "LC_ALL", "LC_MESSAGES", "LANG"):
-        if value := os.environ.get(variable):
-            return "es" if value.lower().startswith("es") else "en"
-    return "en"
+    """The language code of this process: `AFINA_LANG`, or what the locale variables say, as GNU gettext reads them.
+
+    The first of `LC_ALL`, `LC_MESSAGES` and `LANG` that is set names the locale; unless that is C, the first language
+    of `LANGUAGE` goes before it.
+    """
+    asked = os.environ.get("AFINA_LANG")
+    if not asked:
+        asked = next((value for name in LOCALE if (value := os.environ.get(name))), "C")
+        if asked.partition(".")[0] not in ("C", "POSIX"):
+            asked = os.environ.get("LANGUAGE", "").partition(":")[0] or asked
+    return "es" if SPANISH.match(asked) else "en"
 
 
 @cache
