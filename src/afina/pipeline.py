@@ -1,6 +1,6 @@
 """The verbs, as prose: what each reads, does and leaves. The Python API and the command line both call these.
 
-    init → train → evaluate → export → chat, or run, which does all of it and skips what is done.
+init → train → evaluate → export → chat, or run, which does all of it and skips what is done.
 """
 
 import time
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina import durable
-from afina.artifact import MANIFEST, Artifact, folder_digest, open_artifact, parent, seal, versions
+from afina.artifact import MANIFEST, Artifact, folder_digest, open_artifact, parent, seal, sha256, versions
 from afina.console import console, duration, size
 from afina.errors import AfinaError, OutputError, RecipeError
 from afina.language import _
@@ -39,6 +39,7 @@ def train(recipe: str | Path, out: str | Path | None = None, overrides: Sequence
     place = Path(out) if out else RUNS / wanted.name
     _refuse_existing(place)
     _check_formats(wanted, folder)
+    _check_tasks(wanted, folder)
     console.heading(_("Training {name}").format(name=wanted.name))
     with durable.new_folder(place) as run:
         durable.write_text(run / "recipe.yaml", dump(wanted))
@@ -65,7 +66,7 @@ def evaluate(run: str | Path) -> Path:
 
     run = _run_folder(run)
     place = run / "evaluation"
-    _refuse_existing(place)
+    _refuse_existing(place, _("Remove the folder to evaluate again."))
     console.heading(_("Evaluating {run}").format(run=run))
     evaluate_run(run, place, console)
     draw(run)
@@ -80,7 +81,7 @@ def export(run: str | Path, formats: Sequence[str] = ()) -> Path:
 
     run = _run_folder(run)
     place = run / "export"
-    _refuse_existing(place)
+    _refuse_existing(place, _("Remove the folder to export again."))
     wanted = formats or recipe_of(open_artifact(run, "run"))[0].export.formats
     console.heading(_("Exporting {run}").format(run=run))
     export_run(run, place, wanted, console)
@@ -97,11 +98,7 @@ def run(recipe: str | Path, out: str | Path | None = None, overrides: Sequence[s
     wanted = load(Path(recipe), overrides)
     place = Path(out) if out else RUNS / wanted.name
     if (place / MANIFEST).is_file():
-        if open_artifact(place, "run").manifest["recipe"] != wanted.resolved():
-            raise OutputError(
-                _("{path} holds a run of another recipe.").format(path=place),
-                hint=_("Give this one another name (name: in the recipe, or --out), or remove the folder."),
-            )
+        _refuse_another(place, wanted)
         console.line(_("{path} is trained already.").format(path=place))
     else:
         train(recipe, place, overrides)
@@ -129,9 +126,9 @@ def init(use_case: str, folder: str | Path | None = None) -> Path:
 def chat(
     source: str | Path, *, prompt: str | None = None, beside_base: bool = False, seed: int = 0, **settings: Any
 ) -> None:
-    """Talk to a run folder, a model folder, a hub name or a GGUF file in the terminal; `settings` are the recipe's chat.
+    """Talk to a run folder, a model folder, a hub name or a GGUF file in the terminal.
 
-    With `prompt`, ask once and return. Raises AfinaError.
+    `settings` are the recipe's chat. With `prompt`, ask once and return. Raises AfinaError.
     """
     from contextlib import ExitStack
 
@@ -268,13 +265,27 @@ def _run_folder(run: str | Path) -> Path:
     return place
 
 
-def _refuse_existing(place: Path) -> None:
+def _refuse_existing(place: Path, hint: str = "") -> None:
     durable.sweep(place.parent)
-    if place.exists():
+    if place.exists() or place.is_symlink():
         raise OutputError(
             _("{path} exists already.").format(path=place),
-            hint=_("Give this one another name (name: in the recipe, or --out), or remove the folder."),
+            hint=hint or _("Give this one another name (name: in the recipe, or --out), or remove the folder."),
         )
+
+
+def _refuse_another(place: Path, wanted: Recipe) -> None:
+    """A finished run is continued only with the recipe and the data it was made from."""
+    manifest = open_artifact(place, "run").manifest
+    hint = _("Give this one another name (name: in the recipe, or --out), or remove the folder.")
+    if manifest.get("recipe") != wanted.resolved():
+        raise OutputError(_("{path} holds a run of another recipe.").format(path=place), hint=hint)
+    for entry in manifest["parents"]:
+        file = Path(entry["name"])
+        if entry["role"] == "data" and file.is_file() and sha256(file) != entry["sha256"]:
+            raise OutputError(
+                _("{path} was trained before {file} was changed.").format(path=place, file=file), hint=hint
+            )
 
 
 def _check_formats(recipe: Recipe, folder: Path) -> None:
@@ -288,6 +299,14 @@ def _check_formats(recipe: Recipe, folder: Path) -> None:
         except AfinaError as error:
             error.hint = error.hint or _("Remove the GGUF formats from export.formats to train without them.")
             raise
+
+
+def _check_tasks(recipe: Recipe, folder: Path) -> None:
+    """Say before training, not after, that a task's data is missing or cannot be marked."""
+    if recipe.tasks:
+        from afina.evaluate.run import questions
+
+        questions(recipe, folder)
 
 
 def _base(recipe: Recipe, folder: Path) -> dict[str, str]:

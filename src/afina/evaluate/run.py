@@ -8,17 +8,19 @@ from typing import Any
 from afina import durable
 from afina.artifact import Artifact, open_artifact, parent, seal, sha256
 from afina.console import Console, duration
-from afina.data.read import read
+from afina.data.read import Reading, read
 from afina.errors import RecipeError
-from afina.evaluate.tasks import System, ask, prepare, work
+from afina.evaluate.tasks import Asked, System, ask, prepare, work
 from afina.language import _
 from afina.model.load import load_model
 from afina.recipe.place import model_source
-from afina.train.reopen import Tuned, reopen
+from afina.recipe.schema import Recipe
+from afina.train.reopen import Tuned, check_unchanged, reopen
 
 
 def evaluate_run(run: Path, out: Path, console: Console) -> Artifact:
     """Write evaluation.json and predictions.jsonl into the new folder `out`. Raises RecipeError without tasks."""
+    check_unchanged(open_artifact(run, "run"))
     tuned = reopen(run)
     tasks = tuned.recipe.tasks
     if not tasks:
@@ -26,10 +28,7 @@ def evaluate_run(run: Path, out: Path, console: Console) -> Artifact:
             _("The recipe of {run} names no tasks to evaluate.").format(run=run),
             hint=_("Add a tasks: section to the recipe; afina init writes one."),
         )
-    readings = [read(task.data, tuned.recipe.data, tuned.folder) for task in tasks]
-    asked = [
-        prepare(task, reading.samples, tuned.recipe.seed) for task, reading in zip(tasks, readings, strict=True)
-    ]
+    readings, asked = questions(tuned.recipe, tuned.folder)
     systems = _systems(tuned)
     results: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
@@ -55,6 +54,14 @@ def evaluate_run(run: Path, out: Path, console: Console) -> Artifact:
         )
     show(results, console)
     return open_artifact(out, "evaluation")
+
+
+def questions(recipe: Recipe, folder: Path) -> tuple[list[Reading], list[Asked]]:
+    """What each task's data holds, and what will be asked of it. Raises DataError."""
+    readings = [read(task.data, recipe.data, folder) for task in recipe.tasks]
+    return readings, [
+        prepare(task, reading.samples, recipe.seed) for task, reading in zip(recipe.tasks, readings, strict=True)
+    ]
 
 
 def show(results: list[dict[str, Any]], console: Console) -> None:

@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
-from afina.artifact import Artifact, open_artifact
+from afina.artifact import MANIFEST, Artifact, folder_digest, open_artifact, sha256
 from afina.data.template import Renderer
 from afina.data.tokenizer import load_tokenizer
+from afina.errors import AfinaError, ModelError
+from afina.language import _
 from afina.model.attach import load_adapter
 from afina.model.load import Hardware, choose_hardware, load_model
 from afina.recipe.place import model_source
@@ -40,15 +43,48 @@ def untuned(model: nn.Module) -> Iterator[None]:
 
 
 def recipe_of(run: Artifact) -> tuple[Recipe, Path]:
-    """The recipe a run was made with, and where its relative paths start."""
-    return Recipe.model_validate(run.manifest["recipe"]), Path(run.manifest["recipe_folder"])
+    """The recipe a run was made with, and where its relative paths start. Raises AfinaError for a manifest without."""
+    try:
+        return Recipe.model_validate(run.manifest["recipe"]), Path(run.manifest["recipe_folder"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise AfinaError(
+            _("The manifest holds no recipe that this version reads: {reason}").format(
+                reason=str(error).strip().split("\n")[0]
+            ),
+            file=run.folder / MANIFEST,
+            hint=_("Open it with the version of afina that made it, or train again."),
+        ) from error
 
 
-def reopen(folder: Path) -> Tuned:
-    """Open a run folder. Raises AfinaError when it is none, ModelError when base and adapter do not fit."""
+def check_unchanged(run: Artifact) -> None:
+    """Raises ModelError when the adapter, or a base that lies in a folder, is not what the run was made with."""
+    recipe, start = recipe_of(run)
+    source = Path(model_source(recipe.model.base, start))
+    recorded = {parent["sha256"] for parent in run.manifest["parents"] if parent["role"] == "base"}
+    if source.is_dir() and folder_digest(source) not in recorded:
+        raise ModelError(
+            _("The base model {base} has changed since {run} was trained on it.").format(
+                base=recipe.model.base, run=run.folder
+            ),
+            hint=_("Put the old files back, or train again."),
+        )
+    for name, entry in run.manifest["files"].items():
+        file = run.folder / name
+        if name.startswith("adapter/") and (not file.is_file() or sha256(file) != entry["sha256"]):
+            raise ModelError(
+                _("{file} was changed or damaged after training.").format(file=file),
+                hint=_("Put the old file back, or train again."),
+            )
+
+
+def reopen(folder: Path, precision: Literal["fp32"] | None = None) -> Tuned:
+    """Open a run folder, its weights in the recipe's precision or in `precision`.
+
+    Raises AfinaError when it is none, ModelError when base and adapter do not fit.
+    """
     run = open_artifact(folder, "run")
     recipe, start = recipe_of(run)
-    hardware = choose_hardware(recipe.model)
+    hardware = choose_hardware(recipe.model.model_copy(update={"precision": precision}) if precision else recipe.model)
     adapter = folder / "adapter"
     if recipe.method.name == "full":
         model = load_model(str(adapter), hardware)

@@ -36,7 +36,9 @@ from afina.recipe.schema import Recipe
 from afina.train.loop import LossFunction, StepReport, mean_loss, train
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "mps": 4096}
-"""Computed at once where the recipe says nothing: enough to fill the device, little enough to fit beside the weights."""
+"""Computed at once where the recipe says nothing: enough to fill the device, little enough to fit by the weights."""
+SHOWN_PROBLEMS = 20
+"""Samples with problems printed one by one; the rest is counted, and the manifest has them all."""
 BACKWARD_WORK = 3
 """A learnt token costs about three times a token that is only looked at."""
 
@@ -92,7 +94,10 @@ def prepare(recipe: Recipe, folder: Path, renderer: Renderer, console: Console) 
         rendered.append(good)
         rejected += bad
     if not rendered[0]:
-        raise DataError(_("No sample is left to learn from."), hint=_("Look at the reasons above."))
+        raise DataError(
+            _("No sample is left to learn from:") + "\n" + "\n".join(_listed(rejected)),
+            hint=_("Raise model.max_length, or shorten the samples."),
+        )
     for encoding, files in reading.encodings.items():
         if encoding != data.encoding[0]:
             console.warn(_("{count} file(s) read as {encoding}.").format(count=len(files), encoding=encoding))
@@ -119,16 +124,7 @@ def train_run(recipe: Recipe, folder: Path, out: Path, console: Console) -> dict
     )
     renderer = Renderer(tokenizer, recipe.data.learn)
     examples = prepare(recipe, folder, renderer, console)
-    console.line(
-        _("Data      {rows} rows = {train} to learn + {validation} for validation + {rejected} rejected").format(
-            rows=examples.rows,
-            train=len(examples.train),
-            validation=len(examples.validation),
-            rejected=len(examples.rejected),
-        )
-    )
-    console.event("data", rows=examples.rows, train=len(examples.train), validation=len(examples.validation))
-
+    _say_data(examples, console)
     model = load_model(source, hardware, revision=recipe.model.revision)
     limit = limit_of(model)
     if limit is not None and recipe.model.max_length > limit:
@@ -163,10 +159,7 @@ def train_run(recipe: Recipe, folder: Path, out: Path, console: Console) -> dict
             "rows": examples.rows,
             "train": len(examples.train),
             "validation": len(examples.validation),
-            "rejected": [
-                {"file": str(sample.file), "line": sample.line, "reason": reason}
-                for sample, reason in examples.rejected
-            ],
+            "rejected": _places(examples.rejected),
             "files": examples.files,
             "dialects": examples.dialects,
             "encodings": examples.encodings,
@@ -219,6 +212,8 @@ def _run_loop(
     work = BACKWARD_WORK * sum(examples.train[index].ids.size for step in range(steps) for index in order.step(step))
     work += held_out_tokens * len(validate_after)
 
+    learnt = [parameter for _name, parameter in learning(model)]
+
     with (
         durable.Log(out / "metrics.jsonl") as log,
         console.progress(_("Training"), work) as progress,
@@ -226,6 +221,7 @@ def _run_loop(
     ):
 
         def on_step(report: StepReport) -> None:
+            torch.autograd.graph.increment_version(learnt)  # fused AdamW does not, and the engine goes by it
             tally.losses.append(report.loss)
             tally.tokens += report.tokens
             tally.learnt += report.learnt
@@ -298,35 +294,67 @@ def _choose_engine(
 def _render(
     samples: list[Sample], renderer: Renderer, recipe: Recipe
 ) -> tuple[list[Rendered], list[tuple[Sample, str]]]:
-    """Rendered samples that pass the audit, and those set aside. Raises DataError when the recipe does not allow that."""
+    """Rendered samples that pass the audit, and those set aside. Raises DataError where none may be."""
     rendered = renderer.samples(samples)
     limit = recipe.model.max_length
-    problems = audit(samples, rendered, renderer.tokenizer, limit)
     too_long = {id(sample) for sample, row in zip(samples, rendered, strict=True) if row.ids.size > limit}
-    rejected = [(s, reason) for s, reason in problems if recipe.data.too_long == "reject" and id(s) in too_long]
-    fatal = [problem for problem in problems if problem not in rejected]
+    reasons: dict[int, tuple[Sample, str]] = {}
+    for sample, reason in audit(samples, rendered, renderer.tokenizer, limit):
+        reasons[id(sample)] = (sample, f"{reasons[id(sample)][1]}; {reason}" if id(sample) in reasons else reason)
+    aside = too_long if recipe.data.too_long == "reject" else set()
+    fatal = [problem for key, problem in reasons.items() if key not in aside]
     if fatal:
-        shown = [f"{sample.where}: {reason}" for sample, reason in fatal[:20]]
-        if len(fatal) > len(shown):
-            shown.append(_("... and {count} more").format(count=len(fatal) - len(shown)))
         raise DataError(
             _("{count} of {all} samples cannot be learnt as they are:").format(count=len(fatal), all=len(samples))
             + "\n"
-            + "\n".join(shown),
+            + "\n".join(_listed(fatal)),
             file=fatal[0][0].file,
             line=fatal[0][0].line,
             hint=_(
                 "Raise model.max_length, shorten them, or set data.too_long to reject to go on without the long ones."
             )
-            if len(too_long) == len(fatal)
+            if all(id(sample) in too_long for sample, _reason in fatal)
             else _("Mend these samples, or use a chat template that closes the answer (model.chat_template)."),
         )
-    aside = {id(sample) for sample, _reason in rejected}
-    return [row for sample, row in zip(samples, rendered, strict=True) if id(sample) not in aside], rejected
+    good = [row for sample, row in zip(samples, rendered, strict=True) if id(sample) not in aside]
+    return good, list(reasons.values())
+
+
+def _say_data(examples: Examples, console: Console) -> None:
+    """Account for every row: what is learnt, what is kept back, and which were set aside and why."""
+    console.line(
+        _("Data      {rows} rows = {train} to learn + {validation} for validation + {rejected} rejected").format(
+            rows=examples.rows,
+            train=len(examples.train),
+            validation=len(examples.validation),
+            rejected=len(examples.rejected),
+        )
+    )
+    for line in _listed(examples.rejected):
+        console.line(f"          {line}")
+    console.event(
+        "data",
+        rows=examples.rows,
+        train=len(examples.train),
+        validation=len(examples.validation),
+        rejected=_places(examples.rejected),
+    )
+
+
+def _places(rejected: Sequence[tuple[Sample, str]]) -> list[dict[str, str | int]]:
+    """Rejected samples for the manifest and for machines."""
+    return [{"file": str(sample.file), "line": sample.line, "reason": reason} for sample, reason in rejected]
+
+
+def _listed(problems: Sequence[tuple[Sample, str]]) -> list[str]:
+    """The first problems, a line each, and how many more there are."""
+    shown = [f"{sample.where}: {reason}" for sample, reason in problems[:SHOWN_PROBLEMS]]
+    more = len(problems) - len(shown)
+    return [*shown, _("... and {count} more").format(count=more)] if more else shown
 
 
 def _few(rows: Sequence[Rendered], samples: Sequence[int]) -> list[int]:
-    """The first samples of a step, PROOF_TOKENS together or one at least: the reference needs more memory than we do."""
+    """The first samples of a step, PROOF_TOKENS together or one at least: the reference needs more memory than us."""
     chosen, tokens = [samples[0]], rows[samples[0]].ids.size
     for index in samples[1:]:
         tokens += rows[index].ids.size
