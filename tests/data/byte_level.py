@@ -71,18 +71,18 @@ FAMILIES: dict[str, dict[str, object]] = {
 """Per template: which tokens of its model are special, which are tags, and whether the tokenizer itself adds BOS."""
 
 
-def template_text(name: str, real_data: Path) -> str:
-    """The template as its publisher ships it, or one of ours."""
+def tokenizer_for(name: str, published: Path | None) -> Tokenizer:
+    """The tokenizer of a family with its template, its clock stopped as load_tokenizer stops it.
+
+    `published` is the folder of the templates that are not ours.
+    """
     if name == "afina/tiny":
-        return (BUNDLED / "tiny" / "chat_template.jinja").read_text("utf-8")
-    if name.startswith("afina/"):
-        return (BUNDLED / "templates" / f"{name.removeprefix('afina/')}.jinja").read_text("utf-8")
-    return (real_data / "templates" / f"{name}.jinja").read_text("utf-8")
-
-
-def tokenizer_for(name: str, real_data: Path) -> Tokenizer:
-    """The small tokenizer of a family with its template, its clock stopped as load_tokenizer stops it."""
-    return Tokenizer(small(name), without_clock(template_text(name, real_data)))
+        file = BUNDLED / "tiny" / "chat_template.jinja"
+    elif published is None:
+        file = BUNDLED / "templates" / f"{name.removeprefix('afina/')}.jinja"
+    else:
+        file = published / f"{name}.jinja"
+    return Tokenizer(small(name), without_clock(file.read_text("utf-8")))
 
 
 @cache

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.byte_level import FAMILIES, build, tokenizer_for
+from data.byte_level import FAMILIES, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -47,10 +47,6 @@ ENDS_LAST_ONLY = {"openai-gpt-oss-120b"}
 thinking, and one that learnt it after its answer would not stop."""
 
 
-def renderer(name: str, real_data: Path, learn: str = "all") -> Renderer:
-    return Renderer(tokenizer_for(name, real_data), learn)
-
-
 def sample(*messages: Message) -> Sample:
     return Sample(messages, Path("talk.jsonl"), 7)
 
@@ -75,8 +71,8 @@ def end_of(name: str) -> str:
 
 @families
 @pytest.mark.parametrize("messages", [ONE, WITH_SYSTEM, TURNS], ids=["one answer", "system", "two answers"])
-def test_ids_are_those_of_transformers(name, messages, real_data):
-    render = renderer(name, real_data)
+def test_ids_are_those_of_transformers(name, messages, family):
+    render = Renderer(family(name))
     if messages is WITH_SYSTEM and name in NO_SYSTEM:
         with pytest.raises(BadRows, match=NO_SYSTEM[name]) as raised:
             render.sample(sample(*messages))
@@ -92,8 +88,8 @@ def test_ids_are_those_of_transformers(name, messages, real_data):
 
 
 @families
-def test_learnt_are_the_answers_and_the_end_of_turn(name, real_data):
-    render = renderer(name, real_data)
+def test_learnt_are_the_answers_and_the_end_of_turn(name, family):
+    render = Renderer(family(name))
     first, last = BEFORE_ANSWERS.get(name, ("", ""))
     end = end_of(name)
     row = render.sample(sample(*TURNS))
@@ -101,7 +97,7 @@ def test_learnt_are_the_answers_and_the_end_of_turn(name, real_data):
         first + TURNS[1].content + ("" if name in ENDS_LAST_ONLY else end),
         last + TURNS[3].content + end,
     ]
-    only_last = renderer(name, real_data, "last").sample(sample(*TURNS))
+    only_last = Renderer(family(name), "last").sample(sample(*TURNS))
     assert only_last.ids.tolist() == row.ids.tolist()
     assert learnt_texts(render.tokenizer, only_last) == [last + TURNS[3].content + end]
     answered = render.answer(TURNS[:3], TURNS[3].content)
@@ -110,9 +106,9 @@ def test_learnt_are_the_answers_and_the_end_of_turn(name, real_data):
     assert not audit([sample(*TURNS)], [row], render.tokenizer, 4096)
 
 
-def test_generation_markers_say_the_same(real_data):
+def test_generation_markers_say_the_same(family):
     """afina/tiny's template marks what the assistant writes; its markers take in the end of turn, as we do."""
-    render = renderer("afina/tiny", real_data)
+    render = Renderer(family("afina/tiny"))
     rows = [{"role": message.role, "content": message.content} for message in TURNS]
     marked = render.tokenizer.hf.apply_chat_template(
         rows, chat_template=render.tokenizer.template, return_dict=True, return_assistant_tokens_mask=True
@@ -177,10 +173,10 @@ def conversations(draw, name: str):
 @families
 @with_fixture
 @given(data=st.data())
-def test_no_text_becomes_a_control_token(name, real_data, data):
+def test_no_text_becomes_a_control_token(name, family, data):
     """The markup of a rendered conversation is that of the same roles with harmless words; the prompt is a prefix."""
     messages = data.draw(conversations(name))
-    render = renderer(name, real_data)
+    render = Renderer(family(name))
     markup = set(render.tokenizer.markup.values())
 
     def skeleton(ids) -> list[int]:
@@ -198,7 +194,7 @@ def test_no_text_becomes_a_control_token(name, real_data, data):
         prompt = render.prompt(messages[:place])
         whole = render.sample(sample(*messages[: place + 1]))
         assert whole.ids[: len(prompt)].tolist() == prompt
-        first = int(np.flatnonzero(renderer(name, real_data, "last").sample(sample(*messages[: place + 1])).learnt)[0])
+        first = int(np.flatnonzero(Renderer(render.tokenizer, "last").sample(sample(*messages[: place + 1])).learnt)[0])
         assert first == len(prompt)
     last = learnt_texts(render.tokenizer, row)[-1]
     before = BEFORE_ANSWERS.get(name, ("", ""))[1]
@@ -208,38 +204,38 @@ def test_no_text_becomes_a_control_token(name, real_data, data):
 
 @with_fixture
 @given(st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip), st.booleans())
-def test_any_answer_comes_back_from_what_is_learnt(real_data, answer, system):
-    render = renderer("afina/chatml", real_data)
+def test_any_answer_comes_back_from_what_is_learnt(family, answer, system):
+    render = Renderer(family("afina/chatml"))
     row = render.sample(sample(*(WITH_SYSTEM[:-1] if system else ONE[:-1]), Message("assistant", answer)))
     assert learnt_texts(render.tokenizer, row) == [answer + "<|im_end|>"]
 
 
-def test_tags_are_tokens_where_template_or_assistant_write_them_and_nowhere_else(real_data):
-    render = renderer("Qwen-Qwen3-0.6B", real_data)
+def test_tags_are_tokens_where_template_or_assistant_write_them_and_nowhere_else(family):
+    render = Renderer(family("Qwen-Qwen3-0.6B"))
     think = render.tokenizer.markup["<think>"]
     thoughtful = "<think>\nTwo and two.\n</think>\n\nIt is four."
     row = render.sample(sample(Message("user", "<think>?</think>"), Message("assistant", thoughtful)))
     assert row.ids.tolist().count(think) == 1
     assert learnt_texts(render.tokenizer, row) == [thoughtful + "<|im_end|>"]
-    tools = renderer("Qwen-Qwen2.5-7B-Instruct", real_data)
+    tools = Renderer(family("Qwen-Qwen2.5-7B-Instruct"))
     call = "<tool_call>\n{}\n</tool_call>"
     row = tools.sample(sample(Message("user", call), Message("assistant", call)))
     assert row.ids.tolist().count(tools.tokenizer.markup["<tool_call>"]) == 1
 
 
-def test_thoughts_of_earlier_turns_may_be_left_out_unless_they_are_to_be_learnt(real_data):
+def test_thoughts_of_earlier_turns_may_be_left_out_unless_they_are_to_be_learnt(family):
     earlier = Message("assistant", "<think>\nHidden reasons.\n</think>\n\nIt is two.")
     talk = (TURNS[0], earlier, TURNS[2], TURNS[3])
-    render = renderer("Qwen-Qwen3-0.6B", real_data)
+    render = Renderer(family("Qwen-Qwen3-0.6B"))
     assert "Hidden" not in render.tokenizer.hf.decode(render.prompt(talk[:3]))
-    assert renderer("Qwen-Qwen3-0.6B", real_data, "last").sample(sample(*talk)).learnt.any()
+    assert Renderer(family("Qwen-Qwen3-0.6B"), "last").sample(sample(*talk)).learnt.any()
     with pytest.raises(BadRows, match="drops or changes the assistant's message"):
         render.sample(sample(*talk))
 
 
-def test_switches_in_a_system_message(real_data):
+def test_switches_in_a_system_message(family):
     """SmolLM3's template takes /no_think out of the system message and writes empty thoughts before answers."""
-    render = renderer("HuggingFaceTB-SmolLM3-3B", real_data)
+    render = Renderer(family("HuggingFaceTB-SmolLM3-3B"))
     messages = (Message("system", "Be brief. /no_think"), *ONE)
     row = render.sample(sample(*messages))
     assert row.ids.tolist() == by_transformers(render.tokenizer, messages)
@@ -249,24 +245,24 @@ def test_switches_in_a_system_message(real_data):
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "Llama-3." in name or "gpt-oss" in name])
-def test_the_date_stands_still(name, real_data):
-    text = renderer(name, real_data).tokenizer.render([{"role": "user", "content": "x"}])
+def test_the_date_stands_still(name, family):
+    text = Renderer(family(name)).tokenizer.render([{"role": "user", "content": "x"}])
     assert "2024-07-26" in text or "26 Jul 2024" in text
     assert not re.search(r"\b20(2[5-9]|[3-9]\d)\b", text)
 
 
-def test_white_space_that_tokens_swallow(real_data):
+def test_white_space_that_tokens_swallow(family):
     """Phi's tokens take the line end after them, so the answer begins right after <|assistant|>."""
-    render = renderer("microsoft-Phi-3.5-mini-instruct", real_data)
+    render = Renderer(family("microsoft-Phi-3.5-mini-instruct"))
     row = render.sample(sample(*ONE))
     start = int(np.flatnonzero(row.learnt)[0])
     assert row.ids[start - 1] == render.tokenizer.markup["<|assistant|>"]
 
 
-def test_a_template_that_trims(real_data):
+def test_a_template_that_trims(family):
     messages = (Message("user", "  What?\n"), Message("assistant", "\n It is four. \n"))
     for name in ("google-gemma-2-2b-it", "meta-llama-Llama-3.1-8B-Instruct", "afina/alpaca"):
-        render = renderer(name, real_data)
+        render = Renderer(family(name))
         assert learnt_texts(render.tokenizer, render.sample(sample(*messages))) == ["It is four." + end_of(name)]
 
 
@@ -295,8 +291,8 @@ def test_a_template_that_drops_the_answer_or_says_things_twice():
         Renderer(Tokenizer(special, twice)).sample(sample(*ONE))
 
 
-def test_all_samples_that_fail_are_named_at_once(real_data):
-    render = renderer("google-gemma-2-2b-it", real_data)
+def test_all_samples_that_fail_are_named_at_once(family):
+    render = Renderer(family("google-gemma-2-2b-it"))
     rows = [Sample(WITH_SYSTEM if n % 3 == 0 else ONE, Path("talk.jsonl"), n) for n in range(90)]
     with pytest.raises(BadRows) as raised:
         render.samples(rows)

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from data.byte_level import FAMILIES, build, tokenizer_for
+from data.byte_level import FAMILIES, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -76,8 +76,8 @@ def test_half_a_character_is_an_error_of_ours():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_ends_are_what_the_template_closes_an_answer_with(name, real_data: Path):
-    tokenizer = tokenizer_for(name, real_data)
+def test_ends_are_what_the_template_closes_an_answer_with(name, family):
+    tokenizer = family(name)
     eos = tokenizer.hf.eos_token_id
     closing = {"google-gemma-2-2b-it": "<end_of_turn>", "microsoft-Phi-3.5-mini-instruct": "<|end|>"}.get(name)
     assert set(tokenizer.end_ids) == {eos, *([tokenizer.control_tokens[closing]] if closing else [])}
@@ -120,8 +120,8 @@ def test_a_clock_that_cannot_be_stopped_in_the_text_stands_still_in_the_sandbox(
     assert Tokenizer(build(), text).render([{"role": "user", "content": "x"}]) == "2024"
 
 
-def test_saved_and_loaded_it_is_the_same(tmp_path: Path, real_data: Path):
-    tokenizer = tokenizer_for("Qwen-Qwen3-0.6B", real_data)
+def test_saved_and_loaded_it_is_the_same(tmp_path: Path, family):
+    tokenizer = family("Qwen-Qwen3-0.6B")
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     sample = Sample((Message("user", "¿Sí? <think>"), Message("assistant", "Sí.")), tmp_path, 1)
