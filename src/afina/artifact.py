@@ -127,7 +127,9 @@ def open_artifact(folder: Path, kind: str | None = None) -> Artifact:
         )
     if kind is not None and manifest.get("kind") != kind:
         raise AfinaError(
-            _("{folder} is a {found}, not a {wanted}.").format(folder=folder, found=manifest.get("kind"), wanted=kind)
+            _("{folder} is of the kind {found}, not {wanted}.").format(
+                folder=folder, found=manifest.get("kind"), wanted=kind
+            )
         )
     return Artifact(folder, manifest)
 

@@ -30,7 +30,7 @@ PARTIAL = ".partial"
 CLOCK_S = 2.0
 """A process that began so long after the last change of a file did not write it, though it has its writer's id."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -209,7 +209,7 @@ def _explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise _disk_full(path) from error
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and os.path.lexists(path):
             raise _exists(path) from error
         if error.errno in REFUSED and _is_beside(error.filename, path):
             raise OutputError(
