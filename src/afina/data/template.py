@@ -67,12 +67,13 @@ class _Layout:
 
     `order`: the messages in the order in which their contents appear. `literals[i]` stands before the i-th of these,
     the last one after all; there are none when a content is missing or written twice. `leads`: per message, how many
-    characters before its content the model takes over.
+    characters before its content the model takes over. `control`: how many control tokens there are in all.
     """
 
     order: tuple[int, ...]
     literals: tuple[str, ...]
     leads: tuple[int, ...]
+    control: int
 
     def find(self, text: str, rows: list[dict[str, str]]) -> list[Span] | None:
         """Where each content stands in `text`, as it is or stripped; None when `text` is not laid out so."""
@@ -183,8 +184,17 @@ class Renderer:
         if layout is not None and found is not None:
             spans = [(found[place][0] - layout.leads[place], found[place][1]) for place in answers]
         else:
+            self._check_forged(text, layout)
             spans = [self._searched(text, hidden.rows, place, prompt) for place in answers]
         return [(begin, self._closed(text, end)) for begin, end in spans]
+
+    def _check_forged(self, text: str, layout: _Layout | None) -> None:
+        """Refuse a control token that only the template's own editing put together, as from <|im_/thinkend|>."""
+        if layout is not None and len(self._controls.findall(text)) != layout.control:
+            raise DataError(
+                _("The chat template makes control tokens out of a message."),
+                hint=_("Take the control tokens out of it, or use another template (model.chat_template)."),
+            )
 
     def _closed(self, text: str, end: int) -> int:
         """After the token that ends the answer, if there is one; what closes a turn but ends nothing is not learnt."""
@@ -213,7 +223,7 @@ class Renderer:
             literals = tuple(text[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True))
             for place, match in zip(order, matches, strict=True):
                 leads[place] = self._lead(text[: match.start()], rows, place)
-        return _Layout(order, literals, tuple(leads))
+        return _Layout(order, literals, tuple(leads), len(self._controls.findall(text)))
 
     def _lead(self, text: str, rows: list[dict[str, str]], place: int) -> int:
         """How many characters the model writes between taking over and the content of answer `place`, after `text`."""
@@ -286,6 +296,10 @@ class Renderer:
     def _tokens(self) -> re.Pattern[str]:
         """Markup in a rendered text."""
         return self.tokenizer.pattern(self.tokenizer.markup)
+
+    @cached_property
+    def _controls(self) -> re.Pattern[str]:
+        return _any_of(self.tokenizer.control_tokens)
 
     @cached_property
     def _ends(self) -> re.Pattern[str]:
