@@ -1,0 +1,292 @@
+"""The command line as a user meets it: a real process, its exit status, and what it says. No traceback unless asked."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SENTIMENT = ROOT / "recipes" / "sentiment.yaml"
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Ours, speaking English, on one thread."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("LC_", "LANG", "AFINA_", "PYTEST", "COVERAGE"))
+    }
+    return {**kept, "LANG": "en_US.UTF-8", "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **changes}
+
+
+def afina(*arguments: object, cwd: Path | None = None, **changes: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "afina", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment(**changes),
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+
+
+def is_calm(done: subprocess.CompletedProcess) -> bool:
+    """One message, no traceback, nothing of libraries."""
+    return "Traceback" not in done.stderr and 1 <= len(done.stderr.strip().splitlines()) <= 4
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["fly"], "No such command 'fly'"),
+            (["train"], "Missing argument"),
+            (["train", "--wings", "x.yaml"], "No such option"),
+            (["chat", "x", "--temperature", "hot"], "temperature"),
+            (["chat", "x", "--temperature", "-1"], "temperature"),
+            (["export", "x", "--format", "docx"], "docx"),
+        ],
+    )
+    def test_a_wrong_command_line_is_2(self, arguments, said):
+        done = afina(*arguments)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert is_calm(done)
+
+    def test_machines_are_told_so_too(self):
+        done = afina("train", "--wings", "x.yaml", "--json")
+        assert done.returncode == 2
+        assert done.stderr == ""
+        event = json.loads(done.stdout)
+        assert (event["event"], event["exit_status"]) == ("error", 2)
+        assert "--wings" in event["message"]
+
+    def test_the_version_and_the_help(self):
+        import afina as package
+
+        assert afina("--version").stdout == f"afina {package.__version__}\n"
+        for verb in ("run", "init", "train", "eval", "export", "chat"):
+            done = afina(verb, "--help")
+            assert done.returncode == 0 and "--debug" in done.stdout and done.stderr == ""
+
+    def test_a_reader_that_leaves_is_no_error(self):
+        """`afina --help | true`: no traceback whatever the moment."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "afina", "init"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+        )
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+        process.wait(timeout=60)
+
+    def test_no_character_ends_the_program(self):
+        done = afina("--help", PYTHONIOENCODING="ascii", LANG="es_ES.UTF-8")
+        assert done.returncode == 0
+        assert "Traceback" not in done.stderr
+
+
+class TestMistakes:
+    def test_a_missing_recipe_is_2(self, tmp_path):
+        done = afina("train", tmp_path / "nowhere.yaml")
+        assert done.returncode == 2
+        assert "nowhere.yaml" in done.stderr and "afina init" in done.stderr
+        assert is_calm(done)
+
+    def test_an_unknown_key_names_its_place_and_the_nearest_one(self, tmp_path):
+        (tmp_path / "recipe.yaml").write_text("name: x\ndata:\n  train: a.jsonl\ntraning:\n  epochs: 1\n")
+        done = afina("run", "recipe.yaml", cwd=tmp_path)
+        assert done.returncode == 2
+        assert "recipe.yaml:4:1" in done.stderr and "training" in done.stderr
+        assert is_calm(done)
+
+    def test_a_wrong_override_is_2(self, tmp_path):
+        done = afina("train", SENTIMENT, "training.epochs=many", "--out", tmp_path / "run")
+        assert done.returncode == 2
+        assert "training.epochs" in done.stderr
+        assert is_calm(done)
+
+    def test_missing_data_is_3(self, tmp_path):
+        done = afina("train", SENTIMENT, f"data.train={tmp_path / 'nowhere.jsonl'}", "--out", tmp_path / "run")
+        assert done.returncode == 3
+        assert "nowhere.jsonl" in done.stderr
+        assert is_calm(done)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_bad_rows_are_3_and_all_are_named(self, tmp_path):
+        good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+        (tmp_path / "data.jsonl").write_text(good + "{oops\n" + good + '{"messages": []}\n')
+        done = afina("train", SENTIMENT, f"data.train={tmp_path / 'data.jsonl'}", "--out", tmp_path / "run")
+        assert done.returncode == 3
+        assert "data.jsonl:2" in done.stderr and "data.jsonl:4" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+    def test_a_folder_that_is_no_model_is_4(self, tmp_path):
+        (tmp_path / "model").mkdir()
+        done = afina("train", SENTIMENT, f"model.base={tmp_path / 'model'}", "--out", tmp_path / "run")
+        assert done.returncode == 4
+        assert "model" in done.stderr
+        assert is_calm(done)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    @pytest.mark.parametrize("verb", ["train", "run"])
+    def test_an_existing_place_is_5_and_stays_as_it_is(self, tmp_path, verb):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "mine.txt").write_text("mine")
+        done = afina(verb, SENTIMENT, "--out", tmp_path / "run")
+        assert done.returncode == 5
+        assert "exists already" in done.stderr and "--out" in done.stderr
+        assert is_calm(done)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+    def test_a_place_that_cannot_be_written_is_5(self, tmp_path):
+        (tmp_path / "file").write_text("x")
+        done = afina("train", SENTIMENT, "--out", tmp_path / "file" / "run")
+        assert done.returncode == 5
+        assert is_calm(done)
+
+    @pytest.mark.parametrize("verb", ["eval", "export"])
+    def test_a_folder_that_is_no_run_is_1(self, tmp_path, verb):
+        done = afina(verb, tmp_path)
+        assert done.returncode == 1
+        assert "manifest.json" in done.stderr
+        assert is_calm(done)
+
+    def test_an_unknown_use_case_is_2(self, tmp_path):
+        done = afina("init", "support-chta", cwd=tmp_path)
+        assert done.returncode == 2
+        assert "support-chat" in done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestTwins:
+    def test_an_error_is_one_event_for_machines(self, tmp_path):
+        done = afina("--json", "train", tmp_path / "nowhere.yaml")
+        assert done.returncode == 2
+        assert done.stderr == ""
+        event = json.loads(done.stdout)
+        assert event["event"] == "error" and event["exit_status"] == 2
+        assert "nowhere.yaml" in event["message"] + str(event["file"])
+
+    @pytest.mark.parametrize("place", ["before", "after"])
+    def test_debug_shows_the_traceback_and_the_message(self, tmp_path, place):
+        words = ["train", str(tmp_path / "nowhere.yaml")]
+        done = afina(*(["--debug", *words] if place == "before" else [*words, "--debug"]))
+        assert done.returncode == 2
+        assert "Traceback (most recent call last)" in done.stderr
+        assert "RecipeError" in done.stderr and "Error The recipe" in done.stderr
+
+    def test_init_is_told_both_ways(self, tmp_path):
+        assert "support-chat" in afina("init", cwd=tmp_path).stdout
+        assert "support-chat" in json.loads(afina("init", "--json", cwd=tmp_path).stdout)["names"]
+        done = afina("init", "support-chat", "mine", "--json", cwd=tmp_path)
+        assert done.returncode == 0
+        assert json.loads(done.stdout)["event"] == "init"
+        assert (tmp_path / "mine" / "recipe.yaml").is_file()
+
+
+class TestSpanish:
+    def test_messages_follow_the_locale(self, tmp_path):
+        done = afina("train", tmp_path / "nowhere.yaml", LANG="es_ES.UTF-8")
+        assert done.returncode == 2
+        assert "no puede leerse" in done.stderr and "Indica un archivo de receta" in done.stderr
+
+    def test_help_too(self):
+        done = afina("--help", LANG="es_MX.UTF-8")
+        assert "De un archivo de ejemplos a un modelo de lenguaje que responde" in done.stdout
+        assert "Prepara una carpeta de proyecto" in done.stdout
+
+
+class TestProcess:
+    def test_nohup_stays_in_force(self):
+        """A run that was started to outlive its terminal does."""
+        code = (
+            "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+            "from afina.cli.main import _prepare_process; _prepare_process()\n"
+            "print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, signal.getsignal(signal.SIGTERM).__name__)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["True", "_on_signal"]
+
+    def test_a_choice_of_how_threads_wait_is_respected(self):
+        code = "import os; from afina.cli.main import _prepare_process as p; p(); print(os.environ['OMP_WAIT_POLICY'])"
+        for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
+            kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**kept, **given})
+            assert done.stdout.strip() == expected
+
+    def test_a_mistake_of_ours_asks_for_a_report(self):
+        code = (
+            "import sys; sys.argv = ['afina', 'init', 'x']\n"
+            "from afina import pipeline\n"
+            "def fail(*_arguments): raise ZeroDivisionError('oh [bold] no')\n"
+            "pipeline.init = fail\n"
+            "from afina.cli.main import main; main()\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+        assert done.returncode == 1
+        assert "ZeroDivisionError: oh [bold] no" in done.stderr and "--debug" in done.stderr
+        assert is_calm(done)
+
+    def test_a_refusal_of_the_system_names_the_file(self):
+        code = (
+            "import sys; sys.argv = ['afina', 'init', 'x']\n"
+            "from afina import pipeline\n"
+            "def fail(*_arguments): open('/nowhere/at/all')\n"
+            "pipeline.init = fail\n"
+            "from afina.cli.main import main; main()\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+        assert done.returncode == 1
+        assert done.stderr == "Error /nowhere/at/all: No such file or directory.\n"
+
+
+@pytest.mark.slow
+class TestInterrupted:
+    def training(self, out: Path) -> subprocess.Popen:
+        """A real training of the bundled model, stopped at a moment when it has taken some steps."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "afina", "--json", "train", str(SENTIMENT), "--out", str(out)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        steps = 0
+        for line in process.stdout:
+            event = json.loads(line)
+            assert event["event"] != "error", event
+            steps += event["event"] == "progress"
+            if steps == 3:
+                return process
+        raise AssertionError(process.stderr.read())
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+    def test_nothing_is_left(self, tmp_path, number):
+        out = tmp_path / "runs" / "stopped"
+        process = self.training(out)
+        assert [path.name.startswith(".stopped.partial-") for path in out.parent.iterdir()] == [True]
+        process.send_signal(number)
+        said, complaint = process.communicate(timeout=120)
+        assert process.returncode == 128 + number
+        assert complaint == ""
+        last = json.loads(said.splitlines()[-1])
+        assert last["event"] == "error" and last["exit_status"] == 128 + number
+        assert "nothing half-written" in last["message"]
+        assert list(out.parent.iterdir()) == []
+
+    def test_what_kill_9_leaves_the_next_run_sweeps(self, tmp_path):
+        out = tmp_path / "runs" / "stopped"
+        process = self.training(out)
+        process.kill()
+        process.communicate(timeout=60)
+        assert not out.exists() and len(list(out.parent.iterdir())) == 1
+        process = self.training(out)
+        assert len(list(out.parent.iterdir())) == 1, "the new one's; the old one's is gone"
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+        assert list(out.parent.iterdir()) == []
