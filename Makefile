@@ -54,7 +54,7 @@ format: $(ready) ## let ruff put the source in order
 	@$(bin)/ruff format .
 
 bench: $(ready) ## measure speed and memory here; decides no test
-	@$(bin)/python benchmarks/speed.py $(ARGS)
+	@$(bin)/python benchmarks/train_cpu.py $(ARGS)
 
 messages: $(ready) ## gather every message of the source into the Spanish catalogue, and compile it
 	@$(bin)/python tools/messages.py
