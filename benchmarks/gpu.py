@@ -136,9 +136,8 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
     model, parameters = adapted(work)
     engine = Engine(model)
     torch.cuda.empty_cache()
-    keep = options.get("keep", work.get("keep", len(engine.blocks)))
-    for place, block in enumerate(engine.blocks):
-        block.keep_gate_up = place >= len(engine.blocks) - keep
+    away = options.get("away", work.get("away", 0))
+    engine.place(options.get("keep", work.get("keep", len(engine.blocks) - away)), away)
     samples, length = work["samples"], work["length"]
     count = samples * length
 

@@ -106,9 +106,21 @@ def test_making_gate_up_again_changes_nothing():
     parameters = [parameter for _name, parameter in learning(model)]
     engine = Engine(model)
     kept = torch.autograd.grad(engine.summed_loss(model, batch), parameters)
-    assert engine.plan(batch.tokens, 0).kept_layers == 0
+    assert engine.plan(batch.tokens, batch.tokens, 0).kept == 0
     again = torch.autograd.grad(engine.summed_loss(model, batch), parameters)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-6 * a.norm()) for a, b in zip(kept, again, strict=True))
+
+
+def test_the_plan_halves_tokens_before_it_makes_anything_again():
+    engine = Engine(perturbed(llama()))
+    whole = engine.plan(4096, 256, 10**12)
+    assert (whole.tokens, whole.kept) == (4096, 2)
+    assert engine.plan(4096, 256, whole.bytes).tokens == 4096
+    half = engine.plan(4096, 256, whole.bytes - 1)
+    assert (half.tokens, half.kept) == (2048, 2)
+    least = engine.plan(4096, 4096, whole.bytes - 1)
+    assert (least.tokens, least.kept, least.bytes < whole.bytes) == (4096, 1, True)
+    assert [block.gate_up_waits for block in engine.blocks] == ["not", "here"]
 
 
 def test_the_engine_follows_the_optimiser():
@@ -173,3 +185,44 @@ def test_a_four_bit_base_gives_the_references_loss_and_gradients():
     assert loss == pytest.approx(expected, rel=1e-5)
     for name, gradient, truth in zip(names, found, plain, strict=True):
         assert (gradient - truth).norm() <= 1e-4 * truth.norm(), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kept, away", [(1, 1), (0, 2), (1, 0)])
+def test_what_waits_away_comes_back_the_same(kept, away):
+    model = perturbed(llama(hidden_size=64, head_dim=64, num_hidden_layers=5)).to("cuda", torch.bfloat16)
+    (batch,) = micro_batches(rows([200, 90, 31]), range(3), budget=1000, packing=True, pad_id=0)
+    batch, parameters = batch.to(torch.device("cuda")), [parameter for _name, parameter in learning(model)]
+    engine = Engine(model)
+    truth = torch.autograd.grad(engine.summed_loss(model, batch), parameters)
+    engine.place(kept, away)
+    for _turn in range(3):
+        found = torch.autograd.grad(engine.summed_loss(model, batch), parameters)
+        for a, b in zip(found, truth, strict=True):
+            assert (a - b).norm() <= 1e-3 * b.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("lengths", [[2], [1000, 3, 517, 64], [256, 256, 256], [4097]], ids=str)
+def test_bf16_on_a_gpu_stays_within_bf16_of_the_exact_answer(lengths):
+    """The engine's error against fp64 is no larger than the reference's own error in bf16, give or take a half."""
+    model = perturbed(
+        llama(hidden_size=256, intermediate_size=512, head_dim=64, num_hidden_layers=3, max_position_embeddings=8192)
+    )
+    (batch,) = micro_batches(rows(lengths), range(len(lengths)), budget=10**6, packing=True, pad_id=0)
+    names = [name for name, _parameter in learning(model)]
+    exact_loss = summed_loss(model.double(), batch)
+    exact = torch.autograd.grad(exact_loss, [parameter for _name, parameter in learning(model)])
+    model, batch = model.to("cuda", torch.bfloat16), batch.to(torch.device("cuda"))
+    parameters = [parameter for _name, parameter in learning(model)]
+    loss = summed_loss(model, batch)
+    theirs = torch.autograd.grad(loss, parameters)
+    our_loss = Engine(model).summed_loss(model, batch)
+    ours = torch.autograd.grad(our_loss, parameters)
+
+    def errors(found):
+        return [((a.double().cpu() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+
+    assert our_loss.item() == pytest.approx(exact_loss.item(), rel=1e-2)
+    for name, ours_off, theirs_off in zip(names, errors(ours), errors(theirs), strict=True):
+        assert ours_off <= 1.5 * theirs_off + 2e-3, (name, ours_off, theirs_off)

@@ -74,16 +74,53 @@ def test_rotate(heads, kept, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rank, r", [(16, 16), (4, 8), (48, 64), (3, 128), (0, 0)])
 @pytest.mark.parametrize("rows, width", SHAPES)
-def test_swiglu(rows, width, dtype):
-    gate_up, d, out = draw(rows, 2 * width, dtype), draw(rows, width, dtype), draw(rows, width, dtype)
-    truth, slopes = torch.empty(rows, width, dtype=torch.float64), torch.empty(rows, 2 * width, dtype=torch.float64)
-    close(elementwise.swiglu(gate_up, out), elementwise.swiglu(exact(gate_up), truth), dtype)
-    elementwise.swiglu_backward(exact(d), exact(gate_up), slopes)
-    found = draw(rows, 2 * width, dtype)
-    again = elementwise.swiglu_backward(d, gate_up, found)
-    close(found, slopes, dtype)
-    close(again, truth, dtype)
+def test_swiglu(rows, width, rank, r, dtype):
+    gate_up, d, low = draw(rows, 2 * width, dtype), draw(rows, width, dtype), draw(r, width, dtype)
+    out, truth = draw(rows, width + r, dtype), torch.empty(rows, width + r, dtype=torch.float64)
+    elementwise.swiglu(exact(gate_up), exact(low), truth)
+    close(elementwise.swiglu(gate_up, low, out)[:, :width], truth[:, :width], dtype)
+    if r:
+        close(out[:, width:], truth[:, width:], dtype)
+    ups, lows, dy_low = (
+        [draw(width, rank, dtype) for _ in "gu"],
+        [draw(rows, rank, dtype) for _ in "gu"],
+        draw(rows, r, dtype),
+    )
+    places = [slice(0, rank), slice(rank, 2 * rank)]
+    terms = [elementwise.LowRank(half, places[half], ups[half], lows[half]) for half in (0, 1)] if rank else []
+    exact_terms = [elementwise.LowRank(t.half, t.columns, exact(t.up), exact(t.low)) for t in terms]
+    slopes = torch.empty(rows, 2 * width + 2 * rank, dtype=torch.float64)
+    true_ups, true_low = elementwise.swiglu_backward(exact(d), exact(gate_up), slopes, exact_terms, exact(dy_low))
+    found = draw(rows, 2 * width + 2 * rank, dtype)
+    found_ups, found_low = elementwise.swiglu_backward(d, gate_up, found, terms, dy_low)
+    close(found[:, : 2 * width], slopes[:, : 2 * width], dtype)
+    for a, b in [(found[:, 2 * width :], slopes[:, 2 * width :])] * bool(rank) + list(
+        zip(found_ups, true_ups, strict=True)
+    ):
+        close(a, b, dtype)
+    if r:
+        close(found_low, true_low, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "samples, length, heads, kept, width", [(1, 17, 5, 3, 64), (3, 9, 8, 2, 128), (2, 4, 6, 6, 80)]
+)
+def test_gather_rotated(samples, length, heads, kept, width, dtype):
+    def heads_of(count, swapped):
+        parts = torch.randn(samples, count, length, width, device="cuda").to(dtype)
+        return parts.transpose(1, 2) if swapped else parts.transpose(1, 2).contiguous()
+
+    angles = torch.rand(samples * length, width // 2, device="cuda") * 6
+    for swapped in (False, True):
+        parts = [heads_of(count, swapped) for count in (heads, kept, kept)]
+        truth = torch.empty(samples * length, (heads + 2 * kept) * width, dtype=torch.float64)
+        cosines = angles.double().cos().cpu(), angles.double().sin().cpu()
+        elementwise.gather_rotated([exact(part) for part in parts], *cosines, truth)
+        out = draw(samples * length, (heads + 2 * kept) * width, dtype)
+        close(elementwise.gather_rotated(parts, angles.cos(), angles.sin(), out), truth, dtype)
 
 
 @pytest.mark.parametrize("rows, width", [(1, 3), (9, 97), (33, 4096), (5, 128256)])
@@ -108,4 +145,6 @@ def test_fill_nf4(rows, columns, nested):
     packed.quant_state = state
     weight, out = from_bitsandbytes(packed), draw(rows, columns, torch.bfloat16)
     weight.fill(out)
-    assert torch.equal(out, functional.dequantize_4bit(packed, state).to(torch.bfloat16))
+    truth = functional.dequantize_4bit(packed, state).to(torch.bfloat16)
+    assert (out != truth).float().mean() < 1e-3  # a scale that differs in its last bit may round a weight the other way
+    torch.testing.assert_close(out, truth, rtol=2**-7, atol=0)

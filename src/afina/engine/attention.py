@@ -130,9 +130,10 @@ def attend_backward(
     lengths: tuple[int, ...],
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value, shaped as they are."""
+    """Gradients of query, key and value, (samples, length, heads, width), with samples = 1 where lengths differ."""
     if attended.leaves:
-        return torch.autograd.grad(attended.kernel[0], attended.leaves, d_out)  # type: ignore[return-value]
+        found = torch.autograd.grad(attended.kernel[0], attended.leaves, d_out)
+        return tuple(part[None] for part in found)  # type: ignore[return-value]
     kind, out, log_sums, *rest = attended.kernel
     if kind == "cudnn":
         q, k, v, d = (_as_batch(part, lengths) for part in (query, key, value, d_out))
@@ -155,7 +156,7 @@ def attend_backward(
             True,
             scale=scaling,
         )
-        return tuple(part.transpose(1, 2).flatten(0, 1) for part in found)  # type: ignore[return-value]
+        return tuple(part.transpose(1, 2) for part in found)  # type: ignore[return-value]
     state, unused, _mask = rest
     bounds, longest = _bounds(lengths, query.device), max(lengths)
     found = torch.ops.aten._flash_attention_backward(
@@ -175,7 +176,7 @@ def attend_backward(
         unused,
         scale=scaling,
     )
-    return tuple(found)  # type: ignore[return-value]
+    return tuple(part[None] for part in found)  # type: ignore[return-value]
 
 
 def _has_flash(query: torch.Tensor) -> bool:
@@ -211,7 +212,8 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[Any, ...]:
-        return *attend_backward(ctx.attended, d_out.contiguous(), *ctx.inputs), None, None
+        found = attend_backward(ctx.attended, d_out.contiguous(), *ctx.inputs)
+        return *(part.flatten(0, 1) for part in found), None, None
 
 
 @lru_cache(maxsize=4)

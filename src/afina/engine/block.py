@@ -4,16 +4,26 @@
 
 What the backward needs is either saved (`Saved`) or made again from it by one pass over memory: the norms' outputs
 and SwiGLU's product are never kept. Keeping `gate_up` is the lever of memory: it is 61% of what a Llama-3 layer saves;
-a layer may make it again by one product instead (`keep_gate_up`).
+a layer may have it wait in the computer's memory, or make it again by one product instead (`gate_up_waits`).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from afina.engine.attention import Attended, attend, attend_backward
-from afina.engine.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
+from afina.engine.elementwise import (
+    LowRank,
+    gather_rotated,
+    rms_norm,
+    rms_norm_backward,
+    rotate,
+    swiglu,
+    swiglu_backward,
+    wide_product,
+)
+from afina.engine.offload import Offload, Parked
 from afina.engine.products import Product, Scratch, make_product
 
 
@@ -38,7 +48,7 @@ class Saved:
     qkv: torch.Tensor
     attended: Attended
     h: torch.Tensor
-    gate_up: torch.Tensor | None
+    gate_up: torch.Tensor | Parked | None
     low_qkv: torch.Tensor
     low_o: torch.Tensor
     low_gate_up: torch.Tensor
@@ -59,7 +69,8 @@ class Block:
     heads: int
     kv_heads: int
     head_width: int
-    keep_gate_up: bool = True
+    gate_up_waits: Literal["here", "away", "not"] = "here"
+    offload: Offload | None = None
 
     @property
     def products(self) -> tuple[Product, ...]:
@@ -84,11 +95,13 @@ class Block:
         gate_up = self.gate_up.forward(wide)
         low_gate_up = self.gate_up.low_of(wide)
         wide = x.new_empty(x.shape[0], self.down.k + self.down.r)
-        swiglu(gate_up, wide[:, : self.down.k])
-        y = self.down.forward(wide, residual=h)
+        swiglu(gate_up, self.down.low, wide)
+        y = self.down.forward_wide(wide, residual=h)
         if not save:
             return y, None
-        kept = gate_up if self.keep_gate_up else None
+        kept: torch.Tensor | Parked | None = gate_up if self.gate_up_waits == "here" else None
+        if self.gate_up_waits == "away" and self.offload is not None:
+            kept = self.offload.send(gate_up)
         return y, Saved(x, qkv, attended, h, kept, low_qkv, low_o, low_gate_up, self.down.low_of(wide))
 
     def backward(
@@ -102,27 +115,30 @@ class Block:
         hidden = saved.x.shape[1]
         n = saved.x.new_empty(saved.x.shape)
 
-        gate_up = saved.gate_up
-        if gate_up is None:
-            gate_up = self.gate_up.forward(self._normed(saved.h, self.norm_mlp, self.gate_up))
+        gate_up = self._again(saved)
+        self.down.widen(wide_dy)
         d_act = self.down.backward(wide_dy)
         wide_d = self._room(saved.x, self.gate_up)
-        act = swiglu_backward(d_act, gate_up, wide_d[:, : self.gate_up.n])
-        saved.gate_up = gate_up = None
-        of_down = self.down.gradients(wide_dy, act, saved.low_down)
+        terms = self._terms(saved.low_gate_up)
+        up_gradients, low_gradient = swiglu_backward(d_act, gate_up, wide_d, terms, wide_dy[:, hidden:])
+        saved.gate_up = None
+        del d_act, gate_up
+        lows = [low_gradient[adapter.columns] for adapter in self.down.adapters]
+        ups = [wide_product(wide_dy[:, : self.down.n].t(), saved.low_down[:, a.columns]) for a in self.down.adapters]
+        of_down = self.down.paired(lows, ups)
         d_n = self.gate_up.backward(wide_d)
         wide_dh = self._room(saved.x, self.o)
         rms_norm_backward(d_n, saved.h, self.norm_mlp, self.eps, wide_dh[:, :hidden], residual=wide_dy[:, :hidden], y=n)
-        of_gate_up = self.gate_up.gradients(wide_d, n, saved.low_gate_up)
+        of_gate_up = self.gate_up.paired(self.gate_up.of_low(wide_d, n), up_gradients)
 
+        self.o.widen(wide_dh)
         d_out = self.o.backward(wide_dh)
         of_o = self.o.gradients(wide_dh, saved.attended.out.flatten(1), saved.low_o)
         wide_d = self._room(saved.x, self.qkv)
         heads = self._split(saved.qkv)
         d_heads = attend_backward(saved.attended, d_out.view_as(saved.attended.out), *heads, at.lengths, self.scaling)
-        for place, gradient in zip(self._split(wide_d[:, : self.qkv.n]), d_heads, strict=True):
-            place.copy_(gradient)
-        rotate(wide_d, at.cos, at.sin, self.heads + self.kv_heads, backward=True)
+        gather_rotated(d_heads, at.cos, at.sin, wide_d[:, : self.qkv.n])
+        self.qkv.widen(wide_d)
         dx = None
         if below is not None:
             d_n = self.qkv.backward(wide_d)
@@ -131,7 +147,6 @@ class Block:
                 d_n, saved.x, self.norm_attention, self.eps, dx[:, :hidden], residual=wide_dh[:, :hidden], y=n
             )
         else:
-            self.qkv.widen(wide_d)
             rms_norm(saved.x, self.norm_attention, self.eps, n)
         of_qkv = self.qkv.gradients(wide_d, n, saved.low_qkv)
         return dx, [*of_qkv, *of_o, *of_gate_up, *of_down]
@@ -141,6 +156,27 @@ class Block:
         wide = x.new_empty(x.shape[0], product.k + product.r)
         rms_norm(x, weight, self.eps, wide[:, : product.k])
         return wide
+
+    def expect(self, saved: Saved) -> None:
+        """This layer's backward comes soon: what waits away may begin its way back."""
+        if isinstance(saved.gate_up, Parked) and self.offload is not None:
+            self.offload.begin_fetch(saved.gate_up)
+
+    def _again(self, saved: Saved) -> torch.Tensor:
+        """gate_up, as kept, fetched or made again."""
+        if isinstance(saved.gate_up, Parked) and self.offload is not None:
+            return self.offload.fetch(saved.gate_up)
+        if isinstance(saved.gate_up, torch.Tensor):
+            return saved.gate_up
+        return self.gate_up.forward(self._normed(saved.h, self.norm_mlp, self.gate_up))
+
+    def _terms(self, low: torch.Tensor) -> list[LowRank]:
+        """The low-rank terms of gate and up."""
+        product, half = self.gate_up, self.gate_up.n // 2
+        return [
+            LowRank(adapter.rows.start // half, adapter.columns, up, low[:, adapter.columns])
+            for adapter, up in zip(product.adapters, product.ups, strict=True)
+        ]
 
     def _room(self, x: torch.Tensor, product: Product) -> torch.Tensor:
         """Rows for a gradient of the product's output, and the extra columns."""

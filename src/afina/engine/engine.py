@@ -14,6 +14,7 @@ from torch import nn
 from afina.engine.block import Block, Positions, Saved, make_block
 from afina.engine.elementwise import cross_entropy, rms_norm, rms_norm_backward
 from afina.engine.nf4 import from_bitsandbytes
+from afina.engine.offload import Offload
 from afina.engine.products import Scratch
 from afina.language import _
 from afina.model.loss import Targeted, summed_loss
@@ -52,12 +53,13 @@ def why_not(model: nn.Module, longest: int) -> str | None:
     return None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """Which layers keep `gate_up` for the backward: chosen by bytes, given the most tokens of a micro-batch."""
+    """What is kept for the backward: `tokens` of a micro-batch, `kept` layers that keep gate_up, `bytes` in all."""
 
-    kept_layers: int
-    bytes_per_layer: int
+    tokens: int
+    kept: int
+    bytes: int
 
 
 class Engine:
@@ -86,14 +88,39 @@ class Engine:
         loss: torch.Tensor = _Run.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
         return loss
 
-    def plan(self, tokens: int, free_bytes: int) -> Plan:
-        """Let as many layers keep gate_up as fit into `free_bytes` with micro-batches of `tokens`."""
-        element = self.embedding.element_size()
-        each = max(block.gate_up.n for block in self.blocks) * tokens * element
-        kept = len(self.blocks) if free_bytes < 0 else min(len(self.blocks), max(0, free_bytes // max(1, each)))
+    def plan(self, tokens: int, least: int, free_bytes: int) -> Plan:
+        """Choose how many tokens are computed at once, from `tokens` down to `least`, and what is kept of them.
+
+        Making gate_up again costs a sixth of a step, fewer tokens at once cost next to nothing while there are some
+        thousands: so tokens are halved first, and only a micro-batch of `least` tokens makes something again.
+        """
+        layers, needed = len(self.blocks), self._needed(tokens)
+        while needed + layers * self._gate_up(tokens) > free_bytes and tokens // 2 >= least:
+            tokens //= 2
+            needed = self._needed(tokens)
+        kept = max(0, min(layers, (free_bytes - needed) // self._gate_up(tokens)))
+        self.place(kept, 0)
+        return Plan(tokens, kept, needed + kept * self._gate_up(tokens))
+
+    def place(self, kept: int, away: int) -> None:
+        """The last `kept` layers keep gate_up, the `away` before these send it away, the first make it again."""
+        layers, offload = len(self.blocks), Offload() if away else None
         for place, block in enumerate(self.blocks):
-            block.keep_gate_up = place >= len(self.blocks) - kept
-        return Plan(kept, each)
+            block.offload = offload
+            block.gate_up_waits = (
+                "here" if place >= layers - kept else "away" if place >= layers - kept - away else "not"
+            )
+
+    def _gate_up(self, tokens: int) -> int:
+        return tokens * max(block.gate_up.n for block in self.blocks) * self.embedding.element_size()
+
+    def _needed(self, tokens: int) -> int:
+        """Bytes that a step of `tokens` needs besides gate_up: what layers save, the widest layer's work, the logits."""
+        element, hidden = self.embedding.element_size(), self.embedding.shape[1]
+        saved = sum(2 * hidden + block.qkv.n + block.o.k + sum(p.r for p in block.products) for block in self.blocks)
+        widest = max(self.blocks, key=lambda block: block.gate_up.n)
+        work = 2 * widest.gate_up.n + 2 * widest.down.k + 2 * widest.qkv.n + 6 * hidden
+        return tokens * (saved + work) * element + LOGITS_AT_ONCE * (4 + element)
 
     def _refresh(self) -> None:
         """Copy the adapters into the products' buffers when the optimiser has changed them."""
@@ -121,6 +148,8 @@ class Engine:
         for block in self.blocks:
             x, kept = block.forward(x, at, save=save)
             saved.append(kept)
+        if save and self.blocks[0].offload is not None:
+            self.blocks[0].offload.settle()
         return x, saved
 
     def _head_loss(
@@ -161,6 +190,8 @@ class Engine:
         gradients: list[list[torch.Tensor]] = []
         for place in range(len(self.blocks) - 1, -1, -1):
             below = self.blocks[place - 1].down.r if place else None
+            if place:
+                self.blocks[place - 1].expect(saved[place - 1])
             wide, found = self.blocks[place].backward(wide, saved.pop(), at, below)
             gradients.append(found)
         return [gradient for found in reversed(gradients) for gradient in found]

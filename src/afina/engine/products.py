@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from afina.engine.elementwise import wide_product
 from afina.engine.nf4 import Nf4, from_bitsandbytes
 
 ALIGN = 8
@@ -59,7 +60,7 @@ class Product:
 
     `n`, `k`, `r` are the parts of the buffer drawn above. It is `wide` for weights as they are; weights of four bits
     (`packed`, one a layer, with its rows) are turned into a shared one of `scratch` for each use. low: (r, K) A. ups:
-    sB of each adapter, (rows, rank). bias: (N,) or None.
+    sB of each adapter, (rows, rank). scales: (r,) s of each extra column. bias: (N,) or None.
     """
 
     n: int
@@ -72,6 +73,7 @@ class Product:
     scratch: Scratch | None = None
     adapters: list[Adapter] = field(default_factory=list)
     ups: list[torch.Tensor] = field(default_factory=list)
+    scales: torch.Tensor = field(default_factory=lambda: torch.ones(()))
 
     def refresh(self) -> None:
         """Take over the adapters as they are now. Once an optimiser step."""
@@ -109,6 +111,10 @@ class Product:
         """y (+ residual) from wide_x (tokens, K + r), the input in its first K columns; the rest is written here."""
         if self.r:
             torch.mm(wide_x[:, : self.k], self.low.t(), out=wide_x[:, self.k :])
+        return self.forward_wide(wide_x, residual)
+
+    def forward_wide(self, wide_x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """As `forward`, of rows whose last columns are x A^T already."""
         weight = self.weights()[: self.n].t()
         if residual is not None:
             y = torch.addmm(residual, wide_x, weight)
@@ -116,17 +122,21 @@ class Product:
         return torch.mm(wide_x, weight) if self.bias is None else torch.addmm(self.bias, wide_x, weight)
 
     def forward_narrow(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `forward` for an input (tokens, K) without the extra room; returns y + residual and x A^T."""
+        """As `forward` for an input (tokens, K) without the extra room; returns y + residual and s x A^T."""
         wide = self.weights()
         y = torch.addmm(residual, x, wide[: self.n, : self.k].t())
         low = torch.mm(x, self.low.t())
         if self.r:
             y.addmm_(low, wide[: self.n, self.k :].t())
-        return (y if self.bias is None else y.add_(self.bias)), low
+        return (y if self.bias is None else y.add_(self.bias)), self.scaled(low)
 
     def low_of(self, wide_x: torch.Tensor) -> torch.Tensor:
-        """x A^T (tokens, r) as `forward` left it, in memory of its own."""
-        return wide_x[:, self.k :].clone()
+        """s x A^T (tokens, r) after `forward`, which dB needs, in memory of its own."""
+        return self.scaled(wide_x[:, self.k :])
+
+    def scaled(self, low: torch.Tensor) -> torch.Tensor:
+        """Each adapter's columns times its scale."""
+        return low * self.scales
 
     def widen(self, wide_dy: torch.Tensor) -> None:
         """Write dy sB into the last columns of wide_dy (tokens, N + r), whose first N hold dy."""
@@ -136,18 +146,26 @@ class Product:
             torch.mm(wide_dy[:, adapter.rows], up, out=wide_dy[:, self.n :][:, adapter.columns])
 
     def backward(self, wide_dy: torch.Tensor) -> torch.Tensor:
-        """dx (tokens, K) from wide_dy (tokens, N + r), which is widened here."""
-        self.widen(wide_dy)
+        """dx (tokens, K) from wide_dy (tokens, N + r), after `widen`."""
         return torch.mm(wide_dy, self.weights()[:, : self.k])
 
     def gradients(self, wide_dy: torch.Tensor, x: torch.Tensor, low: torch.Tensor) -> list[torch.Tensor]:
-        """dA (rank, K) and dB (rows, rank) of each adapter, after `widen`; x: (tokens, K), low: (tokens, r)."""
+        """dA (rank, K) and dB (rows, rank) of each adapter, after `widen`; x: (tokens, K), low: `low_of` of it."""
+        ups = [wide_product(wide_dy[:, a.rows].t(), low[:, a.columns]) for a in self.adapters]
+        return self.paired(self.of_low(wide_dy, x), ups)
+
+    def of_low(self, wide_dy: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+        """dA of each adapter."""
+        if not self.adapters:
+            return []
+        all_of_them = wide_product(wide_dy[:, self.n :].t(), x)
+        return [all_of_them[adapter.columns] for adapter in self.adapters]
+
+    def paired(self, lows: Sequence[torch.Tensor], ups: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """dA, dB, dA, dB, ... in the parameters' own precision."""
         found = []
-        for adapter in self.adapters:
-            up = wide_dy[:, self.n :][:, adapter.columns]
-            found.append(torch.mm(up.t(), x).to(adapter.a.dtype))
-            db = torch.mm(wide_dy[:, adapter.rows].t(), low[:, adapter.columns])
-            found.append(db.to(adapter.b.dtype).mul_(adapter.scale))
+        for adapter, low, up in zip(self.adapters, lows, ups, strict=True):
+            found += [low.to(adapter.a.dtype), up.to(adapter.b.dtype)]
         return found
 
 
@@ -184,6 +202,9 @@ def make_product(linears: Sequence[nn.Module], scratch: Scratch, dtype: torch.dt
         ]
     else:
         product.ups = product._up_places(wide)
+    product.scales = torch.ones(r, dtype=dtype, device=device)
+    for adapter in product.adapters:
+        product.scales[adapter.columns] = adapter.scale
     product.refresh()
     return product
 

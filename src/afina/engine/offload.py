@@ -1,0 +1,71 @@
+"""Saved tensors that wait in the computer's memory: sent there while the next layers compute, fetched before their turn.
+
+Two copies each way are under way at once at most. The forward waits for a copy to end before it lets a third begin: a
+tensor on its way still takes room on the GPU, and a forward that ran ahead would keep them all there.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+AT_ONCE = 2
+
+
+@dataclass
+class Parked:
+    """A tensor in pinned memory; `done` says when it has arrived there, `back` is its copy on the GPU, on its way."""
+
+    host: torch.Tensor
+    done: torch.cuda.Event
+    back: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+
+class Offload:
+    """Streams and pinned buffers; buffers are kept from step to step."""
+
+    def __init__(self) -> None:
+        self._out, self._in = torch.cuda.Stream(), torch.cuda.Stream()
+        self._leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+
+    def send(self, tensor: torch.Tensor) -> Parked:
+        """Begin to copy a tensor away. It stays on the GPU until the copy has ended."""
+        while len(self._leaving) >= AT_ONCE:
+            self._leaving.popleft()[1].synchronize()
+        free = self._free.setdefault((tensor.shape, tensor.dtype), [])
+        host = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        done = torch.cuda.Event()
+        self._out.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._out):
+            host.copy_(tensor, non_blocking=True)
+            done.record()
+        self._leaving.append((tensor, done))
+        return Parked(host, done)
+
+    def settle(self) -> None:
+        """Wait until all that was sent has left the GPU."""
+        while self._leaving:
+            self._leaving.popleft()[1].synchronize()
+
+    def begin_fetch(self, parked: Parked) -> None:
+        """Begin to copy a tensor back."""
+        if parked.back is None:
+            tensor = torch.empty(parked.host.shape, dtype=parked.host.dtype, device="cuda")
+            arrived = torch.cuda.Event()
+            self._in.wait_event(parked.done)
+            self._in.wait_stream(torch.cuda.current_stream())  # the room may have been another's until now
+            with torch.cuda.stream(self._in):
+                tensor.copy_(parked.host, non_blocking=True)
+                arrived.record()
+            parked.back = tensor, arrived
+
+    def fetch(self, parked: Parked) -> torch.Tensor:
+        """The tensor, usable on the current stream; its pinned buffer is free again."""
+        self.begin_fetch(parked)
+        if parked.back is None:
+            raise RuntimeError("nothing was fetched")
+        tensor, arrived = parked.back
+        torch.cuda.current_stream().wait_event(arrived)
+        self._free[parked.host.shape, parked.host.dtype].append(parked.host)
+        return tensor
