@@ -24,7 +24,7 @@ from transformers import (
 
 from afina.data.tokenizer import load_tokenizer
 from afina.errors import ModelError, OutputError
-from afina.export import gguf, gguf_vocab
+from afina.export import families, gguf, gguf_vocab
 from afina.export.gguf import check_exportable, write_gguf
 from afina.model.llamacpp import LlamaCpp
 
@@ -342,17 +342,19 @@ def test_the_comparison_would_notice(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Mutations of the writer: each must break the agreement above."""
     model = make(tmp_path)
     if change == "rows":
-        plain = dataclasses.replace(gguf.LLAMA, interleaved=())
-        monkeypatch.setitem(gguf.FAMILIES, "LlamaForCausalLM", plain)
+        plain = dataclasses.replace(families.LLAMA, interleaved=())
+        monkeypatch.setitem(families.FAMILIES, "LlamaForCausalLM", plain)
     elif change == "norms":
         convert = gguf._convert
         monkeypatch.setattr(
-            gguf, "_convert", lambda tensor, plan: convert(tensor * (1 + 0.05 * ("attn_norm" in plan.name)), plan)
+            gguf,
+            "_convert",
+            lambda tensor, plan, *rest: convert(tensor * (1 + 0.05 * ("attn_norm" in plan.name)), plan, *rest),
         )
     else:
-        read = gguf._read_shape
+        read = gguf.read_shape
         wrong = {"theta": 9000.0} if change == "theta" else {"epsilon": 1e-2}
-        monkeypatch.setattr(gguf, "_read_shape", lambda folder: dataclasses.replace(read(folder), **wrong))
+        monkeypatch.setattr(gguf, "read_shape", lambda folder: dataclasses.replace(read(folder), **wrong))
     write_gguf(tmp_path, tmp_path / "a.gguf", "f32")
     ids = some_ids(40)
     ours, theirs = by_llamacpp(tmp_path / "a.gguf", ids, 496), teacher_forced(model, ids)
@@ -456,10 +458,10 @@ def test_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     make(tmp_path / "model")
     convert, count = gguf._convert, iter(range(100))
 
-    def stop_at_five(tensor: Any, plan: Any) -> Any:
+    def stop_at_five(tensor: Any, plan: Any, *rest: Any) -> Any:
         if next(count) == 5:
             raise error
-        return convert(tensor, plan)
+        return convert(tensor, plan, *rest)
 
     monkeypatch.setattr(gguf, "_convert", stop_at_five)
     with pytest.raises((KeyboardInterrupt, OutputError)):

@@ -1,0 +1,81 @@
+"""The tensors of a model folder, from one or several safetensors files, read when asked for and only as far as asked.
+
+The one door to safetensors' reader in this room. Knows nothing of what the tensors mean.
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from afina.errors import ModelError
+from afina.export.gguf_vocab import read_json
+from afina.language import _
+
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""The number types of a source tensor, as safetensors names them."""
+
+
+class Source:
+    """The tensors of a model folder by name."""
+
+    def __init__(self, model_folder: Path) -> None:
+        self._folder = model_folder
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        for path in _weight_files(model_folder):
+            try:
+                file = self._stack.enter_context(safe_open(path, "pt"))
+            except (OSError, SafetensorError) as error:
+                raise ModelError(_("The weights cannot be read: {reason}.").format(reason=error), file=path) from error
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def names(self) -> set[str]:
+        """The tensors there are."""
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it. Raises ModelError when it is missing or not of floats."""
+        file = self._files.get(name)
+        if file is None:
+            raise ModelError(_("The weights lack the tensor {name}.").format(name=name), file=self._folder)
+        stored = file.get_slice(name)
+        if stored.get_dtype() not in FLOATS:
+            raise ModelError(
+                _("The tensor {name} holds {dtype}, not floating-point numbers.").format(
+                    name=name, dtype=stored.get_dtype()
+                ),
+                hint=_("Export the model before it is quantised."),
+                file=self._folder,
+            )
+        return tuple(stored.get_shape())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor as stored."""
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some rows of a tensor as stored; nothing else of it is read."""
+        tensor: torch.Tensor = self._files[name].get_slice(name)[start:stop]
+        return tensor
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._files.clear()
+        self._stack.close()
+
+
+def _weight_files(model_folder: Path) -> list[Path]:
+    index = model_folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [model_folder / "model.safetensors"]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ModelError(_("The index of the weights is damaged."), file=index)
+    files = sorted(set(names.values()))
+    if any(Path(name).name != name for name in files):  # an index may not point out of its folder
+        raise ModelError(_("The index of the weights names a file outside its folder."), file=index)
+    return [model_folder / name for name in files]
