@@ -13,6 +13,7 @@ ARGS   ?=
 
 bin    := $(VENV)/bin
 ready  := $(VENV)/.afina-ready
+peer   := .venv-peer
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format bench messages clean
@@ -53,13 +54,19 @@ format: $(ready) ## let ruff put the source in order
 	@$(bin)/ruff check --fix-only --quiet .
 	@$(bin)/ruff format .
 
-bench: $(ready) ## measure speed and memory here; decides no test
-	@$(bin)/python benchmarks/train_cpu.py $(ARGS)
+bench: $(ready) $(peer)/.ready ## measure speed and memory here beside TRL; decides no test
+	@$(bin)/python benchmarks/train_cpu.py --peer $(peer)/bin/python $(ARGS)
+
+# What Afina is measured against has an environment of its own, with the same torch, transformers and PEFT.
+$(peer)/.ready: constraints.txt $(ready)
+	@$(bin)/python -m venv $(peer)
+	@$(peer)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch peft trl==1.16.0 datasets==5.2.0
+	@touch $@
 
 messages: $(ready) ## gather every message of the source into the Spanish catalogue, and compile it
 	@$(bin)/python tools/messages.py
 
 clean: ## remove the environment, the caches and runs/demo; other runs stay
-	@rm -rf $(VENV) runs/demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) $(peer) runs/demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 	@rm -rf src/*.egg-info
