@@ -18,7 +18,7 @@ from pathlib import Path
 class AfinaError(Exception):
     """A failure the user can act on.
 
-    `message` is one sentence saying what happened; `hint` the next step; `file`, `line` and `column` (both from 1) where.
+    `message` is one sentence saying what happened; `hint` the next step; `file`, `line` and `column` (from 1) where.
     """
 
     exit_status = 1

@@ -85,7 +85,9 @@ def run(model, samples, **changes) -> list[StepReport]:
     def make_step(step):
         return micro_batches(samples, range(len(samples)), budget=64, packing=False, pad_id=0)
 
-    train(model, make_step, steps=12, training=training, seed=1, hardware=CPU, loss_fn=summed_loss, on_step=reports.append)
+    train(
+        model, make_step, steps=12, training=training, seed=1, hardware=CPU, loss_fn=summed_loss, on_step=reports.append
+    )
     return reports
 
 
