@@ -132,6 +132,10 @@ def test_the_engine_follows_the_optimiser():
         for _name, parameter in learning(model):
             parameter.mul_(1.5)
     assert engine.summed_loss(model, batch).item() != before
+    changed = engine.summed_loss(model, batch)
+    changed.backward()
+    torch.optim.AdamW([parameter for _name, parameter in learning(model)], lr=0.1, fused=True).step()
+    assert engine.summed_loss(model, batch).item() != changed.item()
     assert engine.summed_loss(model, batch).item() == pytest.approx(summed_loss(model, batch).item(), rel=1e-6)
 
 

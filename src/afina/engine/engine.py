@@ -77,7 +77,6 @@ class Engine:
         self._rotary = whole.model.rotary_emb
         self._products = [product for block in self.blocks for product in block.products]
         self.parameters = [parameter for product in self._products for parameter in product.parameters()]
-        self._versions: list[int] = []
 
     def summed_loss(self, _model: nn.Module, batch: Targeted) -> torch.Tensor:
         """Sum of the loss over the batch's targets, differentiable in the adapters."""
@@ -122,14 +121,11 @@ class Engine:
         work = 2 * widest.gate_up.n + 2 * widest.down.k + 2 * widest.qkv.n + 6 * hidden
         return tokens * (saved + work) * element + LOGITS_AT_ONCE * (4 + element)
 
+    @torch.no_grad()
     def _refresh(self) -> None:
-        """Copy the adapters into the products' buffers when the optimiser has changed them."""
-        versions = [parameter._version for parameter in self.parameters]
-        if versions != self._versions:
-            with torch.no_grad():
-                for product in self._products:
-                    product.refresh()
-            self._versions = versions
+        """Take over the adapters as they are now; always, for a fused optimiser does not tell that it changed them."""
+        for product in self._products:
+            product.refresh()
 
     @torch.no_grad()
     def _positions(self, batch: Targeted) -> Positions:

@@ -1,4 +1,4 @@
-"""Saved tensors that wait in the computer's memory: sent there while the next layers compute, fetched before their turn.
+"""Saved tensors that wait in the computer's memory: sent while the next layers compute, fetched before their turn.
 
 Two copies each way are under way at once at most. The forward waits for a copy to end before it lets a third begin: a
 tensor on its way still takes room on the GPU, and a forward that ran ahead would keep them all there.
