@@ -8,6 +8,8 @@
 Importing this loads no torch: the verbs load what they need.
 """
 
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -23,6 +25,17 @@ _HOMES = {
     "run": ("afina.pipeline", "run"),
     "train": ("afina.pipeline", "train"),
 }
+
+
+class _Package(ModuleType):
+    """Keeps `afina.train` the verb: importing the room of that name would otherwise put the room in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -204,7 +204,7 @@ def _explained(path: Path) -> Iterator[None]:
     """Turn the refusals of the operating system to write `path` into one sentence with the next step."""
     try:
         yield
-    except AfinaError:
+    except (AfinaError, BrokenPipeError):  # whoever read our output is gone: that is no matter of the disk
         raise
     except OSError as error:
         if error.errno in FULL:

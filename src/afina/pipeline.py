@@ -297,7 +297,8 @@ def _check_formats(recipe: Recipe, folder: Path) -> None:
         try:
             check_exportable(source)
         except AfinaError as error:
-            error.hint = error.hint or _("Remove the GGUF formats from export.formats to train without them.")
+            advice = _("Remove the GGUF formats from export.formats to train without them.")
+            error.hint = f"{error.hint} {advice}".strip()
             raise
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from small import llama
+from small import llama, spread
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -38,7 +38,7 @@ def save_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
         "eos_token_id": 2,
         **changes,
     }
-    llama(seed, **settings).save_pretrained(folder)
+    spread(llama(seed, **settings), seed, scale=0.3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -71,12 +71,12 @@ data:
   train: train.jsonl
   validation: 0.1
 method:
-  rank: 8
-  alpha: 16
+  rank: 16
+  alpha: 32
 training:
-  steps: 25
+  steps: 40
   batch_size: 16
-  learning_rate: 1e-2
+  learning_rate: 5e-3
   validations: 2
 tasks:
   - name: opinion
