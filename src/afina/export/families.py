@@ -189,6 +189,8 @@ def read_shape(model_folder: Path) -> Shape:
     if window is not None and window < context and not family.window:
         context, notes = window, (_sliding_window_note(window),)
     rope = _rope(config, family, path)
+    if rope["rope_type"] == "longrope":
+        notes += (_longrope_note(rope["original"]),)
     head_dim = _count(config, "head_dim", path, hidden // heads)
     shape = Shape(
         family=family,
@@ -260,6 +262,13 @@ def _sliding_window_note(window: int) -> str:
     return _("llama.cpp knows no sliding window for this architecture, so the context is the window: {window}.").format(
         window=window
     )
+
+
+def _longrope_note(original: int) -> str:
+    return _(
+        "llama.cpp turns positions as for long texts whenever its context (num_ctx, -c) exceeds {original} tokens; "
+        "give it no more for short ones."
+    ).format(original=original)
 
 
 def _rope(config: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
