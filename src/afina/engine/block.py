@@ -14,14 +14,12 @@ import torch
 
 from afina.engine.attention import Attended, attend, attend_backward
 from afina.engine.elementwise import (
-    LowRank,
     gather_rotated,
     rms_norm,
     rms_norm_backward,
     rotate,
     swiglu,
     swiglu_backward,
-    wide_product,
 )
 from afina.engine.offload import Offload, Parked
 from afina.engine.products import Product, Scratch, make_product
@@ -95,8 +93,8 @@ class Block:
         gate_up = self.gate_up.forward(wide)
         low_gate_up = self.gate_up.low_of(wide)
         wide = x.new_empty(x.shape[0], self.down.k + self.down.r)
-        swiglu(gate_up, self.down.low, wide)
-        y = self.down.forward_wide(wide, residual=h)
+        swiglu(gate_up, wide[:, : self.down.k])
+        y = self.down.forward(wide, residual=h)
         if not save:
             return y, None
         kept: torch.Tensor | Parked | None = gate_up if self.gate_up_waits == "here" else None
@@ -119,17 +117,15 @@ class Block:
         self.down.widen(wide_dy)
         d_act = self.down.backward(wide_dy)
         wide_d = self._room(saved.x, self.gate_up)
-        terms = self._terms(saved.low_gate_up)
-        up_gradients, low_gradient = swiglu_backward(d_act, gate_up, wide_d, terms, wide_dy[:, hidden:])
+        act = swiglu_backward(d_act, gate_up, wide_d[:, : self.gate_up.n])
         saved.gate_up = None
-        del d_act, gate_up
-        lows = [low_gradient[adapter.columns] for adapter in self.down.adapters]
-        ups = [wide_product(wide_dy[:, : self.down.n].t(), saved.low_down[:, a.columns]) for a in self.down.adapters]
-        of_down = self.down.paired(lows, ups)
+        of_down = self.down.gradients(wide_dy, act, saved.low_down)
+        del d_act, act, gate_up
+        self.gate_up.widen(wide_d)
         d_n = self.gate_up.backward(wide_d)
         wide_dh = self._room(saved.x, self.o)
         rms_norm_backward(d_n, saved.h, self.norm_mlp, self.eps, wide_dh[:, :hidden], residual=wide_dy[:, :hidden], y=n)
-        of_gate_up = self.gate_up.paired(self.gate_up.of_low(wide_d, n), up_gradients)
+        of_gate_up = self.gate_up.gradients(wide_d, n, saved.low_gate_up)
 
         self.o.widen(wide_dh)
         d_out = self.o.backward(wide_dh)
@@ -169,14 +165,6 @@ class Block:
         if isinstance(saved.gate_up, torch.Tensor):
             return saved.gate_up
         return self.gate_up.forward(self._normed(saved.h, self.norm_mlp, self.gate_up))
-
-    def _terms(self, low: torch.Tensor) -> list[LowRank]:
-        """The low-rank terms of gate and up."""
-        product, half = self.gate_up, self.gate_up.n // 2
-        return [
-            LowRank(adapter.rows.start // half, adapter.columns, up, low[:, adapter.columns])
-            for adapter, up in zip(product.adapters, product.ups, strict=True)
-        ]
 
     def _room(self, x: torch.Tensor, product: Product) -> torch.Tensor:
         """Rows for a gradient of the product's output, and the extra columns."""

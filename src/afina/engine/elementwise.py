@@ -6,7 +6,6 @@ a part of wider rows, so that a product finds its input where it wants it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -83,67 +82,29 @@ def gather_rotated(
     return rotate(out, cos, sin, d_heads[0].shape[2] + d_heads[1].shape[2], backward=True)
 
 
-def swiglu(gate_up: torch.Tensor, low: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up (Shazeer, 2020, arXiv:2002.05202), and its product with a low-rank matrix while it passes by.
-
-    gate_up: (rows, 2 width), low: (r, width), out: (rows, width + r).
-    """
-    r, width = low.shape
+def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = silu(gate) * up (Shazeer, 2020, arXiv:2002.05202). gate_up: (rows, 2 width), out: (rows, width)."""
     if gate_up.is_cuda:
         from afina.engine import kernels
 
-        return kernels.swiglu(gate_up, low, out)
+        return kernels.swiglu(gate_up, out)
     gate, up = _at_least_fp32(gate_up).chunk(2, dim=1)
-    out[:, :width] = torch.nn.functional.silu(gate) * up
-    if r:
-        torch.mm(out[:, :width], low.t(), out=out[:, width:])
-    return out
+    return out.copy_(torch.nn.functional.silu(gate) * up)
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """The low-rank term of one half of gate_up: `up` (width, rank), `low` (rows, rank) what it was multiplied with."""
-
-    half: int
-    columns: slice
-    up: torch.Tensor
-    low: torch.Tensor
-
-
-def swiglu_backward(
-    d: torch.Tensor, gate_up: torch.Tensor, d_gate_up: torch.Tensor, terms: Sequence[LowRank], dy_low: torch.Tensor
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Gradients of gate and up, and all that the adapters around them need of these tensors while they pass by.
-
-    d: (rows, width), overwritten. d_gate_up: (rows, 2 width + r) receives both gradients and, in each term's `columns`
-    after them, gradient times `up`. Returns gradient^T `low` of each term (width, rank) and dy_low^T product
-    (dy_low's columns, width), at least fp32.
-    """
-    width = d.shape[1]
-    d_gate_up[:, 2 * width + (terms[-1].columns.stop if terms else 0) :].zero_()  # padding: see Product.widen
+def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor, d_gate_up: torch.Tensor) -> torch.Tensor:
+    """Write the gradient of gate and up; `d` (rows, width) then holds the forward's output again. Returns `d`."""
     if gate_up.is_cuda:
         from afina.engine import kernels
 
-        return kernels.swiglu_backward(d, gate_up, d_gate_up, terms, dy_low)
-    (gate, up), wide = _at_least_fp32(gate_up).chunk(2, dim=1), _at_least_fp32(d)
+        return kernels.swiglu_backward(d, gate_up, d_gate_up)
+    (gate, up), width = _at_least_fp32(gate_up).chunk(2, dim=1), d.shape[1]
+    wide = _at_least_fp32(d)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     d_gate_up[:, :width] = wide * up * (sigmoid + silu * (1 - sigmoid))
     d_gate_up[:, width : 2 * width] = wide * silu
-    d.copy_(silu * up)
-    return around_swiglu(d, d_gate_up, terms, dy_low)
-
-
-def around_swiglu(
-    product: torch.Tensor, d_gate_up: torch.Tensor, terms: Sequence[LowRank], dy_low: torch.Tensor
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The low-rank parts of `swiglu_backward`, as products of their own."""
-    width, found = product.shape[1], []
-    for term in terms:
-        half = d_gate_up[:, term.half * width : (term.half + 1) * width]
-        torch.mm(half, term.up, out=d_gate_up[:, 2 * width :][:, term.columns])
-        found.append(wide_product(half.t(), term.low))
-    return found, wide_product(dy_low.t(), product)
+    return d.copy_(silu * up)
 
 
 def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -123,7 +123,7 @@ class Engine:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Take over the adapters as they are now; always, for a fused optimiser does not tell that it changed them."""
+        """Take over the adapters as they are now: always, as a fused optimiser does not tell that it changed them."""
         for product in self._products:
             product.refresh()
 

@@ -11,14 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from afina.engine.elementwise import around_swiglu
-
 if TYPE_CHECKING:
-    from afina.engine.elementwise import LowRank
     from afina.engine.nf4 import Nf4
-
-MOST_RANK = 64
-"""Low-rank terms up to this rank are computed while SwiGLU's tensors pass by; wider ones as products of their own."""
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
@@ -155,21 +149,13 @@ def _gather_rotated(
     tl.store(here + half, second * c - first * s, mask=written)
 
 
-def swiglu(gate_up: torch.Tensor, low: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """See elementwise.swiglu."""
-    rows, (r, width) = gate_up.shape[0], low.shape
-    if not 0 < r <= MOST_RANK:
-        block = 2048
-        _swiglu[(rows, triton.cdiv(width, block))](
-            gate_up, gate_up.stride(0), out, out.stride(0), width, block, num_warps=8
-        )
-        if r:
-            torch.mm(out[:, :width], low.t(), out=out[:, width:])
-        return out
-    _swiglu_low[(triton.cdiv(rows, 16),)](
-        gate_up, gate_up.stride(0), low, low.stride(0), out, out.stride(0), rows, width, r, 16, 256, _rank(r),
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
+    rows, width = out.shape
+    block = 2048
+    _swiglu[(rows, triton.cdiv(width, block))](
+        gate_up, gate_up.stride(0), out, out.stride(0), width, block, num_warps=8
+    )
     return out
 
 
@@ -183,61 +169,14 @@ def _swiglu(gate_up, gate_up_stride, out, out_stride, width, BLOCK: tl.constexpr
     tl.store(out + row * out_stride + columns, gate * tl.sigmoid(gate) * up, mask=inside)
 
 
-@triton.jit
-def _swiglu_low(
-    gate_up, gate_up_stride, low, low_stride, out, out_stride, rows, width, r,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    rank = tl.arange(0, RANK)
-    total = tl.zeros((ROWS, RANK), tl.float32)
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = (row < rows) & (column < width)[None, :]
-        place = gate_up + row * gate_up_stride + column[None, :]
-        gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(place + width, mask=inside, other=0.0).to(tl.float32)
-        product = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
-        tl.store(out + row * out_stride + column[None, :], product, mask=inside)
-        weight = tl.load(
-            low + rank[None, :] * low_stride + column[:, None],
-            mask=(rank < r)[None, :] & (column < width)[:, None], other=0.0,
-        )  # fmt: skip
-        total += tl.dot(product, weight)
-    tl.store(out + row * out_stride + width + rank[None, :], total, mask=(row < rows) & (rank < r)[None, :])
-
-
-def swiglu_backward(
-    d: torch.Tensor, gate_up: torch.Tensor, d_gate_up: torch.Tensor, terms: Sequence["LowRank"], dy_low: torch.Tensor
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor, d_gate_up: torch.Tensor) -> torch.Tensor:
     """See elementwise.swiglu_backward."""
     rows, width = d.shape
-    ranks = [term.up.shape[1] for term in terms]
-    complete = [term.half for term in terms] == [0, 1] and len(set(ranks)) == 1
-    if not complete or max(*ranks, dy_low.shape[1]) > MOST_RANK or d.element_size() != 2 or not dy_low.shape[1]:
-        block = 2048
-        _swiglu_backward[(rows, triton.cdiv(width, block))](
-            d, d.stride(0), gate_up, gate_up.stride(0), d_gate_up, d_gate_up.stride(0), width, block, num_warps=8
-        )
-        return around_swiglu(d, d_gate_up, terms, dy_low)
-    gate, up = terms
-    rank, r = _rank(ranks[0]), _rank(dy_low.shape[1])
-    raised = torch.zeros(rows, 2 * ranks[0], dtype=torch.float32, device=d.device)
-    d_ups = torch.zeros(2, width, ranks[0], dtype=torch.float32, device=d.device)
-    d_low = torch.zeros(width, dy_low.shape[1], dtype=torch.float32, device=d.device)
-    columns, parts = triton.cdiv(width, 256), 1
-    while columns * parts < 512 and parts * 64 < rows:
-        parts += 1
-    _swiglu_backward_low[(columns, parts)](
-        d, d.stride(0), gate_up, gate_up.stride(0), d_gate_up, d_gate_up.stride(0),
-        gate.up, gate.up.stride(0), up.up, up.up.stride(0), gate.low, gate.low.stride(0), up.low, up.low.stride(0),
-        dy_low, dy_low.stride(0), raised, d_ups, d_low, rows, triton.cdiv(triton.cdiv(rows, 32), parts) * 32, width,
-        ranks[0], dy_low.shape[1], 32, 256, rank, r, num_warps=8, num_stages=2,
-    )  # fmt: skip
-    here = d_gate_up[:, 2 * width :]
-    here[:, gate.columns].copy_(raised[:, : ranks[0]])
-    here[:, up.columns].copy_(raised[:, ranks[0] :])
-    return [d_ups[0], d_ups[1]], d_low.t()
+    block = 2048
+    _swiglu_backward[(rows, triton.cdiv(width, block))](
+        d, d.stride(0), gate_up, gate_up.stride(0), d_gate_up, d_gate_up.stride(0), width, block, num_warps=8
+    )
+    return d
 
 
 @triton.jit
@@ -253,59 +192,6 @@ def _swiglu_backward(d, d_stride, gate_up, gate_up_stride, out, out_stride, widt
     tl.store(out + row * out_stride + columns, slope * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
     tl.store(out + row * out_stride + width + columns, slope * silu, mask=inside)
     tl.store(d + row * d_stride + columns, silu * up, mask=inside)
-
-
-@triton.jit
-def _swiglu_backward_low(
-    d, d_stride, gate_up, gate_up_stride, out, out_stride,
-    gate_up_w, gate_up_w_stride, up_up_w, up_up_w_stride, gate_low, gate_low_stride, up_low, up_low_stride,
-    dy_low, dy_low_stride, raised, d_ups, d_low, rows, rows_each, width, rank, r,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """A column of blocks walks down a part of the rows: what sums over rows stays in registers, what sums over columns
-    (gradient times up, 2 rank numbers a row) is added in memory."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    narrow, other = tl.arange(0, RANK), tl.arange(0, R)
-    is_column = column < width
-    of_up = is_column[:, None] & (narrow < rank)[None, :]
-    gate_w = tl.load(gate_up_w + column[:, None] * gate_up_w_stride + narrow[None, :], mask=of_up, other=0.0)
-    up_w = tl.load(up_up_w + column[:, None] * up_up_w_stride + narrow[None, :], mask=of_up, other=0.0)
-    sum_gate = tl.zeros((BLOCK, RANK), tl.float32)
-    sum_up = tl.zeros((BLOCK, RANK), tl.float32)
-    sum_low = tl.zeros((BLOCK, R), tl.float32)
-    begin = tl.program_id(1) * rows_each
-    for start in range(begin, tl.minimum(begin + rows_each, rows), ROWS):
-        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        inside = (row < rows) & is_column[None, :]
-        place = gate_up + row * gate_up_stride + column[None, :]
-        gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(place + width, mask=inside, other=0.0).to(tl.float32)
-        slope = tl.load(d + row * d_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        d_gate = (slope * up * (sigmoid + silu * (1 - sigmoid))).to(out.dtype.element_ty)
-        d_up = (slope * silu).to(out.dtype.element_ty)
-        product = (silu * up).to(out.dtype.element_ty)
-        here = out + row * out_stride + column[None, :]
-        tl.store(here, d_gate, mask=inside)
-        tl.store(here + width, d_up, mask=inside)
-        of_low = (row < rows) & (narrow < rank)[None, :]
-        gate_l = tl.load(gate_low + row * gate_low_stride + narrow[None, :], mask=of_low, other=0.0)
-        up_l = tl.load(up_low + row * up_low_stride + narrow[None, :], mask=of_low, other=0.0)
-        dy_l = tl.load(
-            dy_low + row * dy_low_stride + other[None, :], mask=(row < rows) & (other < r)[None, :], other=0.0
-        )
-        sum_gate += tl.dot(tl.trans(d_gate), gate_l)
-        sum_up += tl.dot(tl.trans(d_up), up_l)
-        sum_low += tl.dot(tl.trans(product), dy_l)
-        to = raised + row * 2 * rank + narrow[None, :]
-        tl.atomic_add(to, tl.dot(d_gate, gate_w), mask=of_low, sem="relaxed")
-        tl.atomic_add(to + rank, tl.dot(d_up, up_w), mask=of_low, sem="relaxed")
-    to = d_ups + column[:, None] * rank + narrow[None, :]
-    tl.atomic_add(to, sum_gate, mask=of_up, sem="relaxed")
-    tl.atomic_add(to + width * rank, sum_up, mask=of_up, sem="relaxed")
-    of_r = is_column[:, None] & (other < r)[None, :]
-    tl.atomic_add(d_low + column[:, None] * r + other[None, :], sum_low, mask=of_r, sem="relaxed")
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, d_logits: torch.Tensor) -> torch.Tensor:
@@ -377,10 +263,6 @@ def _fill_nf4(
     both = tl.interleave(first, second)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + row * out_stride + column, both, mask=column < columns)
-
-
-def _rank(r: int) -> int:
-    return max(16, triton.next_power_of_2(r))
 
 
 def _warps(block: int) -> int:

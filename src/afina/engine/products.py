@@ -111,10 +111,6 @@ class Product:
         """y (+ residual) from wide_x (tokens, K + r), the input in its first K columns; the rest is written here."""
         if self.r:
             torch.mm(wide_x[:, : self.k], self.low.t(), out=wide_x[:, self.k :])
-        return self.forward_wide(wide_x, residual)
-
-    def forward_wide(self, wide_x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """As `forward`, of rows whose last columns are x A^T already."""
         weight = self.weights()[: self.n].t()
         if residual is not None:
             y = torch.addmm(residual, wide_x, weight)
@@ -151,21 +147,12 @@ class Product:
 
     def gradients(self, wide_dy: torch.Tensor, x: torch.Tensor, low: torch.Tensor) -> list[torch.Tensor]:
         """dA (rank, K) and dB (rows, rank) of each adapter, after `widen`; x: (tokens, K), low: `low_of` of it."""
-        ups = [wide_product(wide_dy[:, a.rows].t(), low[:, a.columns]) for a in self.adapters]
-        return self.paired(self.of_low(wide_dy, x), ups)
-
-    def of_low(self, wide_dy: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
-        """dA of each adapter."""
         if not self.adapters:
             return []
-        all_of_them = wide_product(wide_dy[:, self.n :].t(), x)
-        return [all_of_them[adapter.columns] for adapter in self.adapters]
-
-    def paired(self, lows: Sequence[torch.Tensor], ups: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """dA, dB, dA, dB, ... in the parameters' own precision."""
-        found = []
-        for adapter, low, up in zip(self.adapters, lows, ups, strict=True):
-            found += [low.to(adapter.a.dtype), up.to(adapter.b.dtype)]
+        lows, found = wide_product(wide_dy[:, self.n :].t(), x), []
+        for adapter in self.adapters:
+            up = wide_product(wide_dy[:, adapter.rows].t(), low[:, adapter.columns])
+            found += [lows[adapter.columns].to(adapter.a.dtype), up.to(adapter.b.dtype)]
         return found
 
 
