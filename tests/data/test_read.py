@@ -299,6 +299,10 @@ def test_a_byte_order_mark_begins_a_file_and_nothing_else(tmp_path):
     assert [line for line, _reason in problems_of(tmp_path, row() + "\n\ufeff" + row())] == [2]
 
 
+def test_a_fault_stays_on_its_line(tmp_path):
+    assert [line for line, _reason in problems_of(tmp_path, '{"a": NaN, "b\n' + row())] == [1]
+
+
 def test_long_lines_and_same_samples(tmp_path):
     long = "ñ" * 1_000_000
     reading = read_text(tmp_path, row(long) + "\n" + row(long) + "\n")

@@ -292,6 +292,17 @@ def test_a_template_that_looks_into_the_contents():
     assert row.ids[: len(prompt)].tolist() == prompt
 
 
+def test_a_template_that_closes_a_turn_on_the_users_word():
+    template = (
+        "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if '!' in messages[0].content %}<|im_end|>{% endif %}"
+    )
+    render = Renderer(Tokenizer(build(eos="<|im_end|>"), template))
+    render.sample(sample(*ONE))
+    with pytest.raises(BadRows, match="makes control tokens out of a message"):
+        render.sample(sample(Message("user", "Now!"), ONE[1]))
+
+
 def test_a_template_that_drops_the_answer_or_says_things_twice():
     special = build(eos="<|im_end|>")
     drops = Renderer(Tokenizer(special, "{{ messages[0].content }}<|im_end|>"))

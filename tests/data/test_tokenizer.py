@@ -40,6 +40,8 @@ def test_three_kinds_of_added_tokens():
     words = [QWEN_LIKE.hf.convert_tokens_to_ids(word) for word in ("  ", "COVID-19")]
     ids = QWEN_LIKE.encode(["x  COVID-19"], tags=False)[0]
     assert ids[-2:] == words
+    whole, tagged = QWEN_LIKE.encode(["The quick brown", "The quick brown<think>"], tags=False)
+    assert tagged[: len(whole)] == whole  # read as text, not spelled out
     assert QWEN_LIKE.encode(["<think>"])[0] == [QWEN_LIKE.markup["<think>"]]
 
 
