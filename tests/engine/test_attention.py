@@ -198,3 +198,15 @@ def test_the_models_own_attention_is_put_back():
     copied = copy.deepcopy(model)
     ids = torch.arange(3, 20)[None]
     torch.testing.assert_close(model(input_ids=ids).logits, copied(input_ids=ids).logits)
+
+
+def test_what_validation_asked_for_first_serves_training_too():
+    model, samples = llama(), rows([19, 8])
+    batch = micro_batches(samples, range(2), budget=1000, packing=True, pad_id=0)[0]
+    _groups.cache_clear()
+    with packed_attention(model):
+        with torch.inference_mode():
+            seen = summed_loss(model, batch)
+        loss = summed_loss(model, batch)
+        loss.backward()
+    assert loss.item() == seen.item()

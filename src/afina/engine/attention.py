@@ -217,11 +217,13 @@ class _Packed(torch.autograd.Function):
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)  # validation may ask first, and a backward use the same
 def _bounds(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)  # validation may ask first, and a backward use the same
 def _groups(
     lengths: tuple[int, ...], device: torch.device
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
