@@ -28,9 +28,9 @@ LLAMA_1B = dict(
     head_dim=64, vocab_size=128256, max_position_embeddings=131072, rope_theta=500000.0, tie_word_embeddings=True,
 )  # fmt: skip
 WORKLOADS: dict[str, dict[str, Any]] = {
-    "W1": dict(shape=LLAMA_8B, samples=4, length=2048),
-    "W10": dict(shape=LLAMA_8B, samples=2, length=4096),
-    "W3": dict(shape=LLAMA_8B, samples=4, length=2048, four_bits=True),
+    "W1": dict(shape=LLAMA_8B, samples=4, length=2048, away=10),
+    "W10": dict(shape=LLAMA_8B, samples=2, length=4096, away=10),
+    "W3": dict(shape=LLAMA_8B, samples=4, length=2048, four_bits=True, away=3),
     "W4": dict(shape=LLAMA_8B, samples=1, length=2048, four_bits=True, keep=0),
     "S1": dict(shape=LLAMA_1B, samples=8, length=2048),
 }
