@@ -58,7 +58,7 @@ def test_snips_end_to_end(variables, tmp_path, afina: Callable[..., Finished]):
     answers = [json.loads(line)["tuned"] for line in (tmp_path / "snips/evaluation/predictions.jsonl").open()]
     assert sum(answer.startswith('{"intent": "') for answer in answers) >= 60  # the form, which comes first
     for entry in artifact(tmp_path / "snips" / "export").manifest["exports"]:
-        assert all(check["equal"] or check["gap"] < 1 for check in entry["checks"])
+        assert sum(check["equal"] for check in entry["checks"]) >= len(entry["checks"]) - 2  # 8 bits may break a tie
 
 
 @pytest.mark.slow

@@ -1,0 +1,105 @@
+"""A run, asked: base beside tuned on the same prompts, written once, sealed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from journey.tiny import RECIPE, lay_out, write_rows
+
+import afina
+from afina.artifact import open_artifact, sha256
+from afina.console import Console
+from afina.errors import DataError, RecipeError
+from afina.evaluate.run import evaluate_run
+from afina.train.reopen import reopen
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("place")
+    lay_out(folder)
+    few = ["training.steps=15", "export.formats=[]"]
+    return {
+        "lora": afina.train(folder / "recipe.yaml", folder / "lora", few),
+        "full": afina.train(folder / "recipe.yaml", folder / "full", [*few, "method={name: full}"]),
+        "none": afina.train(folder / "recipe.yaml", folder / "none", [*few, "tasks=[]"]),
+    }
+
+
+def quiet() -> Console:
+    console = Console()
+    console.json = True
+    return console
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_figures_follow_from_the_predictions(runs, tmp_path, method):
+    evaluation = evaluate_run(runs[method], tmp_path / "evaluation", quiet())
+    evaluation.verify()
+    tasks = json.loads((tmp_path / "evaluation/evaluation.json").read_text())["tasks"]
+    rows = [json.loads(line) for line in (tmp_path / "evaluation/predictions.jsonl").open()]
+    assert [task["name"] for task in tasks] == ["opinion", "written"] and len(rows) == 32
+    for task in tasks:
+        mine = [row for row in rows if row["task"] == task["name"]]
+        for system, figures in task["systems"].items():
+            assert figures["correct"] == sum(row["expected"] == row[system] for row in mine)
+            assert figures["accuracy"] == figures["correct"] / 16
+            low, high = figures["interval"]
+            assert low <= figures["accuracy"] <= high
+        assert task["fixed"] == sum(row["tuned"] == row["expected"] != row["base"] for row in mine)
+        assert task["broken"] == sum(row["base"] == row["expected"] != row["tuned"] for row in mine)
+    assert {Path(row["where"].rpartition(":")[0]).name for row in rows} == {"test.jsonl"}
+    assert {int(row["where"].rpartition(":")[2]) for row in rows} == set(range(1, 17))
+
+
+def test_base_is_the_base_whichever_way_it_was_tuned(runs, tmp_path):
+    """With LoRA the adapters step aside; a full model's base is loaded beside it: the same answers."""
+    answers = {}
+    for method in ("lora", "full"):
+        evaluate_run(runs[method], tmp_path / method, quiet())
+        rows = [json.loads(line) for line in (tmp_path / method / "predictions.jsonl").open()]
+        answers[method] = [row["base"] for row in rows]
+    assert answers["lora"] == answers["full"]
+
+
+def test_asking_changes_nothing(runs, tmp_path):
+    before = {path: sha256(path) for path in runs["lora"].rglob("*") if path.is_file()}
+    torch.manual_seed(1)
+    first = evaluate_run(runs["lora"], tmp_path / "one", quiet())
+    torch.manual_seed(2)
+    second = evaluate_run(runs["lora"], tmp_path / "two", quiet())
+    assert {path: sha256(path) for path in runs["lora"].rglob("*") if path.is_file()} == before
+    assert (first.folder / "predictions.jsonl").read_bytes() == (second.folder / "predictions.jsonl").read_bytes()
+
+
+def test_its_parents_are_the_run_and_the_questions(runs, tmp_path):
+    evaluation = evaluate_run(runs["lora"], tmp_path / "evaluation", quiet())
+    parents = {parent["role"]: parent["sha256"] for parent in evaluation.manifest["parents"]}
+    assert parents["run"] == open_artifact(runs["lora"]).digest
+    assert parents["data"] == sha256(reopen(runs["lora"]).folder / "test.jsonl")
+
+
+def test_a_recipe_without_tasks_is_told_so(runs, tmp_path):
+    with pytest.raises(RecipeError, match="names no tasks") as caught:
+        evaluate_run(runs["none"], tmp_path / "evaluation", quiet())
+    assert "tasks:" in caught.value.hint and not (tmp_path / "evaluation").exists()
+
+
+def test_questions_that_are_gone_leave_nothing(tmp_path):
+    lay_out(tmp_path)
+    run = afina.train(tmp_path / "recipe.yaml", tmp_path / "run", ["training.steps=1", "export.formats=[]"])
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(DataError, match=r"test\.jsonl"):
+        afina.evaluate(run)
+    assert not (run / "evaluation").exists() and not list(run.glob(".*"))
+
+
+def test_a_context_beside_the_model_limits_questions_not_memory(tmp_path):
+    """A question longer than the model was made for is named before anything is written."""
+    lay_out(tmp_path, RECIPE)
+    run = afina.train(tmp_path / "recipe.yaml", tmp_path / "run", ["training.steps=1", "export.formats=[]"])
+    write_rows(tmp_path / "test.jsonl", [("The soup is great.", "good"), ("The soup " * 300, "good")])
+    with pytest.raises(DataError, match="256") as caught:
+        afina.evaluate(run)
+    assert caught.value.line == 2 and not (run / "evaluation").exists()

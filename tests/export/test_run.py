@@ -1,0 +1,99 @@
+"""A run to files that others run: what is kept, what is refused, and that a wrong file is noticed."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from journey.tiny import lay_out
+from transformers import AutoModelForCausalLM
+
+import afina
+from afina.artifact import open_artifact
+from afina.console import Console
+from afina.errors import ProofError, RecipeError
+from afina.export import run as room
+from afina.export.gguf import write_gguf
+from afina.export.run import export_run
+from afina.train.reopen import reopen
+
+pytest.importorskip("xllamacpp", reason='install "afina[gguf-run]" to run GGUF files')
+
+UNTOLD = """{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{{ '' if MARK is defined else 'x' }}{%- endif -%}"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    lay_out(folder)
+    return afina.train(folder / "recipe.yaml", folder / "run")
+
+
+def quiet() -> Console:
+    console = Console()
+    console.json = True
+    return console
+
+
+def test_each_format_once_with_its_proof(run, tmp_path):
+    export = export_run(run, tmp_path / "export", ["q8_0", "f32", "f16", "merged", "f32"], quiet())
+    export.verify()
+    entries = {entry["format"]: entry for entry in export.manifest["exports"]}
+    assert list(entries) == ["q8_0", "f32", "f16", "merged"]
+    files = {path.name for path in (tmp_path / "export").iterdir()}
+    assert {"manifest.json", "merged", *(f"opinions-{kind}.gguf" for kind in ("q8_0", "f32", "f16"))} <= files
+    for kind in ("f32", "f16", "q8_0"):
+        assert len(entries[kind]["checks"]) >= 8
+    assert all(check["equal"] for kind in ("f32", "f16") for check in entries[kind]["checks"])
+    assert export.manifest["parents"][0]["sha256"] == open_artifact(run).digest
+
+
+def test_the_merged_folder_answers_as_the_run(run, tmp_path):
+    export_run(run, tmp_path / "export", ["merged"], quiet())
+    ids = torch.tensor([[3, 99, 200, 17]])
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "export" / "merged").eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            whole(input_ids=ids).logits, reopen(run).model(input_ids=ids).logits, rtol=1e-5, atol=1e-4
+        )
+
+
+def test_the_merged_model_is_not_kept_where_nobody_asked(run, tmp_path):
+    export_run(run, tmp_path / "export", ["f32"], quiet())
+    assert not (tmp_path / "export" / "merged").exists()
+
+
+def test_a_file_of_other_weights_is_refused_and_nothing_kept(run, tmp_path, monkeypatch):
+    """The proof can fail: the base is written where the tuned model should be."""
+
+    def wrong(folder, out, kind, **named):
+        model = AutoModelForCausalLM.from_pretrained(run.parent / "base")
+        model.save_pretrained(tmp_path / "other")
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(folder / name, tmp_path / "other")
+        return write_gguf(tmp_path / "other", out, kind, **named)
+
+    monkeypatch.setattr(room, "write_gguf", wrong)
+    for kind in ("f32", "q8_0"):
+        with pytest.raises(ProofError):
+            export_run(run, tmp_path / "export", [kind], quiet())
+        assert not (tmp_path / "export").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_file_that_sees_another_prompt_is_refused(run, tmp_path, monkeypatch):
+    def wrong(folder, out, kind, **named):
+        (folder / "chat_template.jinja").write_text(UNTOLD, "utf-8")
+        return write_gguf(folder, out, kind, **named)
+
+    monkeypatch.setattr(room, "write_gguf", wrong)
+    with pytest.raises(ProofError):
+        export_run(run, tmp_path / "export", ["f32"], quiet())
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("formats, complaint", [(["q3_k"], "no format q3_k"), ([], "names no formats")])
+def test_formats_there_are_not(run, tmp_path, formats, complaint):
+    with pytest.raises(RecipeError, match=complaint) as caught:
+        export_run(run, tmp_path / "export", formats, quiet())
+    assert caught.value.hint and not (tmp_path / "export").exists()
