@@ -87,7 +87,6 @@ LONG_FUNCTIONS = {
 PARAMETERS = 9
 MANY_PARAMETERS = {
     "train/loop.py:train": 10,  # the loop: everything it touches is named at its door
-    "engine/kernels.py:_rms_norm_backward": 16,  # a Triton kernel: pointers, strides and sizes
 }
 HOSTS = {
     "arxiv.org",
@@ -275,6 +274,8 @@ def test_sizes():
                 name = f"{relative(path)}:{node.name}"
                 functions[name] = max(functions.get(name, 0), (node.end_lineno or 0) - node.lineno + 1)
                 arguments = node.args
+                if any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+                    continue  # a Triton kernel is given pointers, strides and sizes one by one
                 parameters[name] = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
     for sizes, limit, exceptions in (
         (files, FILE_LINES, LONG_FILES),
@@ -319,8 +320,10 @@ def test_help_is_light():
 def test_public_names_resolve():
     import afina
 
+    import_module("afina.evaluate.plot")  # the room `evaluate` must not come to stand where the verb does
+    import_module("afina.export.card")
     for name in afina.__all__:
-        assert getattr(afina, name) is not None
+        assert callable(getattr(afina, name)), name
         assert name in dir(afina)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = afina.nothing
