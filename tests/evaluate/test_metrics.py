@@ -4,7 +4,7 @@ import math
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afina.evaluate.metrics import mcnemar, per_label, shares, wilson
@@ -15,6 +15,7 @@ LABELS = ["negativa", "neutra", "positiva", "no sé"]
 answers = st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(answers)
 def test_figures_of_each_label_are_scikit_learns(pairs):
     expected, answered = [truth for truth, _ in pairs], [answer for _, answer in pairs]
@@ -35,6 +36,7 @@ def test_figures_of_each_label_are_scikit_learns(pairs):
     assert accuracy["accuracy"] == pytest.approx(sklearn.accuracy_score(expected, answered))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
 def test_wilson_is_the_roots_of_its_equation(counts):
     """The interval's ends are where the share p has |p - observed| = z * sqrt(p (1 - p) / n): a quadratic in p."""
@@ -55,6 +57,7 @@ def test_wilson_at_the_edges():
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-4)  # Newcombe (1998), table I
 
 
+@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(0, 300))
 def test_mcnemar_is_the_exact_binomial_test(fixed, broken):
     stats = pytest.importorskip("scipy.stats")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from journey.tiny import save_base
 from small import CPU, llama
@@ -174,6 +174,7 @@ def test_json_values_are_compared_as_json(truth, answer, equal):
     assert mark(task("json"), [truth], [answer]) == [equal]
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -2,7 +2,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afina.recipe.schema import Training
@@ -17,6 +17,7 @@ def rates(steps: int, **changes) -> list[float]:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@settings(deadline=None)
 @given(steps=st.integers(1, 400), warmup=st.one_of(st.floats(0, 0.99), st.integers(1, 50).map(float)))
 def test_the_rate_rises_to_the_peak_and_never_above(schedule, steps, warmup):
     found = rates(steps, schedule=schedule, warmup=warmup)
