@@ -1,6 +1,5 @@
-"""`afina export RUN --format q8_0`."""
+"""`afina export RUN --to gguf:q4_k_m,ollama`."""
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -8,19 +7,16 @@ import typer
 from afina.cli.options import Debug, Json, Run
 from afina.language import _
 
-
-class Format(StrEnum):
-    """What export.formats of a recipe may hold."""
-
-    merged = "merged"
-    f32 = "f32"
-    f16 = "f16"
-    q8_0 = "q8_0"
-
-
 Formats = Annotated[
-    list[Format] | None,
-    typer.Option("--format", "-f", help=_("Repeat for several; the recipe's export.formats if not given.")),
+    list[str] | None,
+    typer.Option(
+        "--to",
+        "--format",
+        "-f",
+        help=_(
+            "Comma-separated, or repeated; the recipe's export.formats if not given. A GGUF may be said gguf:q4_k_m."
+        ),
+    ),
 ]
 
 
@@ -28,4 +24,18 @@ def command(run: Run, formats: Formats = None, json: Json = False, debug: Debug 
     """Files that others run."""
     from afina import pipeline
 
-    pipeline.export(run, [str(kind) for kind in formats or []])
+    pipeline.export(run, _names(formats or []))
+
+
+def _names(given: list[str]) -> list[str]:
+    """The formats of all options, each known."""
+    from afina.export.mixes import EXPORTS
+
+    names = [name.strip().removeprefix("gguf:") for text in given for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in EXPORTS:
+            raise typer.BadParameter(
+                _("{name} is not one of {names}.").format(name=repr(name), names=", ".join(EXPORTS)),
+                param_hint="--to",
+            )
+    return names

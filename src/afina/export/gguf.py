@@ -137,6 +137,25 @@ def write_gguf(
     }
 
 
+def write_tensors(out: Path, shape: Shape, tensors: Mapping[str, torch.Tensor], alpha: float, name: str) -> None:
+    """An adapter of low-rank pairs: `tensors` by the name of the matrix they belong to, "|lora_a" or "|lora_b"."""
+    known = gguf.get_tensor_name_map(_architecture(shape.family), shape.layers)
+    with durable.new_file(out) as temporary, closing(gguf.GGUFWriter(temporary, shape.family.architecture)) as writer:
+        writer.add_type("adapter")
+        writer.add_name(_safe_name(name))
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", alpha)
+        for key, tensor in tensors.items():
+            source, _bar, side = key.partition("|")
+            new = known.get_name(source, try_suffixes=(".weight",))
+            if new is None:
+                raise ModelError(_("GGUF has no name for the tensor {name}.").format(name=source))
+            writer.add_tensor(f"{new}.{side}", tensor.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+
+
 def _counted(kinds: Iterator[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for kind in kinds:

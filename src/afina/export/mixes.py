@@ -31,6 +31,8 @@ FORMATS: dict[str, tuple[str, str]] = {
     "q2_k_s": ("q2_k", "MOSTLY_Q2_K_S"),
 }
 """Format: the type of most matrices, and the file type as llama.cpp numbers it."""
+EXPORTS = ("merged", *FORMATS, "lora", "ollama", "lmstudio")
+"""Everything that a run can be exported to; what is no format of GGUF is made from one, or is no GGUF."""
 PLAIN = ("f32", "f16", "bf16")
 """Formats that quantise nothing."""
 BLOCK = {"f32": 1, "f16": 1, "bf16": 1} | dict.fromkeys(("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4", "iq4_nl"), 32)

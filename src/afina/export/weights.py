@@ -79,3 +79,12 @@ def _weight_files(model_folder: Path) -> list[Path]:
     if any(Path(name).name != name for name in files):  # an index may not point out of its folder
         raise ModelError(_("The index of the weights names a file outside its folder."), file=index)
     return [model_folder / name for name in files]
+
+
+def tensors_of(file: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a small safetensors file, such as an adapter's. Raises ModelError."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(_("The weights cannot be read: {reason}.").format(reason=error), file=file) from error
