@@ -47,7 +47,7 @@ CHOICES = ["p", "q", "z", "é!"]
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_label_likelihood_is_that_of_one_by_one_in_float64(renderer, packed, monkeypatch):
-    """The likeliest label, end of turn included, against log-softmax summed token by token."""
+    """The likeliest label, end of turn included, against log-softmax averaged token by token."""
     model = model_for(renderer).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,7 +62,8 @@ def test_label_likelihood_is_that_of_one_by_one_in_float64(renderer, packed, mon
             row = renderer.answer(one.prompt, label)
             ids = torch.from_numpy(row.ids).long()
             logits = torch.log_softmax(model(input_ids=ids[None]).logits[0], -1)
-            scores.append(sum(logits[at - 1, ids[at]].item() for at in range(1, len(ids)) if row.learnt[at]))
+            found = [logits[at - 1, ids[at]].item() for at in range(1, len(ids)) if row.learnt[at]]
+            scores.append(sum(found) / len(found))
         wanted.append(CHOICES[scores.index(max(scores))])
         gaps = sorted(scores, reverse=True)
         assert gaps[0] - gaps[1] > 1e-3  # no tie that rounding could break

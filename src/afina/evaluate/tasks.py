@@ -140,7 +140,10 @@ def mark(task: Task, expected: Sequence[str], answered: Sequence[str]) -> list[b
 def _likeliest(
     asked: Asked, model: nn.Module, renderer: Renderer, hardware: Hardware, on_progress: Progress
 ) -> list[str]:
-    """The label with the highest likelihood, end of turn included, for each sample."""
+    """The label whose tokens, end of turn included, are the likeliest on average, for each sample.
+
+    On average, because a sum prefers labels that the tokenizer happens to cut into fewer tokens.
+    """
     scores = torch.zeros(len(asked.samples), len(asked.labels))
     rows = [renderer.answer(sample.prompt, label) for sample in asked.samples for label in asked.labels]
     lengths = [int(row.ids.size) for row in rows]
@@ -160,8 +163,9 @@ def _likeliest(
         for batch in batches:
             losses = token_losses(model, batch.to(hardware.device)).float().cpu()
             sums = torch.zeros(len(batch.samples)).index_add_(0, batch.owner, -losses)
+            means = sums / torch.bincount(batch.owner, minlength=len(batch.samples))
             for place, index in enumerate(batch.samples):
-                scores[index // len(asked.labels), index % len(asked.labels)] = sums[place]
+                scores[index // len(asked.labels), index % len(asked.labels)] = means[place]
             on_progress(len(batch.samples))
     return [asked.labels[int(best)] for best in scores.argmax(dim=1)]
 
