@@ -48,8 +48,8 @@ class Limits:
     tie: float
 
 
-EXACT, EIGHT, SIX = Limits(0.002, 0.98, 0.05), Limits(0.02, 0.95, 1.0), Limits(0.05, 0.92, 1.5)
-FIVE, FOUR, THREE, TWO = Limits(0.1, 0.88, 2.0), Limits(0.4, 0.75, 6.0), Limits(0.8, 0.6, 12.0), Limits(2.5, 0.3, 100.0)
+EXACT, EIGHT, SIX = Limits(0.002, 0.97, 0.05), Limits(0.05, 0.85, 1.0), Limits(0.1, 0.8, 1.5)
+FIVE, FOUR, THREE, TWO = Limits(0.2, 0.75, 3.0), Limits(0.5, 0.5, 6.0), Limits(1.0, 0.4, 12.0), Limits(2.5, 0.2, 100.0)
 LIMITS: dict[str, Limits] = {
     "f32": EXACT,
     "f16": EXACT,

@@ -1,0 +1,339 @@
+"""Each way in which exports go wrong is injected, and something catches it before a file is left behind."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from journey.tiny import lay_out, save_base
+from transformers import AutoModelForCausalLM
+
+import afina
+from afina.artifact import open_artifact
+from afina.console import Console
+from afina.data.conversation import Message, Sample
+from afina.data.template import Renderer
+from afina.data.tokenizer import load_tokenizer
+from afina.errors import ModelError, ProofError
+from afina.export import certificate, families, gguf, imatrix
+from afina.export import run as room
+from afina.export.certificate import LIMITS, certify, divergence, pose
+from afina.export.gguf import write_gguf
+from afina.export.lora import write_lora
+from afina.export.mixes import FORMATS
+from afina.export.run import export_run
+from afina.model.llamacpp import LlamaCpp
+from afina.recipe.place import BUNDLED
+from afina.train.reopen import reopen
+
+xllamacpp = pytest.importorskip("xllamacpp", reason='install "afina[gguf-run]" to run GGUF files')
+
+Patch = pytest.MonkeyPatch
+QUESTIONS = ["The soup is great.", "The café is awful, really awful.", "¿Qué tal?", "Hello!"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    lay_out(folder)
+    return Path(afina.train(folder / "recipe.yaml", folder / "run", ["training.steps=12"]))
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(room, "QUESTIONS", 4)
+
+
+def quiet() -> Console:
+    console = Console()
+    console.json = True
+    return console
+
+
+def samples() -> list[Sample]:
+    return [
+        Sample((Message("user", text), Message("assistant", "good")), Path("a"), at)
+        for at, text in enumerate(QUESTIONS)
+    ]
+
+
+# ---------------------------------------------------------------- the faults
+
+
+def change_plans(monkeypatch: Patch, change: Callable[[gguf.Plan], gguf.Plan]) -> None:
+    plan = gguf._plan_tensors
+    monkeypatch.setattr(gguf, "_plan_tensors", lambda *given: [change(one) for one in plan(*given)])
+
+
+def change_vocabulary(monkeypatch: Patch, change: Callable[[Any], Any]) -> None:
+    read = gguf.read_vocabulary
+    monkeypatch.setattr(gguf, "read_vocabulary", lambda folder: change(read(folder)))
+
+
+def wrong_template(monkeypatch: Patch) -> None:
+    change_vocabulary(
+        monkeypatch,
+        lambda v: dataclasses.replace(v, chat_template=v.chat_template.replace("assistant", "bot")),
+    )
+
+
+def wrong_eos(monkeypatch: Patch) -> None:
+    change_vocabulary(monkeypatch, lambda v: dataclasses.replace(v, eos=v.tokens.index("a")))
+
+
+def double_bos(monkeypatch: Patch) -> None:
+    def change(vocabulary: Any) -> Any:
+        template = "<|endoftext|>" + vocabulary.chat_template
+        return dataclasses.replace(vocabulary, bos=0, add_bos=True, chat_template=template)
+
+    change_vocabulary(monkeypatch, change)
+
+
+def dropped_module(monkeypatch: Patch) -> None:
+    merge = room.merged
+
+    def forget(model: Any) -> Any:
+        with torch.no_grad():
+            next(weight for name, weight in model.named_parameters() if "1.mlp.down_proj.lora_B" in name).zero_()
+        return merge(model)
+
+    monkeypatch.setattr(room, "merged", forget)
+
+
+def gate_is_up(monkeypatch: Patch) -> None:
+    swap = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+
+    def change(plan: gguf.Plan) -> gguf.Plan:
+        other = next((plan.source.replace(name, swap[name]) for name in swap if name in plan.source), plan.source)
+        return dataclasses.replace(plan, source=other)
+
+    change_plans(monkeypatch, change)
+
+
+def wrong_rope(monkeypatch: Patch) -> None:
+    read = gguf.read_shape
+    monkeypatch.setattr(gguf, "read_shape", lambda folder: dataclasses.replace(read(folder), theta=500.0))
+
+
+def unpermuted(monkeypatch: Patch) -> None:
+    monkeypatch.setitem(families.FAMILIES, "LlamaForCausalLM", dataclasses.replace(families.LLAMA, interleaved=()))
+
+
+FAULTS: dict[Callable[[Patch], None], str] = {
+    wrong_template: "another prompt",
+    wrong_eos: "would stop in the middle",
+    double_bos: "prompt",
+    dropped_module: "away from base and adapter",
+    gate_is_up: "is not the model",
+    wrong_rope: "is not the model",
+    unpermuted: "is not the model",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_a_fault_is_caught_and_nothing_kept(
+    run: Path, tmp_path: Path, monkeypatch: Patch, fault: Callable[[Patch], None], kind: str
+) -> None:
+    fault(monkeypatch)
+    with pytest.raises(ProofError, match=FAULTS[fault]):
+        export_run(run, tmp_path / "export", [kind], quiet())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_left_out_is_caught(tmp_path: Path) -> None:
+    """The head learnt on its own, but the file says it is the embeddings: llama.cpp then takes these."""
+    base = save_base(tmp_path / "base", tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    renderer = Renderer(load_tokenizer(str(base)))
+    questions = pose(model, renderer, samples(), 8)
+    write_gguf(base, tmp_path / "right.gguf", "f32")
+    certify(tmp_path / "right.gguf", "f32", questions, renderer)
+    config = base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    write_gguf(base, tmp_path / "wrong.gguf", "f32")
+    with pytest.raises(ProofError, match="is not the model"):
+        certify(tmp_path / "wrong.gguf", "f32", questions, renderer)
+
+
+def test_an_end_that_llamacpp_does_not_know_is_caught(tmp_path: Path, monkeypatch: Patch) -> None:
+    """An end of turn with a name of its own, which the file forgets to mention."""
+    base = save_base(tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        text = (base / name).read_text("utf-8")
+        (base / name).write_text(text.replace("<|im_end|>", "<|fin|>"), "utf-8")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    renderer = Renderer(load_tokenizer(str(base)))
+    questions = pose(model, renderer, samples(), 8)
+    write_gguf(base, tmp_path / "right.gguf", "f32")
+    certify(tmp_path / "right.gguf", "f32", questions, renderer)
+    change_vocabulary(monkeypatch, lambda v: dataclasses.replace(v, eos=0, eot=None, eom=None))
+    write_gguf(base, tmp_path / "wrong.gguf", "f32")
+    with pytest.raises(ProofError, match="would not stop"):
+        certify(tmp_path / "wrong.gguf", "f32", questions, renderer)
+
+
+def test_an_adapter_that_was_not_used_up_is_caught(run: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    expected = room.expected_changes
+    monkeypatch.setattr(room, "expected_changes", lambda model: expected(model)[:-1])
+    with pytest.raises(ProofError, match="did not use"):
+        export_run(run, tmp_path / "export", ["merged"], quiet())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_that_was_not_saved_is_caught(run: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    """In memory all is well; on the disk lies the base."""
+    monkeypatch.setattr(
+        room,
+        "save_whole",
+        lambda _model, folder: AutoModelForCausalLM.from_pretrained(run.parent / "base").save_pretrained(folder),
+    )
+    with pytest.raises(ProofError, match="lacks the training of"):
+        export_run(run, tmp_path / "export", ["merged"], quiet())
+
+
+# ---------------------------------------------------------------- what it says when all is well
+
+
+def test_the_certificate(run: Path, tmp_path: Path) -> None:
+    formats = ["q8_0", "q4_k_m", "lora", "ollama", "lmstudio"]
+    export = export_run(
+        run, tmp_path / "export", [f"gguf:{name}" if name[0] == "q" else name for name in formats], quiet()
+    )
+    export.verify()
+    said = json.loads((tmp_path / "export" / "certificate.json").read_text("utf-8"))
+    assert said["questions"] == 4 and said["merge"]["adapter_tensors"] == 28 and len(said["merge"]["modules"]) == 14
+    assert all(module["change"] > 0 for module in said["merge"]["modules"])
+    assert said["merge"]["divergence"] < 1e-6
+    eight, four = said["files"]
+    assert eight["passed"] and four["passed"] and eight["certificate"]["divergence"] < four["certificate"]["divergence"]
+    assert set(eight["certificate"]["right_answers"]) == {"model", "gguf"}
+    assert four["fallbacks"]["blk.0.attn_q.weight"] == "meant as q4_k, stored as q5_0"  # rows of 64
+    assert [entry["format"] for entry in export.manifest["exports"]] == formats
+    place = tmp_path / "export"
+    assert (place / "Modelfile").read_text().startswith("FROM ./opinions-q8_0.gguf\n")
+    file = place / "lmstudio" / "afina" / "opinions" / "opinions-q8_0.gguf"
+    assert file.samefile(place / "opinions-q8_0.gguf")
+
+
+def test_divergence_joins_what_was_not_told() -> None:
+    ours = np.log(np.array([0.5, 0.2, 0.2, 0.1]))
+    theirs = np.log(np.array([0.4, 0.3, 0.1, 0.2]))
+    whole = divergence(ours, dict(enumerate(theirs)))
+    assert whole == pytest.approx(float((np.exp(ours) * (ours - theirs)).sum()))
+    joined = divergence(ours, {0: theirs[0], 1: theirs[1]})
+    assert joined == pytest.approx(0.5 * np.log(0.5 / 0.4) + 0.2 * np.log(0.2 / 0.3) + 0.3 * np.log(0.3 / 0.3))
+    assert 0 <= joined <= whole
+    assert divergence(ours, dict(enumerate(ours))) == 0
+
+
+def test_every_format_has_limits() -> None:
+    assert list(LIMITS) == [name for name in sorted(FORMATS, key=list(LIMITS).index)] and set(LIMITS) == set(FORMATS)
+
+
+# ---------------------------------------------------------------- formats, measured in llama.cpp
+
+ORDER = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+
+
+def measured(folder: Path, questions: Any, renderer: Renderer, out: Path, kind: str, **steer: Any) -> float:
+    write_gguf(folder, out / f"{kind}{len(steer)}.gguf", kind, **steer)
+    return float(certify(out / f"{kind}{len(steer)}.gguf", kind, questions, renderer)["divergence"])
+
+
+def posed(folder: Path, texts: list[str]) -> tuple[Any, Any, Renderer]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    renderer = Renderer(load_tokenizer(str(folder)))
+    rows = [Sample((Message("user", text), Message("assistant", "x")), Path("a"), 1) for text in texts]
+    return model, pose(model, renderer, rows), renderer
+
+
+TEXTS = [
+    "Hello!",
+    "What is 12 + 30?",
+    "Write a Python function that adds two numbers.",
+    "¿Cuánto es 7 x 8?",
+    "Tell me about dogs.",
+    "What is the capital of France?",
+    "Sort the list [3,1,2].",
+    "Translate good morning to Spanish.",
+]
+
+
+@pytest.mark.skipif(not (BUNDLED / "tiny" / "model.safetensors").is_file(), reason="afina/tiny holds no weights")
+def test_fewer_bits_are_further_from_the_model(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(certificate, "LIMITS", dict.fromkeys(LIMITS, certificate.Limits(9.0, 0.0, 99.0)))
+    model, questions, renderer = posed(BUNDLED / "tiny", TEXTS)
+    found = {kind: measured(BUNDLED / "tiny", questions, renderer, tmp_path, kind) for kind in (*ORDER, "iq4_xs")}
+    values = [found[kind] for kind in ORDER]
+    assert values == sorted(values), found
+    assert found["f16"] < 1e-4 and found["q8_0"] < 5e-3 and found["q4_k_m"] < 0.2 and found["iq4_xs"] < 0.3, found
+    importance = imatrix.collect(model, [question.ids for question in questions])
+    assert len(importance) == 36 and importance["model.layers.0.mlp.down_proj.weight"].shape == (512,)
+    steered = measured(BUNDLED / "tiny", questions, renderer, tmp_path, "q2_k", importance=importance)
+    assert steered < found["q2_k"], (steered, found)
+
+
+@pytest.mark.real
+def test_stories_in_few_bits(real_data: Path, tmp_path: Path) -> None:
+    """Rows of 64 and 172: every matrix falls back, and the file still is the model."""
+    source = real_data / "models" / "stories260K"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    prompt = [1, 403, 407, 261, 378]
+    with torch.no_grad():
+        ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60)[0].tolist()
+    logprobs = certificate.distributions(model, prompt, ids[len(prompt) :])
+    found = {}
+    for kind in ORDER:
+        facts = write_gguf(source, tmp_path / f"{kind}.gguf", kind)
+        assert bool(facts["fallbacks"]) == (kind != "f16") and len(facts["not_quantised"]) == (
+            0 if kind == "f16" else 5
+        )
+        with certificate.Witness(tmp_path / f"{kind}.gguf", cache="f32") as witness:
+            told = witness.next_logprobs(ids, len(prompt), 512)
+        found[kind] = float(np.mean([divergence(*pair) for pair in zip(logprobs, told, strict=True)]))
+    assert found["f16"] < 1e-5 and found["q8_0"] < 2e-3 and found["q4_k_m"] < 0.03 and found["q2_k"] < 0.15, found
+
+
+# ---------------------------------------------------------------- the adapter alone
+
+
+def test_llamacpp_adds_the_adapter_to_the_base(run: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    base, adapter = tmp_path / "base.gguf", tmp_path / "adapter.gguf"
+    write_gguf(run.parent / "base", base, "f32")
+    facts = write_lora(run / "adapter", run.parent / "base", adapter, name="opinions")
+    assert facts["tensors"] == 28
+    plain = xllamacpp.CommonParams
+
+    def with_adapter() -> Any:
+        parameters = plain()
+        parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+        return parameters
+
+    ids = list(range(3, 43))
+    tuned = reopen(run, "fp32")
+    ours = certificate.distributions(tuned.model, ids[:1], ids[1:])
+    with LlamaCpp(base, threads=1, cache="f32") as alone:
+        without = alone.logprobs(ids, top=ours.shape[1])
+    monkeypatch.setattr(xllamacpp, "CommonParams", with_adapter)
+    with LlamaCpp(base, threads=1, cache="f32") as both:
+        found = both.logprobs(ids, top=ours.shape[1])
+    far, near = (
+        max(abs(row[index] - value) for row, told in zip(ours, every, strict=True) for index, value in told.items())
+        for every in (without, found)
+    )
+    assert near < 2e-3 < 0.05 < far
+
+
+def test_adapters_that_llamacpp_cannot_add(run: Path, tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((run / "adapter" / name).read_bytes())
+    settings = tmp_path / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"use_dora": True}))
+    with pytest.raises(ModelError, match="DoRA"):
+        write_lora(tmp_path, run.parent / "base", tmp_path / "a.gguf", name="a")
+    assert open_artifact(run).kind == "run"
