@@ -49,7 +49,7 @@ USE_CASES: dict[str, dict[str, Any]] = {
         "model": {**TINY, "max_length": 256},
         "data": {"train": "afina/sentiment/train", "validation": 0.1},
         "method": ADAPTER,
-        "training": {"epochs": 8.0, "batch_size": 16, "learning_rate": 1e-3},
+        "training": {"epochs": 4.0, "batch_size": 16, "learning_rate": 1e-3},
         "tasks": [
             {
                 "name": "sentiment",
