@@ -30,14 +30,15 @@ DERIVED = ("report.html",)
 
 def train(recipe: str | Path, out: str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
     """Fine-tune as a recipe file says; returns the new run folder (runs/NAME). Raises AfinaError."""
-    from afina.evaluate.plot import loss_curve
+    wanted, folder = load(Path(recipe), overrides), Path(recipe).resolve().parent
+    place = Path(out) if out else RUNS / wanted.name
+    _refuse_existing(place)
+
+    from afina.evaluate.plot import loss_curve  # after what fails at once: these load torch, which takes seconds
     from afina.evaluate.report import draw
     from afina.export.card import model_card
     from afina.train.run import train_run
 
-    wanted, folder = load(Path(recipe), overrides), Path(recipe).resolve().parent
-    place = Path(out) if out else RUNS / wanted.name
-    _refuse_existing(place)
     _check_formats(wanted, folder)
     _check_tasks(wanted, folder)
     console.heading(_("Training {name}").format(name=wanted.name))
