@@ -29,7 +29,7 @@ DOORS = {
     "transformers": ("model/load.py", "model/generate.py", "engine/attention.py", "data/tokenizer.py"),
     "tokenizers": ("data/tokenizer.py",),
     "peft": ("model/attach.py",),
-    "safetensors": ("export/gguf.py", "export/weights.py"),
+    "safetensors": ("export/gguf.py", "export/weights.py", "train/checkpoint.py"),
     "gguf": ("export/gguf.py",),
     "xllamacpp": ("model/llamacpp.py",),
     "ruamel": ("recipe/document.py",),

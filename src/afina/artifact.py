@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -72,12 +72,25 @@ class Artifact:
         return inside and file.is_file() and isinstance(entry, dict) and sha256(file) == entry.get("sha256")
 
 
-def seal(folder: Path, kind: str, *, parents: Iterable[dict[str, Any]] = (), **facts: Any) -> Artifact:
-    """Write the manifest of a finished folder. `facts` are recorded as they are (recipe, seeds, measured figures)."""
+def seal(
+    folder: Path,
+    kind: str,
+    *,
+    parents: Iterable[dict[str, Any]] = (),
+    leaving_out: Collection[str] = (),
+    **facts: Any,
+) -> Artifact:
+    """Write the manifest of a finished folder. `facts` are recorded as they are (recipe, seeds, measured figures).
+
+    What lies in `folder` under a name of `leaving_out` is no part of it.
+    """
     files = {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST and durable.PARTIAL not in path.name
+        if path.is_file()
+        and path != folder / MANIFEST
+        and durable.PARTIAL not in path.name
+        and path.relative_to(folder).parts[0] not in leaving_out
     }
     manifest = {
         "format": FORMAT,

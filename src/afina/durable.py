@@ -12,10 +12,12 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +31,8 @@ PARTIAL = ".partial"
 """What a temporary name contains, then the writer's machine and process; `sweep` removes what a killed process left."""
 CLOCK_S = 2.0
 """A process that began so long after the last change of a file did not write it, though it has its writer's id."""
+LOCK = "lock"
+"""The file in a claimed folder that says who holds it."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
@@ -131,11 +135,21 @@ class Log:
                 self._file.truncate(whole)
                 raise
 
-    def close(self) -> None:
-        """Sync and close."""
+    def sync(self) -> int:
+        """Let all of it reach the disk; returns its length in bytes."""
         with _explained(self.path):
             os.fsync(self._file.fileno())
-            self._file.close()
+            return os.fstat(self._file.fileno()).st_size
+
+    def cut(self, length: int) -> None:
+        """Take back everything after the first `length` bytes."""
+        with _explained(self.path):
+            self._file.truncate(length)
+
+    def close(self) -> None:
+        """Sync and close."""
+        self.sync()
+        self._file.close()
 
     def __enter__(self) -> "Log":
         return self
@@ -150,6 +164,77 @@ def sweep(folder: Path) -> list[Path]:
     for path in left:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     return left
+
+
+def remove(path: Path) -> None:
+    """Take a file or folder away at once, if it is there: half of it is never seen under its name."""
+    with _explained(path):
+        if not os.path.lexists(path):
+            return
+        going = path.with_name(f"{_partial_prefix(path)}{secrets.token_hex(4)}")
+        path.rename(going)
+        shutil.rmtree(going, ignore_errors=True) if going.is_dir() and not going.is_symlink() else going.unlink()
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Hold `folder`, made where there is none, for this process alone; an empty one vanishes at the end.
+
+    The operating system's lock ends with its process, so nothing that a killed one left is in the way. Raises
+    OutputError naming the holder.
+    """
+    with _explained(folder):
+        lock = _lock(folder)
+        who = {"pid": os.getpid(), "host": platform.node(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps(who).encode(), 0)
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        os.close(lock)
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _lock(folder: Path) -> int:
+    """An open, locked LOCK in `folder`. On a disk that knows no locks, a process of this machine is looked for."""
+    import fcntl  # not on Windows
+
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except FileNotFoundError:  # its last holder took the empty folder away between these two lines
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = False
+        except OSError as error:
+            held = error.errno in (errno.EWOULDBLOCK, errno.EACCES) or _holder_lives(_holder(lock))
+        if held:
+            who = _holder(lock)
+            os.close(lock)
+            raise OutputError(
+                _("{folder} is in the hands of process {pid} on {host} since {since}.").format(folder=folder, **who),
+                hint=_("Wait for it, or end it; or choose another folder with --out."),
+            )
+        with suppress(FileNotFoundError):
+            if (folder / LOCK).stat().st_ino == os.fstat(lock).st_ino:
+                return lock
+        os.close(lock)  # its last holder took the file away: lock the new one
+
+
+def _holder(lock: int) -> dict[str, Any]:
+    try:
+        who = json.loads(os.pread(lock, 2**12, 0))
+        return {key: str(who[key]) for key in ("pid", "host", "since")}
+    except (ValueError, KeyError, TypeError):
+        return {"pid": "?", "host": "?", "since": "?"}
+
+
+def _holder_lives(who: dict[str, Any]) -> bool:
+    return who["host"] == platform.node() and who["pid"].isdigit() and psutil.pid_exists(int(who["pid"]))
 
 
 def free_bytes(path: Path) -> int:

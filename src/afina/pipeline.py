@@ -29,32 +29,42 @@ DERIVED = ("report.html",)
 
 
 def train(recipe: str | Path, out: str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
-    """Fine-tune as a recipe file says; returns the new run folder (runs/NAME). Raises AfinaError."""
+    """Fine-tune as a recipe file says; returns the new run folder (runs/NAME). Raises AfinaError.
+
+    While it trains the folder has no manifest, and checkpoints; the same call goes on from the newest of them.
+    """
+    from afina.train.resume import WORKING, clear, is_unfinished, refuse_other_recipe
+
     wanted, folder = load(Path(recipe), overrides), Path(recipe).resolve().parent
     place = Path(out) if out else RUNS / wanted.name
-    _refuse_existing(place)
+    if not is_unfinished(place):
+        _refuse_existing(place)
+    with durable.claim(place):
+        refuse_other_recipe(place, wanted)
 
-    from afina.evaluate.plot import loss_curve  # after what fails at once: these load torch, which takes seconds
-    from afina.evaluate.report import draw
-    from afina.export.card import model_card
-    from afina.train.run import train_run
+        from afina.evaluate.plot import loss_curve  # after what fails at once: these load torch, which takes seconds
+        from afina.evaluate.report import draw
+        from afina.export.card import model_card
+        from afina.train.run import train_run
 
-    _check_formats(wanted, folder)
-    _check_tasks(wanted, folder)
-    console.heading(_("Training {name}").format(name=wanted.name))
-    with durable.new_folder(place) as run:
-        durable.write_text(run / "recipe.yaml", dump(wanted))
-        facts = train_run(wanted, folder, run, console)
-        durable.write_bytes(run / "loss.png", loss_curve(_metrics(run)))
-        durable.write_text(run / "README.md", model_card(wanted, facts, versions()))
+        _check_formats(wanted, folder)
+        _check_tasks(wanted, folder)
+        console.heading(_("Training {name}").format(name=wanted.name))
+        base = _base(wanted, folder)
+        facts = train_run(wanted, folder, place, console, base)
+        durable.write_text(place / "recipe.yaml", dump(wanted))
+        durable.write_bytes(place / "loss.png", loss_curve(_metrics(place)))
+        durable.write_text(place / "README.md", model_card(wanted, facts, versions()))
         seal(
-            run,
+            place,
             "run",
-            parents=[_base(wanted, folder), *facts["data"]["files"]],
+            parents=[base, *facts["data"]["files"]],
+            leaving_out=WORKING,
             recipe=wanted.resolved(),
             recipe_folder=str(folder),
             **facts,
         )
+        clear(place)
     draw(place)
     _say_trained(facts, place)
     return place
@@ -95,11 +105,14 @@ def run(recipe: str | Path, out: str | Path | None = None, overrides: Sequence[s
 
     A finished run is only continued when it was made from this very recipe.
     """
+    from afina.train.resume import clear
+
     started = time.perf_counter()
     wanted = load(Path(recipe), overrides)
     place = Path(out) if out else RUNS / wanted.name
     if (place / MANIFEST).is_file():
         _refuse_another(place, wanted)
+        clear(place)
         console.line(_("{path} is trained already.").format(path=place))
     else:
         train(recipe, place, overrides)

@@ -266,27 +266,27 @@ class TestInterrupted:
         raise AssertionError(process.stderr.read())
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-    def test_nothing_is_left(self, tmp_path, number):
+    def test_it_says_that_it_goes_on_and_how(self, tmp_path, number):
         out = tmp_path / "runs" / "stopped"
         process = self.training(out)
-        assert [path.name.startswith(".stopped.partial-") for path in out.parent.iterdir()] == [True]
+        assert not (out / "manifest.json").exists()
         process.send_signal(number)
         said, complaint = process.communicate(timeout=120)
         assert process.returncode == 128 + number
         assert complaint == ""
         last = json.loads(said.splitlines()[-1])
         assert last["event"] == "error" and last["exit_status"] == 128 + number
-        assert "nothing half-written" in last["message"]
-        assert list(out.parent.iterdir()) == []
+        assert "is saved" in last["message"] and "same command again" in last["hint"]
+        assert {path.name for path in out.iterdir()} == {"checkpoints", "metrics.jsonl", "state.json"}
 
-    def test_what_kill_9_leaves_the_next_run_sweeps(self, tmp_path):
+    def test_what_kill_9_leaves_the_next_run_goes_on_with(self, tmp_path):
         out = tmp_path / "runs" / "stopped"
         process = self.training(out)
         process.kill()
         process.communicate(timeout=60)
-        assert not out.exists() and len(list(out.parent.iterdir())) == 1
+        assert (out / "state.json").exists() and not (out / "manifest.json").exists()
         process = self.training(out)
-        assert len(list(out.parent.iterdir())) == 1, "the new one's; the old one's is gone"
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=120)
-        assert list(out.parent.iterdir()) == []
+        said, _complaint = process.communicate(timeout=120)
+        assert process.returncode == 130 and "is saved" in json.loads(said.splitlines()[-1])["message"]
+        assert [path for path in out.rglob("*") if ".partial" in path.name] == []

@@ -15,7 +15,7 @@ from journey.tiny import RECIPE, examples, row, save_base, write_rows
 from small import spread
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from afina import durable
+from afina.train.resume import is_unfinished
 
 
 @pytest.fixture
@@ -142,12 +142,16 @@ def test_a_recipe_with_mistakes(afina, place):
 
 
 def test_a_loss_that_is_no_number(afina, place):
-    error = train(afina, place, "training.learning_rate=1e30", "training.clip_norm=null", "tasks=[]", status=1)
-    assert "not a number" in error and "learning_rate" in error
+    overrides = ["training.learning_rate=1e30", "training.clip_norm=null", "tasks=[]"]
+    ended = afina("train", place / "recipe.yaml", *overrides, "--out", place / "run")
+    assert ended.status == 1 and "Traceback" not in ended.err
+    assert "not a number" in ended.err and "train.jsonl:" in ended.err and "learning_rate" in ended.err
+    assert is_unfinished(place / "run")
 
 
 def test_an_existing_run(afina, place):
     (place / "run").mkdir()
+    (place / "run" / "diary.txt").write_text("mine")
     error = afina("train", place / "recipe.yaml", "--out", place / "run")
     assert error.status == 5 and "exists already" in error.err and "--out" in error.err
     (place / "link").symlink_to(place / "nowhere")
@@ -193,12 +197,21 @@ def test_debug_shows_where_it_happened(afina, place):
     assert ended.status == 3 and "Traceback" in ended.err and "nowhere.jsonl" in ended.err
 
 
-def wait_for_training(process: subprocess.Popen) -> None:
-    """Read until the first step is reported."""
+def wait_for(process: subprocess.Popen, sign: str) -> None:
+    """Read until it is said."""
     for line in process.stdout:
-        if '"step": 1' in line:
+        if sign in line:
             return
     raise AssertionError(process.communicate()[1])
+
+
+def wait_for_training(process: subprocess.Popen) -> None:
+    """Read until the first step is reported."""
+    wait_for(process, '"step": 1')
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 LONG = ["training.steps=100000", "tasks=[]", "export.formats=[]", "--json"]
@@ -206,28 +219,39 @@ LONG = ["training.steps=100000", "tasks=[]", "export.formats=[]", "--json"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_leaves_nothing(start, world, tmp_path, number):
+def test_a_stopped_run_says_how_to_go_on_and_is_nothing_finished(start, world, tmp_path, number):
     process = start("run", "recipe.yaml", *LONG, "--out", tmp_path / "run")
     wait_for_training(process)
-    assert list(tmp_path.glob(".run.partial-*"))  # it is at work
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     event = json.loads(out.splitlines()[-1])
-    assert event["event"] == "error" and "nothing half-written" in event["message"] and "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
+    assert event["event"] == "error" and "is saved" in event["message"] and "Traceback" not in err
+    assert "same command again" in event["hint"]
+    assert names(tmp_path / "run") == {"checkpoints", "metrics.jsonl", "state.json"} and is_unfinished(tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_what_a_killed_run_left_is_swept_by_the_next(start, world, tmp_path):
-    process = start("train", "recipe.yaml", *LONG, "--out", tmp_path / "run")
+def test_what_a_killed_run_left_is_gone_on_with_by_the_next(start, world, tmp_path):
+    often = [*LONG, "training.checkpoint_minutes=1e-6"]
+    process = start("train", "recipe.yaml", *often, "--out", tmp_path / "run")
     wait_for_training(process)
+    time.sleep(0.5)
     process.kill()
     process.communicate()
-    left = list(tmp_path.iterdir())
-    assert [path.name.startswith(".run.partial-") for path in left] == [True]  # never under its final name
-    assert durable.sweep(tmp_path) == left
-    assert list(tmp_path.iterdir()) == []
+    assert is_unfinished(tmp_path / "run") and not (tmp_path / "run" / "manifest.json").exists()
+    process = start("train", "recipe.yaml", *often, "--out", tmp_path / "run")
+    wait_for(process, '"event": "resumed"')
+    other = start("train", "recipe.yaml", *often, "--out", tmp_path / "run")
+    out, _err = other.communicate(timeout=60)
+    assert other.returncode == 5 and str(process.pid) in json.loads(out.splitlines()[-1])["message"]
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    ended = start("train", "recipe.yaml", *often, "training.learning_rate=3e-3", "--out", tmp_path / "run")
+    out, _err = ended.communicate(timeout=60)
+    assert (
+        ended.returncode == 5 and "training.learning_rate: 0.005 → 0.003" in json.loads(out.splitlines()[-1])["message"]
+    )
 
 
 FULL_DISK = """
@@ -252,7 +276,7 @@ def test_an_output_that_cannot_grow(world, tmp_path):
     )
     assert ended.returncode == 5, ended.stderr
     assert "Traceback" not in ended.stderr and str(tmp_path) in ended.stderr and "too large" in ended.stderr.lower()
-    assert list(tmp_path.iterdir()) == []
+    assert is_unfinished(tmp_path / "run") and not list(tmp_path.rglob("*.partial*"))
 
 
 @pytest.mark.slow
@@ -262,7 +286,7 @@ def test_a_full_disk(world, tmp_path):
     namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(tmp_path)]
     if shutil.which("unshare") is None or subprocess.run([*namespace, "true"], capture_output=True).returncode != 0:
         pytest.skip("no disk of its own can be mounted here")
-    check = 'ls -A "$0" | wc -l; exit $status'
+    check = 'find "$0" -name "*.partial*" -o -name manifest.json | wc -l; exit $status'
     command = " ".join(
         [*COMMAND, "train", "recipe.yaml", "tasks=[]", "training.steps=4", "--out", str(tmp_path / "run")]
     )
@@ -276,7 +300,7 @@ def test_a_full_disk(world, tmp_path):
     )
     assert ended.returncode == 5, ended.stderr
     assert "disk is full" in ended.stderr and "Traceback" not in ended.stderr
-    assert ended.stdout.split()[-1] == "0"  # nothing is left on it
+    assert ended.stdout.split()[-1] == "0"  # nothing half-written, nothing that looks finished
 
 
 @pytest.mark.slow
@@ -295,7 +319,7 @@ def test_the_reader_of_the_output_may_leave(world, tmp_path):
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert process.returncode == 141 and process.stderr.read() == "" and list(tmp_path.iterdir()) == []
+    assert process.returncode == 141 and process.stderr.read() == "" and is_unfinished(tmp_path / "run")
 
 
 def test_a_base_saved_anew_is_the_same_base(world, tmp_path):

@@ -9,7 +9,9 @@ from afina.engine.attention import packed_attention
 from afina.model.attach import attach, learning
 from afina.model.loss import summed_loss
 from afina.recipe.schema import Full, Lora, Training
-from afina.train.loop import Diverged, StepReport, accumulate, train
+from afina.train.loop import accumulate, train
+from afina.train.state import Follower, StepReport, begin
+from afina.train.watch import Diverged, Rejection
 
 
 def rows(count: int, seed: int = 0, longest: int = 40) -> list[Rendered]:
@@ -78,17 +80,39 @@ def test_the_loss_is_the_mean_over_learnt_tokens_of_the_whole_step():
     assert loss.item() == pytest.approx(total / count, rel=1e-6)
 
 
+class Listener(Follower):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+        self.rejections: list[Rejection] = []
+
+    def on_step(self, report, samples):
+        self.reports.append(report)
+
+    def on_rejection(self, rejection):
+        self.rejections.append(rejection)
+
+
 def run(model, samples, **changes) -> list[StepReport]:
-    reports: list[StepReport] = []
+    listener = Listener()
     training = Training(**{"learning_rate": 1e-2, "warmup": 0, **changes})
 
     def make_step(step):
         return micro_batches(samples, range(len(samples)), budget=64, packing=False, pad_id=0)
 
     train(
-        model, make_step, steps=12, training=training, seed=1, hardware=CPU, loss_fn=summed_loss, on_step=reports.append
+        model,
+        make_step,
+        begin(model, training, CPU),
+        steps=12,
+        training=training,
+        seed=1,
+        hardware=CPU,
+        loss_fn=summed_loss,
+        follower=listener,
     )
-    return reports
+    return listener.reports
 
 
 def test_learning_lowers_the_loss_and_leaves_the_base_alone():
@@ -104,23 +128,27 @@ def test_the_same_seed_gives_the_same_run_to_the_bit():
     assert [report.loss for report in runs[0]] == [report.loss for report in runs[1]]
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_the_step_and_names_the_samples():
-    model = attach(llama(), Lora(), seed=0)
+def test_losses_that_are_no_numbers_are_not_learnt_and_three_in_a_row_end_the_run_naming_the_samples():
+    model, listener = attach(llama(), Lora(), seed=0), Listener()
+    state = begin(model, Training(), CPU)
     before = {name: parameter.clone() for name, parameter in learning(model)}
 
     def broken(model, batch):
         return summed_loss(model, batch) * float("nan")
 
-    with pytest.raises(Diverged, match="step 1") as caught:
+    with pytest.raises(Diverged, match=r"3 steps in a row.* step 3"):
         train(
             model,
             lambda step: micro_batches(rows(3), range(3), budget=64, packing=True, pad_id=0),
-            steps=2,
+            state,
+            steps=9,
             training=Training(),
             seed=0,
             hardware=CPU,
             loss_fn=broken,
-            on_step=lambda report: None,
+            follower=listener,
         )
-    assert "[0, 1, 2]" in caught.value.hint
+    assert all(rejection.samples == (0, 1, 2) and rejection.loss is None for rejection in listener.rejections)
+    assert [rejection.step for rejection in listener.rejections] == [1, 2, 3]
     assert all(torch.equal(parameter, before[name]) for name, parameter in learning(model))
+    assert all(not moments["exp_avg"].any() and moments["step"] == 0 for moments in state.optimizer.state.values())

@@ -154,6 +154,10 @@ class Training(Section):
     """Gradients are scaled down to this norm; null leaves them."""
     validations: Annotated[int, Field(ge=0, le=10_000)] = 4
     """How many times the validation loss is measured, the last time after the last step."""
+    checkpoint_minutes: Annotated[float, Field(gt=0, le=10_000)] | None = Field(default=None, examples=[5.0])
+    """Minutes between two checkpoints; unset: so many that saving costs 1% of the time at most, and 10 at most."""
+    keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
+    """The newest checkpoints that are kept while training; a finished run needs none."""
 
 
 class Task(Section):

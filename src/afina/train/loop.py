@@ -2,104 +2,123 @@
 
 A step is a list of micro-batches. The loss is summed over the learnt tokens of all of them and divided by their
 number, so the gradient does not depend on how the step was cut. Order, learning rate and dropout are pure functions
-of the step's number. The loop knows nothing of files, methods or models: it gets a model some of whose parameters
-learn, a function that makes the micro-batches of a step, and callables to report to.
+of the step's number; all that a step changes is in `State` (state.py). The loop knows nothing of files, methods or
+models: it gets a model some of whose parameters learn, a function that makes the micro-batches of a step, and a
+Follower to report to.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from afina.data.batch import Batch
 from afina.data.order import derived_seed
-from afina.errors import AfinaError
-from afina.language import _
 from afina.model.load import Hardware
 from afina.recipe.schema import Training
-from afina.train.optimizer import make_optimizer
+from afina.train.memory import within_memory
 from afina.train.schedule import learning_rate
+from afina.train.state import Follower, State, StepReport
+from afina.train.watch import PATIENCE, Rejection
 
 LossFunction = Callable[[nn.Module, Batch], torch.Tensor]
 """Model and batch to the sum of the loss over the batch's targets."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimiser step did. `loss` is nats per learnt token; `seconds` of wall-clock time."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    learnt: int
-    seconds: float
-
-
-class Diverged(AfinaError):
-    """The loss or the gradient stopped being a number."""
+MakeStep = Callable[[int], Sequence[Batch]]
+"""Step (from 0) to its micro-batches."""
 
 
 def train(
     model: nn.Module,
-    make_step: Callable[[int], Sequence[Batch]],
+    make_step: MakeStep,
+    state: State,
     *,
     steps: int,
     training: Training,
     seed: int,
     hardware: Hardware,
     loss_fn: LossFunction,
-    on_step: Callable[[StepReport], None],
-    on_validate: Callable[[int], None] = lambda step: None,
+    follower: Follower,
     validate_after: frozenset[int] = frozenset(),
 ) -> None:
-    """Run `steps` optimiser steps. `on_validate(step)` is called after the steps named in `validate_after`.
-
-    Raises Diverged, with the samples at fault, when the loss is not finite; the weights are then those before the step.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(parameters, training)
-    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
+    """Run the optimiser steps that are left of `steps`. Raises Diverged when going back does not help either."""
     model.train()
-
-    for step in range(steps):
-        started = time.perf_counter()
-        rate = learning_rate(training, step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
-        batches = [batch.to(hardware.device) for batch in make_step(step)]
-        learnt = sum(batch.targets.numel() for batch in batches)
-        loss = accumulate(model, batches, learnt, seed, step, hardware, loss_fn, scaler)
-
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, training.clip_norm or float("inf"))
-        if not torch.isfinite(loss) or (not torch.isfinite(norm) and not scaler.is_enabled()):
-            raise _diverged(step, batches)
-        scaler.step(optimizer)  # in fp16 a step whose gradients overflow is left out, and the scale halved
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        on_step(
-            StepReport(
-                step=step + 1,
-                loss=loss.item(),
-                grad_norm=norm.item(),
-                learning_rate=rate,
-                tokens=sum(batch.tokens for batch in batches),
-                learnt=learnt,
-                seconds=time.perf_counter() - started,
-            )
-        )
-        if step + 1 in validate_after:
+    while True:
+        if state.step in validate_after and state.validated < state.step:
             model.eval()
-            on_validate(step + 1)
+            follower.on_validation(state.step)
             model.train()
+            state.validated = state.step
+        if state.watch.in_a_row >= PATIENCE:
+            follower.go_back(state)
+        follower.on_whole(state)
+        if state.step >= steps:
+            break
 
+        rejection = state.watch.known.get(state.step + 1)  # known after going back: its samples are left out
+        if rejection is None:
+            started = time.perf_counter()
+            rate = learning_rate(training, state.step, steps)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            batches, loss = _compute(model, make_step, state, seed, hardware, loss_fn, follower)
+            state.scaler.unscale_(state.optimizer)
+            norm = nn.utils.clip_grad_norm_(state.learning.values(), training.clip_norm or math.inf)
+            rejection = _take(state, batches, loss.item(), norm.item())
+        state.step += 1
+        if rejection is not None:
+            follower.on_rejection(rejection)
+            continue
+        learnt, tokens = (sum(count) for count in zip(*((b.targets.numel(), b.tokens) for b in batches), strict=True))
+        seconds = time.perf_counter() - started
+        report = StepReport(state.step, loss.item(), norm.item(), rate, tokens, learnt, seconds)
+        follower.on_step(report, sorted(sample for batch in batches for sample in batch.samples))
     model.eval()
+
+
+def _compute(
+    model: nn.Module,
+    make_step: MakeStep,
+    state: State,
+    seed: int,
+    hardware: Hardware,
+    loss_fn: LossFunction,
+    follower: Follower,
+) -> tuple[list[Batch], torch.Tensor]:
+    """Gradients and loss of one step, in micro-batches that fit into the memory."""
+    while True:
+        made = make_step(state.step)
+        batches = [batch.to(hardware.device) for batch in made]
+        learnt = sum(batch.targets.numel() for batch in batches)
+        state.optimizer.zero_grad(set_to_none=True)
+        with follower.computing():
+            loss = within_memory(
+                lambda batches=batches, learnt=learnt: accumulate(  # type: ignore[misc]
+                    model, batches, learnt, seed, state.step, hardware, loss_fn, state.scaler
+                )
+            )
+        if loss is not None:
+            return batches, loss
+        follower.on_out_of_memory(state.step, made)
+
+
+def _take(state: State, batches: Sequence[Batch], loss: float, norm: float) -> Rejection | None:
+    """Let the optimiser step, or say why not; then weights and moments are untouched."""
+    reason = state.watch.judge(loss, norm, may_overflow=state.scaler.is_enabled())
+    if reason is None:
+        state.scaler.step(state.optimizer)  # in fp16 a step whose gradients overflow is left out, and the scale halved
+        torch.autograd.graph.increment_version(list(state.learning.values()))  # fused AdamW does not; the engine asks
+        state.watch.accept(state.step + 1, loss, norm)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    if reason is None:
+        return None
+    samples = tuple(sorted(sample for batch in batches for sample in batch.samples))
+    finite = [value if math.isfinite(value) else None for value in (loss, norm)]
+    rejection = Rejection(state.step + 1, reason, finite[0], finite[1], samples)
+    state.watch.reject(rejection)
+    return rejection
 
 
 def accumulate(
@@ -126,7 +145,7 @@ def accumulate(
     return total
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what attention remembers of a layout must serve the training too
 def mean_loss(model: nn.Module, batches: Sequence[Batch], hardware: Hardware, loss_fn: LossFunction) -> float:
     """Mean loss over all targets of `batches`, in nats per token, without learning from them."""
     total = torch.zeros((), dtype=torch.float64, device=hardware.device)
@@ -134,11 +153,3 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], hardware: Hardware, lo
         with hardware.autocast():
             total += loss_fn(model, batch.to(hardware.device)).double()
     return float(total) / sum(batch.targets.numel() for batch in batches)
-
-
-def _diverged(step: int, batches: Sequence[Batch]) -> Diverged:
-    samples = sorted(sample for batch in batches for sample in batch.samples)
-    return Diverged(
-        _("The loss of step {step} is not a number; the step was not taken.").format(step=step + 1),
-        hint=_("Lower training.learning_rate, or look at these training samples: {samples}.").format(samples=samples),
-    )

@@ -14,9 +14,16 @@ def make_optimizer(parameters: list[nn.Parameter], training: Training) -> torch.
         {"params": matrices, "weight_decay": training.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=training.learning_rate,
         betas=(training.betas[0], training.betas[1]),
         fused=True,
     )
+    for parameter in parameters:  # as AdamW would at its first step; here, so that memory fails early or not at all
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer

@@ -3,15 +3,13 @@
 Knows nothing of evaluation, export or where the folder will finally lie.
 """
 
-import resource
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import heapq
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from afina import durable
@@ -26,14 +24,23 @@ from afina.data.template import Rendered, Renderer, audit
 from afina.data.tokenizer import load_tokenizer
 from afina.engine.attention import covers, packed_attention
 from afina.engine.engine import Engine, prove, why_not
-from afina.errors import DataError, RecipeError
+from afina.errors import DataError, Interrupted, RecipeError
 from afina.language import _
 from afina.model.attach import attach, learning, save_adapter
 from afina.model.load import Hardware, choose_hardware, limit_of, load_model
 from afina.model.loss import summed_loss
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe
-from afina.train.loop import LossFunction, StepReport, mean_loss, train
+from afina.train.keeper import Keeper
+from afina.train.loop import LossFunction, accumulate, mean_loss, train
+from afina.train.memory import Room
+from afina.train.record import Record
+from afina.train.resume import CHECKPOINTS
+from afina.train.resume import begin as enter
+from afina.train.session import Plan, Session
+from afina.train.state import begin
+from afina.train.stop import Stop
+from afina.train.surroundings import surroundings
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "mps": 4096}
 """Computed at once where the recipe says nothing: enough to fill the device, little enough to fit by the weights."""
@@ -48,9 +55,10 @@ PROOF_TOKENS = 512
 
 @dataclass
 class Examples:
-    """The samples of a recipe, rendered and audited. `files` names what was read, by hash."""
+    """The samples of a recipe, rendered and audited. `origin`: where those of `train` come from; `files`: by hash."""
 
     train: list[Rendered]
+    origin: list[Sample]
     validation: list[Rendered]
     rejected: list[tuple[Sample, str]]
     rows: int
@@ -62,18 +70,6 @@ class Examples:
     def tokens(self) -> int:
         """Tokens of one pass over the training samples."""
         return sum(row.ids.size for row in self.train)
-
-
-@dataclass
-class Tally:
-    """Figures gathered while training."""
-
-    engine: str = ""
-    losses: list[float] = field(default_factory=list)
-    validation: list[float] = field(default_factory=list)
-    tokens: int = 0
-    learnt: int = 0
-    seconds: float = 0.0
 
 
 def prepare(recipe: Recipe, folder: Path, renderer: Renderer, console: Console) -> Examples:
@@ -98,11 +94,13 @@ def prepare(recipe: Recipe, folder: Path, renderer: Renderer, console: Console) 
             _("No sample is left to learn from:") + "\n" + "\n".join(_listed(rejected)),
             hint=_("Raise model.max_length, or shorten the samples."),
         )
+    aside = {id(sample) for sample, _reason in rejected}
     for encoding, files in reading.encodings.items():
         if encoding != data.encoding[0]:
             console.warn(_("{count} file(s) read as {encoding}.").format(count=len(files), encoding=encoding))
     return Examples(
         train=rendered[0],
+        origin=[sample for sample in kept if id(sample) not in aside],
         validation=rendered[1],
         rejected=rejected,
         rows=rows,
@@ -112,10 +110,13 @@ def prepare(recipe: Recipe, folder: Path, renderer: Renderer, console: Console) 
     )
 
 
-def train_run(recipe: Recipe, folder: Path, out: Path, console: Console) -> dict[str, Any]:
-    """Train as the recipe says and write adapter, tokenizer and metrics into `out`; returns the facts for its manifest.
+def train_run(
+    recipe: Recipe, folder: Path, place: Path, console: Console, base: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Train as the recipe says, or go on where `place` left off; returns the facts for its manifest.
 
-    `folder` is where the recipe's relative paths start.
+    Leaves adapter, tokenizer and metrics in `place`. `folder` is where the recipe's relative paths start; `base` names
+    the base model by hash.
     """
     hardware = choose_hardware(recipe.model)
     source = model_source(recipe.model.base, folder)
@@ -146,15 +147,17 @@ def train_run(recipe: Recipe, folder: Path, out: Path, console: Console) -> dict
             hardware=hardware,
         )
     )
-    packing = recipe.training.packing and covers(model, recipe.model.max_length)
-    tally, steps = _run_loop(model, recipe, examples, hardware, tokenizer.pad_id, packing, out, console)
-
-    save_adapter(model, out / "adapter", base=recipe.model.base)
-    tokenizer.save(out / "adapter")
+    parents = [*([base] if base else []), *examples.files]
+    run = enter(place, recipe, parents, examples.train + examples.validation)
+    measured = _run_loop(model, recipe, examples, hardware, tokenizer.pad_id, place, run, console)
+    durable.remove(place / "adapter")  # of a sitting that was killed before the manifest stood
+    with durable.new_folder(place / "adapter") as adapter:
+        save_adapter(model, adapter, base=recipe.model.base)
+        tokenizer.save(adapter)
     return {
         "seed": recipe.seed,
         "hardware": str(hardware),
-        "engine": tally.engine,
+        "engine": measured["engine"],
         "data": {
             "rows": examples.rows,
             "train": len(examples.train),
@@ -165,18 +168,10 @@ def train_run(recipe: Recipe, folder: Path, out: Path, console: Console) -> dict
             "encodings": examples.encodings,
         },
         "training": {
-            "steps": steps,
             "samples": len(examples.train),
-            "tokens": tally.tokens,
-            "learnt_tokens": tally.learnt,
-            "seconds": tally.seconds,
-            "tokens_per_second": tally.tokens / max(tally.seconds, 1e-9),
-            "peak_memory_bytes": peak_memory(hardware),
             "trainable_parameters": trainable,
             "parameters": total,
-            "first_loss": tally.losses[0],
-            "final_loss": tally.losses[-1],
-            "validation_loss": tally.validation[-1] if tally.validation else None,
+            **measured["training"],
         },
     }
 
@@ -187,82 +182,80 @@ def _run_loop(
     examples: Examples,
     hardware: Hardware,
     pad_id: int,
-    packing: bool,
-    out: Path,
+    place: Path,
+    run: str,
     console: Console,
-) -> tuple[Tally, int]:
-    """Drive train() and write metrics.jsonl; returns what was measured and the number of steps."""
-    training, tally = recipe.training, Tally()
+) -> dict[str, Any]:
+    """Drive train(), from the newest checkpoint where there is one; returns what was measured."""
+    training = recipe.training
+    packing = training.packing and covers(model, recipe.model.max_length)
     order = Order(len(examples.train), training.batch_size, training.epochs, recipe.seed)
     steps = training.steps or order.steps
     if training.steps is not None:
         order = Order(len(examples.train), training.batch_size, _epochs_for(steps, order), recipe.seed)
-    budget = training.micro_batch_tokens or max(recipe.model.max_length, MICRO_BATCH_TOKENS[hardware.device.type])
+    room = Room(training.micro_batch_tokens or max(recipe.model.max_length, MICRO_BATCH_TOKENS[hardware.device.type]))
 
     def lay_out(rows: Sequence[Rendered], samples: Sequence[int]) -> list[Batch]:
-        return micro_batches(rows, samples, budget=budget, packing=packing, pad_id=pad_id)
+        return micro_batches(rows, samples, budget=room.tokens, packing=packing, pad_id=pad_id)
+
+    def work(step: int) -> int:
+        return BACKWARD_WORK * sum(examples.train[index].ids.size for index in order.step(step))
+
+    def measure() -> float:
+        return mean_loss(model, lay_out(examples.validation, range(len(examples.validation))), hardware, loss_fn)
+
+    def once(batch: Batch) -> None:
+        on_device = batch.to(hardware.device)
+        accumulate(model.train(), [on_device], on_device.targets.numel(), recipe.seed, 0, hardware, loss_fn)
 
     first = lay_out(examples.train, _few(examples.train, order.step(0)))[0]
     with packed_attention(model, packing):
-        loss_fn, tally.engine = _choose_engine(model, recipe, hardware, first if packing else None)
-    console.line(_("Engine    {engine}").format(engine=tally.engine))
-    held_out = lay_out(examples.validation, range(len(examples.validation)))
-    held_out_tokens = sum(batch.tokens for batch in held_out)
+        loss_fn, engine = _choose_engine(model, recipe, hardware, first if packing else None)
+    console.line(_("Engine    {engine}").format(engine=engine))
+    held_out = sum(row.ids.size for row in examples.validation)
     validate_after = _validation_steps(steps, training.validations) if held_out else frozenset()
-    work = BACKWARD_WORK * sum(examples.train[index].ids.size for step in range(steps) for index in order.step(step))
-    work += held_out_tokens * len(validate_after)
-
-    learnt = [parameter for _name, parameter in learning(model)]
-
+    keeper = Keeper(place / CHECKPOINTS, run, training, console.warn)
+    plan = Plan(
+        steps=steps,
+        hardware=hardware,
+        epoch=order.epoch,
+        work=work,
+        measure=measure,
+        measure_work=held_out,
+        validate_after=validate_after,
+        where=lambda sample: examples.origin[sample].where,
+        surroundings=surroundings(str(hardware), "reference" if loss_fn is summed_loss else "fused"),
+    )
+    record, stop = Record(place), Stop()
+    total = sum(work(step) for step in range(steps)) + held_out * len(validate_after)
     with (
-        durable.Log(out / "metrics.jsonl") as log,
-        console.progress(_("Training"), work) as progress,
+        stop.handled(),
+        closing(record),
+        console.progress(_("Training"), total) as progress,
         packed_attention(model, packing),
     ):
-
-        def on_step(report: StepReport) -> None:
-            torch.autograd.graph.increment_version(learnt)  # fused AdamW does not, and the engine goes by it
-            tally.losses.append(report.loss)
-            tally.tokens += report.tokens
-            tally.learnt += report.learnt
-            facts = {"kind": "step", "epoch": round(order.epoch(report.step), 4), **vars(report)}
-            log.append(facts)
-            text = _("step {step}/{steps} · loss {loss:.3f} · lr {rate:.1e} · {speed:,.0f} tokens/s · {memory:.2f} GiB")
-            progress.advance(
-                BACKWARD_WORK * report.tokens,
-                text.format(
-                    step=report.step,
-                    steps=steps,
-                    loss=report.loss,
-                    rate=report.learning_rate,
-                    speed=report.tokens / report.seconds,
-                    memory=peak_memory(hardware) / 2**30,
-                ),
-                **facts,
+        state = begin(model, training, hardware)
+        session = Session(plan, console, progress, record, keeper, stop, room)
+        session.go_on(state)
+        try:
+            longest = heapq.nlargest(training.batch_size, range(len(examples.train)), _length_in(examples.train))
+            session.try_memory(lambda: lay_out(examples.train, longest), once, state)
+            train(
+                model,
+                lambda step: lay_out(examples.train, order.step(step)),
+                state,
+                steps=steps,
+                training=training,
+                seed=recipe.seed,
+                hardware=hardware,
+                loss_fn=loss_fn,
+                follower=session,
+                validate_after=validate_after,
             )
-
-        def on_validate(step: int) -> None:
-            loss = mean_loss(model, held_out, hardware, loss_fn)
-            tally.validation.append(loss)
-            log.append({"kind": "validation", "step": step, "loss": loss})
-            progress.advance(held_out_tokens)
-            console.event("validation", step=step, loss=loss)
-
-        started = time.perf_counter()
-        train(
-            model,
-            lambda step: lay_out(examples.train, order.step(step)),
-            steps=steps,
-            training=training,
-            seed=recipe.seed,
-            hardware=hardware,
-            loss_fn=loss_fn,
-            on_step=on_step,
-            on_validate=on_validate,
-            validate_after=validate_after,
-        )
-        tally.seconds = time.perf_counter() - started
-    return tally, steps
+            digest = session.finish(state)
+        except Interrupted as stopped:
+            raise session.interrupted(state, stopped) from None
+    return {"engine": engine, "training": session.figures(state, digest)}
 
 
 def _choose_engine(
@@ -353,6 +346,10 @@ def _listed(problems: Sequence[tuple[Sample, str]]) -> list[str]:
     return [*shown, _("... and {count} more").format(count=more)] if more else shown
 
 
+def _length_in(rows: Sequence[Rendered]) -> Callable[[int], int]:
+    return lambda index: int(rows[index].ids.size)
+
+
 def _few(rows: Sequence[Rendered], samples: Sequence[int]) -> list[int]:
     """The first samples of a step, PROOF_TOKENS together or one at least: the reference needs more memory than us."""
     chosen, tokens = [samples[0]], rows[samples[0]].ids.size
@@ -371,11 +368,3 @@ def _epochs_for(steps: int, order: Order) -> float:
 
 def _validation_steps(steps: int, times: int) -> frozenset[int]:
     return frozenset(max(1, round(steps * number / times)) for number in range(1, times + 1))
-
-
-def peak_memory(hardware: Hardware) -> int:
-    """Most bytes held so far: on the GPU by tensors, else by this whole process."""
-    if hardware.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(hardware.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,184 @@
+"""A checkpoint: the loop's state on disk, complete and verified or not there at all. Door to safetensors.
+
+    checkpoints/000007-step-340/    the number of the save, and the steps behind it
+        state.safetensors           what learns, and AdamW's moments and steps, by name
+        checkpoint.json             everything else, and the hash of the file above; it carries its own hash too
+
+No pickle, no name or path that is read from a file is followed. Every save has a number of its own, so nothing is ever
+overwritten, and the newest is the highest number whose hashes hold (Pillai et al., OSDI 2014, on why the rest matters).
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from afina import durable
+from afina.artifact import sha256
+from afina.language import _
+from afina.train.state import State
+from afina.train.watch import Watch
+
+FORMAT = 1
+TENSORS, FACTS = "state.safetensors", "checkpoint.json"
+FACTS_BYTES = 2**26
+"""No checkpoint.json is read beyond this."""
+NAME = re.compile(r"(\d{6,12})-step-(\d{1,12})")
+
+
+class Damaged(Exception):
+    """Why a checkpoint cannot be used, in words for the user."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One whose hashes hold. `facts` is what was given to `write`."""
+
+    place: Path
+    number: int
+    step: int
+    facts: dict[str, Any]
+    digest: str
+
+
+def snapshot(state: State) -> dict[str, torch.Tensor]:
+    """Copies, in main memory, of what learns and of the optimiser's moments: the loop may go on at once."""
+    tensors = {}
+    for name, parameter in state.learning.items():
+        tensors[f"{name}|weight"] = parameter.detach()
+        for key, value in state.optimizer.state[parameter].items():
+            tensors[f"{name}|{key}"] = value
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def facts_of(state: State) -> dict[str, Any]:
+    """What else a step changes, as plain values."""
+    return {"validated": state.validated, "scaler": state.scaler.state_dict(), "watch": state.watch.dump()}
+
+
+def is_finite(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether all of them are numbers: only such a state is good to go back to."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+
+
+def write(folder: Path, run: str, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> Checkpoint:
+    """Save under the next number. Raises OutputError when the disk refuses; then nothing has changed."""
+    number = max((other for other, _step, _place in _listed(folder)), default=0) + 1
+    place = folder / f"{number:06d}-step-{step}"
+    with durable.new_folder(place) as temporary:
+        _save(tensors, temporary / TENSORS)
+        digest = sha256(temporary / TENSORS)
+        body = {"format": FORMAT, "run": run, "number": number, "step": step, "sha256": digest, **facts}
+        durable.write_json(temporary / FACTS, {"sha256": _digest(body), "body": body})
+    return Checkpoint(place, number, step, body, digest)
+
+
+def read(place: Path, run: str) -> Checkpoint:
+    """Verify one checkpoint of `run`. Raises Damaged."""
+    if not (match := NAME.fullmatch(place.name)) or not stat.S_ISDIR(place.lstat().st_mode):
+        raise Damaged(_("it is no folder of ours"))
+    for name in (FACTS, TENSORS):
+        try:
+            found = (place / name).lstat()
+        except OSError as error:
+            raise Damaged(_("{file} is missing").format(file=name)) from error
+        if not stat.S_ISREG(found.st_mode) or (name == FACTS and found.st_size > FACTS_BYTES):
+            raise Damaged(_("{file} is no plain file").format(file=name))
+    try:
+        content = json.loads((place / FACTS).read_bytes())
+        body, whole = content["body"], content["sha256"] == _digest(content["body"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(_("{file} cannot be read").format(file=FACTS)) from error
+    if not whole or not isinstance(body, dict):
+        raise Damaged(_("{file} does not match its hash").format(file=FACTS))
+    if body.get("format") != FORMAT:
+        raise Damaged(_("it was written by another version of afina"))
+    if body.get("run") != run:
+        raise Damaged(_("it belongs to another run"))
+    if (body.get("number"), body.get("step")) != (int(match[1]), int(match[2])):
+        raise Damaged(_("its name was changed"))
+    try:
+        digest = sha256(place / TENSORS)
+    except OSError as error:
+        raise Damaged(_("{file} cannot be read").format(file=TENSORS)) from error
+    if digest != body.get("sha256"):
+        raise Damaged(_("{file} does not match its hash").format(file=TENSORS))
+    return Checkpoint(place, int(match[1]), int(match[2]), body, digest)
+
+
+def newest(
+    folder: Path,
+    run: str,
+    on_damaged: Callable[[Path, str], None],
+    suits: Callable[[Checkpoint], bool] = lambda checkpoint: True,
+) -> Checkpoint | None:
+    """The newest checkpoint of `run` whose hashes hold, and that suits; each that is damaged is told."""
+    for _number, _step, place in sorted(_listed(folder), reverse=True):
+        try:
+            checkpoint = read(place, run)
+        except Damaged as damage:
+            on_damaged(place, str(damage))
+            continue
+        if suits(checkpoint):
+            return checkpoint
+    return None
+
+
+def restore(state: State, checkpoint: Checkpoint) -> None:
+    """Turn `state` into what was saved, in place. Raises Damaged when other weights learn now; then nothing changed."""
+    try:
+        tensors = load_file(checkpoint.place / TENSORS)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise Damaged(_("{file} cannot be read").format(file=TENSORS)) from error
+    targets: dict[str, torch.Tensor] = {}
+    for name, parameter in state.learning.items():
+        targets[f"{name}|weight"] = parameter
+        targets |= {f"{name}|{key}": value for key, value in state.optimizer.state[parameter].items()}
+    if {name: (t.shape, t.dtype) for name, t in tensors.items()} != {n: (t.shape, t.dtype) for n, t in targets.items()}:
+        raise Damaged(_("other weights learn now than when it was saved"))
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+    if state.scaler.is_enabled():
+        state.scaler.load_state_dict(checkpoint.facts["scaler"])
+    state.watch = Watch()
+    state.watch.load(checkpoint.facts["watch"])
+    state.step, state.validated = checkpoint.step, checkpoint.facts["validated"]
+
+
+def prune(folder: Path, kept: list[Checkpoint]) -> None:
+    """Remove every checkpoint but `kept`, once those are on the disk for good."""
+    places = {checkpoint.place for checkpoint in kept}
+    for _number, _step, place in _listed(folder):
+        if place not in places:
+            durable.remove(place)
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:  # it tells what the operating system said in words alone
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise
+
+
+def _listed(folder: Path) -> list[tuple[int, int, Path]]:
+    """Number, step and place of what is named as a checkpoint is."""
+    if not folder.is_dir():
+        return []
+    matches = ((NAME.fullmatch(place.name), place) for place in folder.iterdir())
+    return [(int(match[1]), int(match[2]), place) for match, place in matches if match]
+
+
+def _digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

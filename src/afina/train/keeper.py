@@ -1,0 +1,122 @@
+"""When checkpoints are saved, how many are kept, and what happens when the disk refuses one.
+
+A save is a copy in main memory, for which the loop waits, and a thread that writes it, for which it does not. The time
+between two saves is a hundred times what the last one took, so that saving costs 1% at most; no less than ten seconds,
+no more than ten minutes. Knows nothing of what else a run writes.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from afina.errors import OutputError
+from afina.language import _
+from afina.recipe.schema import Training
+from afina.train.checkpoint import Checkpoint, facts_of, is_finite, newest, prune, snapshot, write
+from afina.train.state import State
+
+COST = 100
+"""A save may come again after so many times what it took."""
+LEAST_S, MOST_S = 10.0, 600.0
+RETRY_S = 10.0
+"""After a save that failed."""
+
+
+class Keeper:
+    """The checkpoints of one run. `tell` gets a sentence when something goes wrong, and when it is well again."""
+
+    def __init__(self, folder: Path, run: str, training: Training, tell: Callable[[str], None]) -> None:
+        self.folder, self.run = folder, run
+        self.good: list[Checkpoint] = []
+        self._keep, self._minutes, self._tell = training.keep_checkpoints, training.checkpoint_minutes, tell
+        self._due_at = 0.0
+        self._failing = False
+        self._thread: threading.Thread | None = None
+        self._outcome: Checkpoint | OutputError | OSError | None = None
+        self._began = 0.0
+
+    def newest(self, suits: Callable[[Checkpoint], bool] = lambda checkpoint: True) -> Checkpoint | None:
+        """The newest good checkpoint there is; each damaged one is told."""
+        found = newest(self.folder, self.run, self._tell_damage, suits)
+        if found is not None and all(found.place != known.place for known in self.good):
+            self.good.insert(0, found)
+            self._due_at = time.monotonic() + self._interval(0.0)
+        return found
+
+    def due(self) -> bool:
+        """Whether it is time for the next save, and the last one is done."""
+        return self.settle() and time.monotonic() >= self._due_at
+
+    def save(self, state: State, more: dict[str, Any], *, wait: bool = False) -> None:
+        """Copy the state and write it, `more` beside it, in a thread; `wait` until it is on the disk or was refused."""
+        self.settle(wait=True)
+        self._began = time.monotonic()
+        tensors, facts, step = snapshot(state), {**facts_of(state), **more}, state.step
+        # While steps are being rejected the weights are under suspicion: then nothing older is given up.
+        sound = state.watch.in_a_row == 0
+        self._thread = threading.Thread(target=self._write, args=(step, tensors, facts, sound), daemon=True)
+        self._thread.start()
+        if wait:
+            self.settle(wait=True)
+
+    def settle(self, *, wait: bool = False) -> bool:
+        """See how the last save went; False while it is still under way."""
+        if self._thread is None:
+            return True
+        if wait:
+            self._thread.join()
+        elif self._thread.is_alive():
+            return False
+        outcome, self._outcome, self._thread = self._outcome, None, None
+        if isinstance(outcome, Checkpoint):
+            self._due_at = time.monotonic() + self._interval(time.monotonic() - self._began)
+            if self._failing:
+                self._tell(_("Checkpoints are written again, from step {step} on.").format(step=outcome.step))
+            self._failing = False
+        elif outcome is not None:
+            self.refused(outcome)
+        else:
+            self._due_at = time.monotonic() + RETRY_S
+        return True
+
+    def refused(self, error: OutputError | OSError) -> None:
+        """A save could not be: say so once, and try again soon."""
+        self._due_at = time.monotonic() + min(RETRY_S, self._interval(0.0))
+        if not self._failing:
+            reason = error.message if isinstance(error, OutputError) else str(error)
+            self._tell(
+                _("No checkpoint could be written: {reason} Training goes on, and it is tried again.").format(
+                    reason=reason
+                )
+            )
+        self._failing = True
+
+    def _write(self, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], sound: bool) -> None:
+        if not is_finite(tensors):
+            return
+        try:
+            saved = write(self.folder, self.run, step, tensors, facts)
+        except (OutputError, OSError) as error:
+            self._outcome = error
+            return
+        self.good.append(saved)
+        self._outcome = saved
+        if sound and len(self.good) > self._keep:
+            self.good = self.good[-self._keep :]
+            with suppress(OutputError, OSError):
+                prune(self.folder, self.good)
+
+    def _interval(self, cost: float) -> float:
+        return self._minutes * 60 if self._minutes is not None else min(MOST_S, max(LEAST_S, COST * cost))
+
+    def _tell_damage(self, place: Path, reason: str) -> None:
+        self._tell(
+            _("The checkpoint {name} is damaged ({reason}); the one before it is taken.").format(
+                name=place.name, reason=reason
+            )
+        )

@@ -1,0 +1,103 @@
+"""What a run tells about itself: metrics.jsonl, a line a step, and the figures that end in the manifest.
+
+A full disk does not end the training: lines wait in memory until there is room.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from afina import durable
+from afina.errors import OutputError
+from afina.language import _
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass
+class Tally:
+    """Figures gathered over all sessions of a run.
+
+    `ledger` is a hash chain over step and sample ids: two runs with the same one learnt the same samples in the same
+    steps.
+    """
+
+    first_loss: float | None = None
+    final_loss: float | None = None
+    validation: list[float] = field(default_factory=list)
+    tokens: int = 0
+    learnt: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    ledger: str = ""
+    resumed_after: list[int] = field(default_factory=list)
+
+    def learn(self, step: int, samples: list[int]) -> None:
+        """Add a step to the ledger."""
+        self.ledger = hashlib.sha256(f"{self.ledger} {step} {samples}".encode()).hexdigest()
+
+    def dump(self) -> dict[str, Any]:
+        """All of it, for a checkpoint."""
+        return asdict(self)
+
+
+class Record:
+    """metrics.jsonl, open; what cannot be written yet waits."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS
+        self.waiting: list[dict[str, Any]] = []
+        self._log = durable.Log(self.path)
+
+    def add(self, line: dict[str, Any]) -> bool:
+        """Write one line, and those that wait before it; False when they must wait."""
+        self.waiting.append(line)
+        try:
+            self._write()
+        except OutputError:
+            return False
+        return True
+
+    def mark(self) -> dict[str, Any]:
+        """Where the log ends now, on the disk for good. Raises OutputError when lines still wait."""
+        self._write()
+        length = self._log.sync()
+        return {"bytes": length, "sha256": self._digest(length)}
+
+    def cut(self, mark: dict[str, Any]) -> bool:
+        """Go back to a mark; False when the log before it is not what it was: then what is there of it is kept."""
+        self.waiting = []
+        length = int(mark["bytes"])
+        there = self.path.stat().st_size
+        whole = there >= length and self._digest(length) == mark["sha256"]
+        if not whole:
+            content = self.path.read_bytes()[:length]
+            length = content.rfind(b"\n") + 1
+        self._log.cut(min(length, there))
+        return whole
+
+    def close(self) -> None:
+        """Write what waits and close. Raises OutputError when that cannot be."""
+        try:
+            self._write()
+        finally:
+            self._log.close()
+
+    def _write(self) -> None:
+        while self.waiting:
+            self._log.append(self.waiting[0])
+            del self.waiting[0]
+
+    def _digest(self, length: int) -> str:
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while length > 0 and (piece := file.read(min(length, 2**20))):
+                digest.update(piece)
+                length -= len(piece)
+        return digest.hexdigest()
+
+
+def told(path: Path) -> str:
+    """One sentence for a log that waits."""
+    return _("{path} cannot be written for now; its lines wait in memory.").format(path=path)

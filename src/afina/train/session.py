@@ -1,0 +1,289 @@
+"""One sitting of a run: follows the loop, writes its log, saves and restores its state, and ends it in good order."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from afina.console import Console, Progress
+from afina.data.batch import Batch
+from afina.errors import Interrupted, OutputError
+from afina.language import _
+from afina.model.load import Hardware
+from afina.train.checkpoint import Checkpoint, Damaged, restore
+from afina.train.keeper import Keeper
+from afina.train.memory import Room, peak_memory, probe
+from afina.train.record import Record, Tally, told
+from afina.train.state import Follower, State, StepReport
+from afina.train.stop import Stop
+from afina.train.surroundings import differences
+from afina.train.watch import PATIENCE, Diverged, Rejection
+
+SHOWN = 8
+"""Samples of a rejected step that are printed; the log has all."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What this run is to do. `work(step)`: units of progress of a step (from 0); `epoch(step)`: passes done by then.
+
+    `measure()` is the validation loss and `measure_work` its units of progress; `where(sample)` names a sample's line.
+    `surroundings`: what the last bits depend on.
+    """
+
+    steps: int
+    hardware: Hardware
+    epoch: Callable[[int], float]
+    work: Callable[[int], int]
+    measure: Callable[[], float]
+    measure_work: int
+    validate_after: frozenset[int]
+    where: Callable[[int], str]
+    surroundings: dict[str, str]
+
+
+@dataclass
+class Session(Follower):
+    """Follows one call of `train`; `tally` and `room` live on in the checkpoints."""
+
+    plan: Plan
+    console: Console
+    progress: Progress
+    record: Record
+    keeper: Keeper
+    stop: Stop
+    room: Room
+    tally: Tally = field(default_factory=Tally)
+    saved: int | None = None
+    _since: float = field(default_factory=time.perf_counter)
+    _waits: bool = False
+
+    def go_on(self, state: State) -> None:
+        """Take up the newest good checkpoint where there is one. Raises OutputError when it is of other weights."""
+        checkpoint = self.keeper.newest()
+        if checkpoint is None:
+            self.record.cut({"bytes": 0, "sha256": ""})
+            return
+        self._restore(state, checkpoint)
+        self.tally.resumed_after.append(state.step)
+        self.console.line(
+            _("Resumed   after step {step} of {steps}, saved {when}").format(
+                step=state.step, steps=self.plan.steps, when=checkpoint.facts["saved"]
+            )
+        )
+        self.console.event("resumed", step=state.step, steps=self.plan.steps)
+        self._advance(range(state.step))
+        self.progress.advance(self.plan.measure_work * len(self.tally.validation))
+        if found := differences(checkpoint.facts["surroundings"], self.plan.surroundings):
+            self.console.warn(
+                _(
+                    "Not everything is as it was when the checkpoint was made: {differences}. Training goes on from "
+                    "the same weights with the same samples; its numbers may differ in their last bits."
+                ).format(differences=", ".join(found))
+            )
+
+    def try_memory(self, make: Callable[[], Sequence[Batch]], compute: Callable[[Batch], object], state: State) -> None:
+        """Run the largest micro-batch once, forward and backward, before the first step; nothing but `room` changes."""
+        if state.step >= self.plan.steps:
+            return
+        try:
+            with self.stop.raising():
+                lines = probe(self.room, make, compute)
+        finally:
+            state.optimizer.zero_grad(set_to_none=True)
+        self._since = time.perf_counter()
+        for line in lines:
+            self._log(line)
+        if lines:
+            self.console.warn(
+                _("The memory did not hold {before} tokens at once: {after} are tried instead.").format(
+                    before=lines[0]["before"], after=self.room.tokens
+                )
+            )
+
+    def on_whole(self, state: State) -> None:
+        self.stop.check()
+        if self.keeper.due() and state.watch.in_a_row == 0 and self.saved != state.step:
+            self._save(state, wait=False)
+
+    def finish(self, state: State) -> str | None:
+        """Save what the last step left; returns the hash of weights and moments, None when the disk refused them."""
+        self._save(state, wait=True)
+        saved = self.keeper.good[-1] if self.keeper.good else None
+        return saved.digest if saved is not None and saved.step == state.step else None
+
+    def figures(self, state: State, digest: str | None) -> dict[str, Any]:
+        """What the manifest says of the training."""
+        tally = self.tally
+        if tally.first_loss is None:
+            raise Diverged(_("Not one step gave a loss to learn from."), hint=_("Lower training.learning_rate."))
+        return {
+            "steps": self.plan.steps,
+            "tokens": tally.tokens,
+            "learnt_tokens": tally.learnt,
+            "seconds": tally.seconds,
+            "tokens_per_second": tally.tokens / max(tally.seconds, 1e-9),
+            "peak_memory_bytes": max(tally.peak_memory, peak_memory(self.plan.hardware)),
+            "first_loss": tally.first_loss,
+            "final_loss": tally.final_loss,
+            "validation_loss": tally.validation[-1] if tally.validation else None,
+            "micro_batch_tokens": self.room.tokens,
+            "out_of_memory": self.room.history,
+            "rejected": [asdict(state.watch.known[step]) for step in sorted(state.watch.known)],
+            "resumed_after": tally.resumed_after,
+            "ledger": tally.ledger,
+            "state_sha256": digest,
+        }
+
+    def interrupted(self, state: State, by: Interrupted) -> Interrupted:
+        """Save and close; returns what to tell the user. A second signal ends this at once."""
+        self.keeper.settle(wait=True)
+        if not self.keeper.good or self.keeper.good[-1].step != state.step:
+            self._save(state, wait=True)
+        self.record.waiting.clear()  # what could not be written is of steps that will be done again
+        step = self.keeper.good[-1].step if self.keeper.good else 0
+        message = _("{stopped} All up to step {step} of {steps} is saved.").format(
+            stopped=by.message, step=step, steps=self.plan.steps
+        )
+        number = by.exit_status - 128
+        hint = _("The run is not finished. Run the same command again to go on from there.")
+        return Interrupted(message, signal_number=number, hint=hint)
+
+    def computing(self) -> AbstractContextManager[None]:
+        return self.stop.raising()
+
+    def on_step(self, report: StepReport, samples: Sequence[int]) -> None:
+        tally = self.tally
+        tally.first_loss = report.loss if tally.first_loss is None else tally.first_loss
+        tally.final_loss = report.loss
+        tally.tokens += report.tokens
+        tally.learnt += report.learnt
+        tally.learn(report.step, list(samples))
+        facts = {"kind": "step", "epoch": round(self.plan.epoch(report.step), 4), **vars(report)}
+        self._log(facts)
+        text = _("step {step}/{steps} · loss {loss:.3f} · lr {rate:.1e} · {speed:,.0f} tokens/s · {memory:.2f} GiB")
+        self.progress.advance(
+            self.plan.work(report.step - 1),
+            text.format(
+                step=report.step,
+                steps=self.plan.steps,
+                loss=report.loss,
+                rate=report.learning_rate,
+                speed=report.tokens / report.seconds,
+                memory=peak_memory(self.plan.hardware) / 2**30,
+            ),
+            **facts,
+        )
+
+    def on_rejection(self, rejection: Rejection) -> None:
+        facts = {"kind": "rejected", **asdict(rejection), "samples": list(rejection.samples)}
+        self._log(facts)
+        rest = len(rejection.samples) - SHOWN
+        more = [_("... and {count} more").format(count=rest)] if rest > 0 else []
+        self.console.warn(
+            _("Step {step} was not taken: {reason}. Its samples: {samples}").format(
+                step=rejection.step,
+                reason=_reason(rejection.reason),
+                samples=", ".join([self.plan.where(sample) for sample in rejection.samples[:SHOWN]] + more),
+            )
+        )
+        self._advance([rejection.step - 1])
+
+    def on_validation(self, step: int) -> None:
+        with self.stop.raising():
+            loss = self.plan.measure()
+        self.tally.validation.append(loss)
+        self._log({"kind": "validation", "step": step, "loss": loss})
+        self.progress.advance(self.plan.measure_work)
+        self.console.event("validation", step=step, loss=loss)
+
+    def on_out_of_memory(self, step: int, batches: Sequence[Batch]) -> None:
+        self._log(self.room.shrink(step + 1, batches))
+        self.console.warn(
+            _(
+                "The memory did not hold {before} tokens at once; step {step} is done again with {after}. "
+                "The result stays the same, it takes longer."
+            ).format(**self.room.history[-1])
+        )
+
+    def go_back(self, state: State) -> None:
+        self.keeper.settle(wait=True)
+        checkpoint = self.keeper.newest(lambda found: found.facts["watch"]["in_a_row"] == 0)
+        if checkpoint is None or checkpoint.step >= state.step:
+            raise Diverged(_("The loss is no number, and there is no good checkpoint to go back to."))
+        watch, room, steps = state.watch, self.room, range(checkpoint.step, state.step)
+        watch.go_back(checkpoint.facts["watch"])
+        before, measured = self.tally, len(self.tally.validation)
+        self._restore(state, checkpoint)
+        self.tally.seconds, self.tally.peak_memory = before.seconds, before.peak_memory
+        state.watch, self.room.tokens, self.room.history = watch, room.tokens, room.history
+        for entry in room.history:
+            if entry["step"] > state.step:
+                self._log({"kind": "memory", **entry})
+        self._advance(steps, -1)
+        self.progress.advance(self.plan.measure_work * (len(self.tally.validation) - measured))
+        self.console.warn(
+            _("{count} steps in a row were not taken: back to step {step}; the samples of those are left out.").format(
+                count=PATIENCE, step=state.step
+            )
+        )
+        self._save(state, wait=True)  # so that no kill makes us forget what is left out
+
+    def _save(self, state: State, *, wait: bool) -> None:
+        self.tally.seconds += time.perf_counter() - self._since
+        self._since = time.perf_counter()
+        self.tally.peak_memory = max(self.tally.peak_memory, peak_memory(self.plan.hardware))
+        try:
+            mark = self.record.mark()
+        except OutputError as error:
+            self.keeper.refused(error)
+            return
+        more = {
+            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+            "tally": self.tally.dump(),
+            "room": asdict(self.room),
+            "log": mark,
+            "surroundings": self.plan.surroundings,
+        }
+        self.keeper.save(state, more, wait=wait)
+        self.saved = state.step
+
+    def _restore(self, state: State, checkpoint: Checkpoint) -> None:
+        try:
+            restore(state, checkpoint)
+        except Damaged as damage:
+            raise OutputError(
+                _("The checkpoint {name} cannot be gone on with: {reason}.").format(
+                    name=checkpoint.place, reason=damage
+                ),
+                hint=_("Go on with the versions it was made with, or remove the run folder to begin anew."),
+            ) from damage
+        self.tally = Tally(**checkpoint.facts["tally"])
+        self.room.tokens, self.room.history = checkpoint.facts["room"]["tokens"], checkpoint.facts["room"]["history"]
+        if not self.record.cut(checkpoint.facts["log"]):
+            self.console.warn(
+                _("{path} was changed or damaged; the weights are whole, but lines of the log are missing.").format(
+                    path=self.record.path
+                )
+            )
+
+    def _log(self, line: dict[str, Any]) -> None:
+        written = self.record.add(line)
+        if not written and not self._waits:
+            self.console.warn(told(self.record.path))
+        self._waits = not written
+
+    def _advance(self, steps: Sequence[int], sign: int = 1) -> None:
+        if done := sum(self.plan.work(step) for step in steps):
+            self.progress.advance(sign * done)
+
+
+def _reason(reason: str) -> str:
+    return {
+        "loss is no number": _("its loss is not a number"),
+        "gradient is no number": _("its gradient is not a number"),
+        "loss spikes": _("its loss is far above that of the steps before"),
+        "gradient spikes": _("its gradient is far above that of the steps before"),
+    }[reason]

@@ -1,0 +1,77 @@
+"""What the loop changes, step by step, and whom it tells. Everything that a checkpoint must hold is here."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from afina.data.batch import Batch
+from afina.errors import ResourceError
+from afina.language import _
+from afina.model.load import Hardware
+from afina.recipe.schema import Training
+from afina.train.optimizer import make_optimizer
+from afina.train.watch import Rejection, Watch
+
+
+@dataclass
+class State:
+    """All that a step changes. `step`: steps behind us; `validated`: the last of them after which that was done."""
+
+    learning: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    watch: Watch = field(default_factory=Watch)
+    step: int = 0
+    validated: int = 0
+
+
+def begin(model: nn.Module, training: Training, hardware: Hardware) -> State:
+    """The state before the first step: in fp16 the loss is scaled so that small gradients do not vanish."""
+    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
+    return State(learning, make_optimizer(list(learning.values()), training), scaler)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimiser step did. `loss` is nats per learnt token; `seconds` of wall-clock time."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    learnt: int
+    seconds: float
+
+
+class Follower:
+    """Whom the loop tells what happens, and asks what it cannot know. This one follows nothing and saves nothing."""
+
+    def on_step(self, report: StepReport, samples: Sequence[int]) -> None:
+        """A step was taken, on these samples."""
+
+    def on_rejection(self, rejection: Rejection) -> None:
+        """A step was not taken; weights and optimiser are as before it."""
+
+    def on_validation(self, step: int) -> None:
+        """It is time to measure the validation loss; the model is in evaluation mode."""
+
+    def on_whole(self, state: State) -> None:
+        """Between two steps, before the first and after the last: now the state may be saved."""
+
+    def go_back(self, state: State) -> None:
+        """Too many rejections in a row: turn the state back to the last good checkpoint, or raise Diverged."""
+        state.watch.hope = False
+        state.watch.go_back(state.watch.dump())
+
+    def on_out_of_memory(self, step: int, batches: Sequence[Batch]) -> None:
+        """These did not fit: make smaller ones of this step next time, or raise ResourceError."""
+        raise ResourceError(_("The memory does not hold the micro-batches of step {step}.").format(step=step + 1))
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Around forward and backward, which change nothing that is saved: they may be interrupted anywhere."""
+        return nullcontext()
