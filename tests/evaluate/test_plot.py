@@ -56,7 +56,9 @@ def test_pyplot_is_not_loaded():
     import subprocess
     import sys
 
-    code = "import sys; from afina.evaluate import plot as p; p.loss_curve([]); sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = (
+        "import sys; from afina.evaluate import plot; plot.loss_curve([]); sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
