@@ -114,7 +114,7 @@ class Engine:
         return tokens * max(block.gate_up.n for block in self.blocks) * self.embedding.element_size()
 
     def _needed(self, tokens: int) -> int:
-        """Take over the adapters as they are now: always, as a fused optimiser does not tell that it moved them."""
+        """Bytes a step of `tokens` needs besides gate_up: what layers save, the widest layer's work, the logits."""
         element, hidden = self.embedding.element_size(), self.embedding.shape[1]
         saved = sum(2 * hidden + block.qkv.n + block.o.k + sum(p.r for p in block.products) for block in self.blocks)
         widest = max(self.blocks, key=lambda block: block.gate_up.n)
