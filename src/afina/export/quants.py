@@ -296,6 +296,16 @@ def _six_bit_pairs(scales: torch.Tensor, minima: torch.Tensor) -> Bytes:
     )
 
 
+def _q8_0(x: torch.Tensor, _cost: torch.Tensor | None) -> Bytes:
+    """No search: the largest of 32 weights is 127. The bytes are those of ggml, which rounds halves away from zero."""
+    d = x.abs().amax(1, keepdim=True) / 127
+    q = x * torch.where(d == 0, 0.0, 1 / d)
+    size = q.abs()
+    whole = size.floor()
+    whole += size.sub_(whole) >= 0.5
+    return _packed(d, whole.copysign_(q).to(torch.int8).view(torch.uint8))
+
+
 def _q2_k(x: torch.Tensor, cost: torch.Tensor | None) -> Bytes:
     f = fields(x, "q2_k", cost)
     return _packed(_u8(f.scales) | (_u8(f.minima) << 4), _quarters(_u8(f.q)), f.d, f.least)
@@ -370,6 +380,7 @@ STEPS = {
     "q6_k": _grid(-0.9, 0.9, 7),
 }
 ENCODERS: dict[str, Encoder] = {
+    "q8_0": _q8_0,
     "q2_k": _q2_k,
     "q3_k": _q3_k,
     "q4_k": _q4_k,
@@ -379,6 +390,7 @@ ENCODERS: dict[str, Encoder] = {
     "iq4_xs": _iq4_xs,
 }
 BLOCKS = {
+    "q8_0": (32, 34),
     "q2_k": (256, 84),
     "q3_k": (256, 110),
     "q4_k": (256, 144),
