@@ -1,0 +1,243 @@
+"""P2, P3, P7: a checkpoint is complete and verified or not there, after any crash, corruption or full disk."""
+
+import itertools
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from small import CPU, llama
+
+from afina import durable
+from afina.model.attach import attach
+from afina.recipe.schema import Lora, Training
+from afina.train import checkpoint
+from afina.train.checkpoint import FACTS, TENSORS, facts_of, newest, prune, read, snapshot, write
+from afina.train.keeper import Keeper
+from afina.train.state import begin
+
+
+@pytest.fixture(scope="module")
+def state():
+    return begin(attach(llama(), Lora(rank=1, targets=["q_proj"]), seed=0), Training(), CPU)
+
+
+def small(value: float) -> dict[str, torch.Tensor]:
+    return {"a|weight": torch.full((4,), value)}
+
+
+def test_what_is_written_is_read(tmp_path, state):
+    saved = write(tmp_path, "run", 3, snapshot(state), facts_of(state))
+    assert read(saved.place, "run") == saved
+    assert newest(tmp_path, "run", print) == saved and saved.place.name == "000001-step-3"
+
+
+def test_corruptions_are_recognised_and_the_newest_good_one_is_taken(tmp_path, state):
+    """2,400 of them: truncated, bits flipped, grown, zeroed, swapped, missing, of another run, no plain file."""
+    folder, chance = tmp_path / "c", random.Random(1)
+    good = write(folder, "run", 1, snapshot(state), facts_of(state))
+    bad = write(folder, "run", 2, snapshot(state), facts_of(state))
+    other = write(tmp_path / "other", "another run", 2, snapshot(state), facts_of(state))
+    contents = {name: (bad.place / name).read_bytes() for name in (TENSORS, FACTS)}
+    for number in range(2400):
+        name = chance.choice([TENSORS, FACTS])
+        file, content = bad.place / name, contents[name]
+        at = chance.randrange(len(content))
+        match number % 10:
+            case 0:
+                file.write_bytes(content[:at])
+            case 1 | 2 | 3 | 4:
+                file.write_bytes(content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :])
+            case 5:
+                file.write_bytes(content + b"\0" * (at + 1))
+            case 6:
+                file.write_bytes(content[:at] + b"\0" * (len(content) - at - 1) + b"\1")
+            case 7:
+                file.unlink()
+            case 8:
+                file.unlink()
+                chance.choice([os.mkfifo, lambda to: to.symlink_to(good.place / to.name), Path.mkdir])(file)
+            case 9:
+                file.write_bytes(chance.choice([(other.place / FACTS).read_bytes(), (good.place / FACTS).read_bytes()]))
+        said: list[str] = []
+        found = newest(folder, "run", lambda place, reason, said=said: said.append(f"{place.name}: {reason}"))
+        assert found == good and len(said) == 1 and said[0].startswith("000002-step-2: "), (number, name)
+        shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink(missing_ok=True)
+        file.write_bytes(content)
+    assert newest(folder, "run", print) == bad
+
+
+def test_a_renamed_or_foreign_folder_is_not_taken(tmp_path, state):
+    saved = write(tmp_path, "run", 1, snapshot(state), facts_of(state))
+    shutil.copytree(saved.place, tmp_path / "000009-step-9")
+    (tmp_path / "000010-step-10").symlink_to(saved.place)
+    (tmp_path / "000011-step-11").write_bytes(b"")
+    said: list[Path] = []
+    assert newest(tmp_path, "run", lambda place, reason: said.append(place)) == saved and len(said) == 3
+    assert newest(tmp_path, "another run", lambda place, reason: None) is None
+
+
+class Disk:
+    """Records what a save asks of the disk, and enumerates what may be there after the power fails.
+
+    A file's bytes are there for certain once it was synced, a name once its folder was; before, they may be or not.
+    """
+
+    def __init__(self, folder: Path, monkeypatch, syncs: bool) -> None:
+        self.folder, self.operations, self.syncs = folder, [], syncs
+        self._seen: dict[Path, bytes] = {}
+        for name in ("fsync", "rename", "replace", "rmdir", "unlink", "mkdir"):
+            real = getattr(os, name)
+            monkeypatch.setattr(
+                os, name, lambda *given, real=real, name=name, **more: self._do(name, real, given, more)
+            )
+
+    def _do(self, name, real, given, more):
+        self._look()
+        place = Path(f"/proc/self/fd/{given[0]}").readlink() if name == "fsync" else None
+        result = real(*given, **more)
+        if name == "fsync" and self.syncs:
+            self.operations.append(("sync", Path(place)))
+        elif name in ("rename", "replace"):
+            self.operations.append(("rename", Path(given[0]), Path(given[1])))
+            self._seen = {
+                Path(given[1]) / path.relative_to(given[0]) if path.is_relative_to(given[0]) else path: content
+                for path, content in self._seen.items()
+            }
+        elif name == "unlink" and not more:
+            self.operations.append(("unlink", Path(given[0])))
+        return result
+
+    def _look(self) -> None:
+        """Whatever was written since the last look, by whomever."""
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file() and self._seen.get(path) != path.read_bytes():
+                self._seen[path] = path.read_bytes()
+                self.operations.append(("write", path, self._seen[path]))
+
+    def states(self, before: dict[Path, bytes], end: int):
+        """Every tree there may be when the power fails after `end` operations: {path: content}."""
+        sure, names, loose = dict(before), [], {}
+        for operation in self.operations[:end]:
+            kind, path = operation[0], operation[1]
+            if kind == "write":
+                loose[path] = operation[2]
+                sure[path] = sure.get(path, b"")
+            elif kind == "sync" and path in loose:
+                sure[path] = loose.pop(path)
+            elif kind == "sync":
+                for done in [one for one in names if one[1].parent == path]:
+                    names.remove(done)
+                    self._name(sure, loose, done)
+            else:
+                names.append(operation)
+        for kept in itertools.product([False, True], repeat=len(names)):
+            for amounts in itertools.product((0.0, 0.5, 1.0), repeat=len(loose)):
+                tree, dirty = dict(sure), dict(loose)
+                for (path, content), amount in zip(loose.items(), amounts, strict=True):
+                    tree[path] = content[: int(len(content) * amount)]
+                for done in itertools.compress(names, kept):
+                    self._name(tree, dirty, done)
+                yield tree
+
+    @staticmethod
+    def _name(tree, loose, operation) -> None:
+        for files in (tree, loose):
+            for path in [path for path in files if path.is_relative_to(operation[1])]:
+                content = files.pop(path)
+                if operation[0] == "rename":
+                    files[operation[2] / path.relative_to(operation[1])] = content
+
+
+def bad_states(tmp_path, monkeypatch, *, verified=True, syncs=True) -> tuple[int, int]:
+    """(bad, all): states after a save and the pruning of the one before it in which no checkpoint is good."""
+    folder = tmp_path / "c"
+    first = write(folder, "run", 1, small(1.0), {})
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patched:
+        disk = Disk(folder, patched, syncs)
+        disk._seen = dict(before)
+        second = write(folder, "run", 2, small(2.0), {})
+        prune(folder, [second])
+        disk._look()
+    bad = count = 0
+    seen = set()
+    for end in range(len(disk.operations) + 1):
+        for tree in disk.states(before, end):
+            key = frozenset(tree.items())
+            if key in seen:
+                continue
+            seen.add(key)
+            count += 1
+            shutil.rmtree(folder)
+            folder.mkdir()
+            for path, content in tree.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            if verified:
+                found = newest(folder, "run", lambda place, reason: None)
+                bad += found is None or found.digest not in (first.digest, second.digest)
+            else:  # what most trainers do: the highest number is taken as it is
+                names = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+                whole = (before[first.place / TENSORS], disk._seen.get(second.place / TENSORS))
+                bad += (
+                    not names or not (names[-1] / TENSORS).is_file() or (names[-1] / TENSORS).read_bytes() not in whole
+                )
+    return bad, count
+
+
+def test_no_power_failure_loses_both_old_and_new(tmp_path, monkeypatch):
+    bad, count = bad_states(tmp_path, monkeypatch)
+    assert bad == 0 and count >= 14
+
+
+@pytest.mark.parametrize("weaker", ["no sync, no hash", "no sync", "files synced, folders not"])
+def test_the_weaker_protocols_lose(tmp_path, monkeypatch, weaker):
+    real = durable._sync
+
+    if weaker == "files synced, folders not":
+        monkeypatch.setattr(durable, "_sync", lambda path: None if path.is_dir() else real(path))
+    synced, verified = weaker.startswith("files"), weaker != "no sync, no hash"
+    bad, _count = bad_states(tmp_path, monkeypatch, verified=verified, syncs=synced)
+    assert bad > 0
+
+
+def test_a_full_disk_takes_no_good_checkpoint_and_training_goes_on_when_there_is_room(tmp_path, state, monkeypatch):
+    """Refused at each of 200 sizes; the old one stays, it is said once, and the next save is well again."""
+    said: list[str] = []
+    keeper = Keeper(tmp_path / "c", "run", Training(keep_checkpoints=1), said.append)
+    keeper.save(state, {}, wait=True)
+    old, real = keeper.good[-1], checkpoint._save
+
+    def refuse(tensors, file, limit):
+        real(tensors, file)
+        content = file.read_bytes()
+        os.truncate(file, min(limit, len(content)))
+        raise OSError(28, os.strerror(28))
+
+    for limit in range(0, 20_000, 100):
+        monkeypatch.setattr(checkpoint, "_save", lambda tensors, file, limit=limit: refuse(tensors, file, limit))
+        keeper.save(state, {}, wait=True)
+        assert newest(tmp_path / "c", "run", print) == old
+        assert [path.name for path in (tmp_path / "c").iterdir()] == [old.place.name]
+    assert len(said) == 1 and "disk is full" in said[0] and "goes on" in said[0]
+    monkeypatch.setattr(checkpoint, "_save", real)
+    keeper.save(state, {}, wait=True)
+    assert len(said) == 2 and "again" in said[1] and newest(tmp_path / "c", "run", print) == keeper.good[-1] != old
+
+
+def test_the_newest_few_are_kept(tmp_path, state):
+    keeper = Keeper(tmp_path / "c", "run", Training(keep_checkpoints=2), print)
+    for _number in range(5):
+        keeper.save(state, {}, wait=True)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["000004-step-0", "000005-step-0"]
+
+
+def test_a_state_of_no_numbers_is_not_saved(tmp_path):
+    broken = begin(attach(llama(), Lora(rank=1), seed=0), Training(), CPU)
+    next(iter(broken.learning.values())).data.fill_(float("nan"))
+    keeper = Keeper(tmp_path / "c", "run", Training(), print)
+    keeper.save(broken, {}, wait=True)
+    assert keeper.newest() is None

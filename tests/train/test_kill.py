@@ -1,0 +1,75 @@
+"""P1 and P4 on real processes: killed or asked to stop at random instants, the result is that of the run left alone."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from journey.tiny import lay_out
+from train.torture import VARIANTS
+
+TORTURE = Path(__file__).with_name("torture.py")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    lay_out(folder)
+    return folder
+
+
+def torture(world: Path, kills: int, variant: str, signal_name: str = "SIGKILL") -> dict:
+    asked = [sys.executable, str(TORTURE), str(world), str(kills), "1", variant, signal_name]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(variant, found)
+    return found
+
+
+def test_a_few_kills_change_no_bit(world):
+    found = torture(world, 4, "lora-dropout-packed")
+    assert found["wrong"] == [] and found["kills"] >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kills_change_no_bit(world, variant):
+    found = torture(world, 8, variant)
+    assert found["wrong"] == [] and found["kills"] >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_signals_change_no_bit(world, name):
+    found = torture(world, 6, "lora-reference", name)
+    assert found["wrong"] == [] and found["kills"] >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_signal_closes_within_two_seconds(world, tmp_path, twice):
+    asked = [sys.executable, "-m", "afina", "train", "recipe.yaml", "training.steps=100000", "--json"]
+    process = subprocess.Popen(
+        [*asked, "--out", str(tmp_path / "run")],
+        cwd=world,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    for line in process.stdout:
+        if '"step": 9,' in line:
+            break
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    if twice:
+        time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    taken = time.monotonic() - started
+    print(f"closed in {taken:.2f} s")
+    assert process.returncode in ((130, -2) if twice else (130,)) and taken < 6  # 2 s on a machine of its own
+    assert not list(tmp_path.glob("**/checkpoints/0*")) or (tmp_path / "run" / "state.json").is_file()

@@ -1,0 +1,194 @@
+"""P1, P5 and P6 in this process: a stopped run ends as the one nobody stopped, whatever went wrong on the way."""
+
+import pytest
+import torch
+from train.sitting import Killed, sit
+
+from afina.errors import Interrupted, ResourceError
+from afina.model.load import Hardware
+from afina.train import session as sessions
+from afina.train.watch import Diverged
+
+
+def trouble(step, batch, loss):
+    """Out of memory at step 2 until it is cut smaller, no number at step 3 and 9."""
+    if step == 2 and batch.input_ids.numel() > 40:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return loss * float("nan") if step in (3, 9) else loss
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return sit(tmp_path_factory.mktemp("whole"), fault=trouble)
+
+
+def test_what_happened_is_written(whole):
+    kinds = [line["kind"] for line in whole["lines"]]
+    assert kinds.count("memory") >= 1 and kinds.count("rejected") == 2 and kinds.count("step") == 10
+    assert {entry["step"] for entry in whole["room"]["history"]} == {3} and whole["room"]["tokens"] < 80
+    assert [entry["step"] for entry in whole["watch"]["rejected"]] == [4, 10]
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_a_run_killed_anywhere_ends_the_same(tmp_path, whole, at):
+    with pytest.raises(Killed):
+        sit(tmp_path, fault=trouble, kill_at=at, save_after=range(0, at, 2))
+    assert sit(tmp_path, fault=trouble) == whole
+
+
+def test_out_of_memory_changes_no_sample_and_hardly_a_bit(tmp_path, whole):
+    smooth = sit(tmp_path, fault=lambda step, batch, loss: loss * float("nan") if step in (3, 9) else loss)
+    assert smooth["tally"]["ledger"] == whole["tally"]["ledger"]
+    losses = [[line["loss"] for line in run["lines"] if line["kind"] == "step"] for run in (smooth, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)  # dropout's seeds go by the micro-step
+    assert losses[0][:2] == losses[1][:2]
+
+
+MUTANTS = {
+    "weights": lambda state, session: [p.data.zero_() for p in state.learning.values()],
+    "first moment": lambda state, session: [m["exp_avg"].zero_() for m in state.optimizer.state.values()],
+    "second moment": lambda state, session: [m["exp_avg_sq"].zero_() for m in state.optimizer.state.values()],
+    "moments' step": lambda state, session: [m["step"].zero_() for m in state.optimizer.state.values()],
+    "step": lambda state, session: setattr(state, "step", 0),
+    "validated": lambda state, session: setattr(state, "validated", 0),
+    "windows": lambda state, session: [window.clear() for window in state.watch.windows],
+    "ceilings": lambda state, session: setattr(state.watch, "ceilings", [-9e9, -9e9]),
+    "accepted": lambda state, session: setattr(state.watch, "accepted", 0),
+    "rejected": lambda state, session: state.watch.known.clear(),
+    "room": lambda state, session: setattr(session.room, "tokens", 80),
+    "room's history": lambda state, session: session.room.history.clear(),
+    "first loss": lambda state, session: setattr(session.tally, "first_loss", None),
+    "tokens": lambda state, session: setattr(session.tally, "tokens", 0),
+    "learnt": lambda state, session: setattr(session.tally, "learnt", 0),
+    "validation": lambda state, session: session.tally.validation.clear(),
+    "ledger": lambda state, session: setattr(session.tally, "ledger", ""),
+}
+
+
+@pytest.mark.parametrize("mutant", [None, *MUTANTS])
+def test_each_part_of_the_state_is_needed(tmp_path, whole, monkeypatch, mutant):
+    with pytest.raises(Killed):
+        sit(tmp_path, fault=trouble, kill_at=10, save_after=(0, 8))
+    good = sessions.Session._restore
+
+    def forgetful(self, state, checkpoint):
+        good(self, state, checkpoint)
+        if mutant:
+            MUTANTS[mutant](state, self)
+
+    monkeypatch.setattr(sessions.Session, "_restore", forgetful)
+    assert (sit(tmp_path, fault=trouble) == whole) == (mutant is None)
+
+
+def test_the_log_is_cut_back(tmp_path, whole, monkeypatch):
+    with pytest.raises(Killed):
+        sit(tmp_path, fault=trouble, kill_at=10)
+    monkeypatch.setattr(sessions.Record, "cut", lambda self, mark: True)
+    assert sit(tmp_path, fault=trouble) != whole
+
+
+def test_the_scale_of_fp16_is_kept(tmp_path, monkeypatch):
+    half = Hardware(torch.device("cpu"), torch.float16)
+    folders = [tmp_path / name for name in ("whole", "killed", "mutant")]
+    for folder in folders:
+        folder.mkdir()
+    whole = sit(folders[0], hardware=half)
+    for folder in folders[1:]:
+        with pytest.raises(Killed):
+            sit(folder, hardware=half, kill_at=9)
+    assert sit(folders[1], hardware=half) == whole and whole["finite"] and whole["scaler"]
+    good = sessions.Session._restore
+
+    def forgetful(self, state, checkpoint):
+        good(self, state, checkpoint)
+        state.scaler.load_state_dict({**state.scaler.state_dict(), "_growth_tracker": 0, "scale": 2.0})
+
+    monkeypatch.setattr(sessions.Session, "_restore", forgetful)
+    assert sit(folders[2], hardware=half) != whole
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+def test_a_step_that_gives_no_number_changes_nothing(tmp_path, place, value):
+    def spoil(step, batch, loss):
+        if step != 5:
+            return loss
+        if place == "loss":
+            return loss * value
+        loss.register_hook(lambda gradient: gradient * value)
+        return loss
+
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    said: list[str] = []
+    before = sit(tmp_path / "a", steps=5)
+    after = sit(tmp_path / "b", steps=6, fault=spoil, said=said)
+    assert after["tensors"] == before["tensors"]
+    assert any("Step 6 was not taken" in line and "Its samples" in line for line in said)
+
+
+def _leaf(loss):
+    """Some weight that learns, found from the loss."""
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            return node.variable
+        waiting += [following for following, _place in node.next_functions if following is not None]
+    raise AssertionError
+
+
+def test_a_broken_weight_is_mended_from_the_last_good_checkpoint(tmp_path):
+    """A flipped bit, say. Three rejections, back to step 5, and the samples of those three are left out."""
+    broken = []
+
+    def flip(step, batch, loss):
+        if step == 7 and not broken:
+            broken.append(step)
+            with torch.no_grad():
+                _leaf(loss).data.fill_(float("nan"))
+            return loss * float("nan")
+        return loss
+
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    said: list[str] = []
+    mended = sit(tmp_path / "a", fault=flip, said=said)
+    assert mended["finite"] and any("back to step 5" in line for line in said)
+    skipped = sit(tmp_path / "b", fault=lambda step, batch, loss: loss * float("nan") if step in (7, 9) else loss)
+    assert [entry["step"] for entry in mended["watch"]["rejected"]] == [8, 9, 10] and skipped["finite"]
+    steps = [line["step"] for line in mended["lines"] if line["kind"] in ("step", "rejected")]
+    assert steps == list(range(1, 13))
+
+
+def test_when_going_back_does_not_help_the_run_ends(tmp_path):
+    with pytest.raises(Diverged, match="in a row"):
+        sit(tmp_path, steps=20, fault=lambda step, batch, loss: loss * float("nan") if step > 6 else loss)
+
+
+def test_a_single_sample_that_does_not_fit_ends_the_run(tmp_path):
+    def never(step, batch, loss):
+        raise RuntimeError("MPS backend out of memory")
+
+    with pytest.raises(ResourceError, match="single sample"):
+        sit(tmp_path, fault=never)
+
+
+def test_another_error_is_not_taken_for_memory(tmp_path):
+    def wrong(step, batch, loss):
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        sit(tmp_path, fault=wrong)
+
+
+def test_a_signal_in_the_middle_of_a_step_is_raised_there_and_loses_no_step(tmp_path):
+    import os
+    import signal
+
+    def hit(step, batch, loss):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    with pytest.raises(Interrupted) as caught:
+        sit(tmp_path, fault=hit)
+    assert caught.value.exit_status == 143
