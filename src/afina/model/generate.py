@@ -1,6 +1,8 @@
 """Prompts to answers, ids to ids: batched, with the KV cache, stopping at the end of turn. Knows no text."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,18 @@ COLDEST = 1e-4
 """Below this temperature sampling is greedy to the last bit, while dividing by it could overflow."""
 
 
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """transformers warns of settings of the model's own that ours replace; nobody who chats can act on that."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 class _Watcher(StoppingCriteria):
     """Hands each new token on as it is chosen; a true answer stops the generation."""
 
@@ -29,6 +43,7 @@ class _Watcher(StoppingCriteria):
         return torch.full((input_ids.shape[0],), stop, device=input_ids.device)
 
 
+@_hushed()
 @torch.inference_mode()
 def generate(
     model: nn.Module,
