@@ -49,6 +49,10 @@ SHOWN_PROBLEMS = 20
 BACKWARD_WORK = 3
 """A learnt token costs about three times a token that is only looked at."""
 
+USABLE = 0.92
+"""Of the memory that is free on a GPU; the rest is for what fragments and for other programs' sudden needs."""
+ADAPTER_BYTES = 12
+"""A learning parameter's gradient and two moments, in fp32."""
 PROOF_TOKENS = 512
 """On so many tokens of the first step the fused engine is compared with the reference."""
 
@@ -210,7 +214,7 @@ def _run_loop(
 
     first = lay_out(examples.train, _few(examples.train, order.step(0)))[0]
     with packed_attention(model, packing):
-        loss_fn, engine = _choose_engine(model, recipe, hardware, first if packing else None)
+        loss_fn, engine = _choose_engine(model, recipe, hardware, first if packing else None, room)
     console.line(_("Engine    {engine}").format(engine=engine))
     held_out = sum(row.ids.size for row in examples.validation)
     validate_after = _validation_steps(steps, training.validations) if held_out else frozenset()
@@ -259,11 +263,12 @@ def _run_loop(
 
 
 def _choose_engine(
-    model: nn.Module, recipe: Recipe, hardware: Hardware, first: Batch | None
+    model: nn.Module, recipe: Recipe, hardware: Hardware, first: Batch | None, room: Room
 ) -> tuple[LossFunction, str]:
     """The loss function that trains, and a sentence on which engine it is and why. `first`: a packed batch, if packed.
 
-    The fused engine proves itself on that batch against the reference; on a mismatch the reference trains.
+    The fused engine proves itself on that batch against the reference; on a mismatch the reference trains. On a GPU it
+    plans what fits: `room` shrinks to that.
     """
     if recipe.training.engine == "reference":
         return summed_loss, _("reference (transformers + PEFT), as the recipe asks")
@@ -279,6 +284,11 @@ def _choose_engine(
         return summed_loss, _("reference (transformers + PEFT) with packed attention: {reason}").format(
             reason=reason.format(loss=proof.loss, gradient=proof.gradient)
         )
+    if hardware.device.type == "cuda":
+        torch.cuda.empty_cache()
+        learnt = sum(parameter.numel() for parameter in engine.parameters)
+        free = int(torch.cuda.mem_get_info(hardware.device)[0] * USABLE) - ADAPTER_BYTES * learnt
+        room.tokens = engine.plan(room.tokens, recipe.model.max_length, free).tokens
     return engine.summed_loss, _(
         "fused blocks; on the first batch loss and gradients are the reference's to {loss:.0e} and {gradient:.0e}"
     ).format(loss=proof.loss, gradient=proof.gradient)
