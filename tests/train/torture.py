@@ -20,7 +20,7 @@ VARIANTS = {
     "lora-packed-auto": ["method.dropout=0"],
     "lora-dropout-packed": ["method.dropout=0.2"],
     "lora-dropout-padded": ["method.dropout=0.2", "training.packing=false", "training.micro_batch_tokens=200"],
-    "lora-reference": ["method.dropout=0.1", "training.engine=reference", "training.micro_batch_tokens=100"],
+    "lora-reference": ["method.dropout=0.1", "training.engine=reference", "training.micro_batch_tokens=128"],
     "full-packed": ["method={name: full}", "training.learning_rate=1e-3"],
     "full-padded": ["method={name: full}", "training.learning_rate=1e-3", "training.packing=false"],
 }
@@ -74,6 +74,8 @@ def train(recipe: Path, out: Path, overrides: list[str]) -> int:
         pipeline.train(recipe, out, overrides)
     except AfinaError as error:
         return error.exit_status
+    except KeyboardInterrupt:  # before the loop there is nothing to save
+        return 130
     return 0
 
 
