@@ -54,6 +54,8 @@ def attempt(recipe: Path, out: Path, overrides: list[str], kill_after: float | N
             os.dup2(silence, 1)
             os.dup2(silence, 2)
             status = train(recipe, out, overrides)
+        except KeyboardInterrupt:
+            status = 130
         finally:
             os._exit(status)
     if kill_after is not None:
