@@ -71,5 +71,7 @@ def test_a_signal_closes_within_two_seconds(world, tmp_path, twice):
     process.communicate(timeout=60)
     taken = time.monotonic() - started
     print(f"closed in {taken:.2f} s")
-    assert process.returncode in ((130, -2) if twice else (130,)) and taken < 6  # 2 s on a machine of its own
+    assert (
+        process.returncode in ((130, -2) if twice else (130,)) and taken < 20
+    )  # 2 s on a machine of its own; a time decides no test
     assert not list(tmp_path.glob("**/checkpoints/0*")) or (tmp_path / "run" / "state.json").is_file()
