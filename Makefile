@@ -42,7 +42,7 @@ demo: $(ready) ## fine-tune, evaluate, export and ask the bundled model: three m
 	@$(bin)/afina run recipes/sentiment.yaml --out runs/demo
 
 test: $(ready) ## every test, slow ones too, on two workers
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(bin)/python -m pytest -n 2 --durations=10 $(ARGS)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(bin)/python -m pytest -n 2 --dist worksteal --durations=10 $(ARGS)
 
 lint: $(ready) ## ruff, mypy, the floors of the house
 	@$(bin)/ruff check .
