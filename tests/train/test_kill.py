@@ -1,6 +1,7 @@
 """P1 and P4 on real processes: killed or asked to stop at random instants, the result is that of the run left alone."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 from journey.tiny import lay_out
 from train.torture import VARIANTS
 
+TORTURED = int(os.environ.get("AFINA_TORTURE", "0"))
+"""How many kills each variant must survive; unset, a few of them do, a few times."""
 TORTURE = Path(__file__).with_name("torture.py")
 
 
@@ -38,15 +41,21 @@ def test_a_few_kills_change_no_bit(world):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kills_change_no_bit(world, variant):
-    found = torture(world, 8, variant)
-    assert found["wrong"] == [] and found["kills"] >= 8
+    if not TORTURED and variant != "full-padded":
+        pytest.skip("minutes a variant: set AFINA_TORTURE to a number of kills")
+    kills = TORTURED or 3
+    found = torture(world, kills, variant)
+    assert found["wrong"] == [] and found["kills"] >= kills
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_signals_change_no_bit(world, name):
-    found = torture(world, 6, "lora-reference", name)
-    assert found["wrong"] == [] and found["kills"] >= 6
+    if not TORTURED and name != "SIGTERM":
+        pytest.skip("minutes a signal: set AFINA_TORTURE to a number of signals")
+    kills = TORTURED or 2
+    found = torture(world, kills, "lora-reference", name)
+    assert found["wrong"] == [] and found["kills"] >= kills
 
 
 @pytest.mark.slow
