@@ -38,16 +38,16 @@ TRL = {
 AFINA = {"Afina": {}, "Afina, packing: false": {"training.packing": "false"}}
 
 
-def bundled_rows() -> list[dict]:
+def bundled_rows(most: int) -> list[dict]:
     rows = []
     for name in SETS:
         lines = (BUNDLED / "data" / name / "train.jsonl").read_text("utf-8").split("\n")
-        rows += [json.loads(line) for line in lines if line]
+        rows += [json.loads(line) for line in lines if line][:most]
     return rows
 
 
-def snips_rows(real: Path) -> list[dict]:
-    """The rows as recipes/snips.yaml makes them; the first of each intent, 2,100 in all."""
+def snips_rows(real: Path, most: int) -> list[dict]:
+    """The rows as recipes/snips.yaml makes them; the first of each intent."""
     from afina.data.read import read
 
     os.environ.setdefault("AFINA_REAL_DATA", str(real))
@@ -56,14 +56,14 @@ def snips_rows(real: Path) -> list[dict]:
     rows = []
     for sample in read(recipe.data.train, recipe.data, HERE).samples:
         kept[sample.file] = kept.get(sample.file, 0) + 1
-        if kept[sample.file] <= 300:
+        if kept[sample.file] <= most:
             rows.append({"messages": [{"role": m.role, "content": m.content} for m in sample.messages]})
     return rows
 
 
-def workload(name: str, folder: Path, real: Path) -> dict:
+def workload(name: str, folder: Path, real: Path, most: int) -> dict:
     tiny = name == "tiny"
-    rows = bundled_rows() if tiny else snips_rows(real)
+    rows = bundled_rows(most) if tiny else snips_rows(real, most)
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return {
@@ -124,6 +124,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--peer", help="python of TRL's environment; without it only ours is measured")
     options.add_argument("--workload", action="append", choices=["tiny", "snips"])
+    options.add_argument("--rows", type=int, default=300, help="of each bundled set, or of each intent, at most")
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options.add_argument(
@@ -133,7 +134,7 @@ def main() -> None:
     for name in chosen.workload or ["tiny", "snips"]:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            work = workload(name, folder, chosen.real.resolve())
+            work = workload(name, folder, chosen.real.resolve(), chosen.rows)
             ours = partial(run_afina, work, folder=folder, threads=chosen.threads)
             cases = {tool: partial(ours, changes) for tool, changes in AFINA.items()}
             if chosen.peer:
@@ -147,10 +148,10 @@ def main() -> None:
                         f"{name:6} {tool:28} {found[tool][-1]['tokens'] / found[tool][-1]['loop_s']:9,.0f} tokens/s",
                         flush=True,
                     )
-            record(name, work, found, chosen.threads)
+            record(name, work, found, chosen.threads, chosen.rows)
 
 
-def record(name: str, work: dict, found: dict[str, list[dict]], threads: int) -> None:
+def record(name: str, work: dict, found: dict[str, list[dict]], threads: int, most: int) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
     ).stdout.strip()
@@ -161,7 +162,7 @@ def record(name: str, work: dict, found: dict[str, list[dict]], threads: int) ->
             line = {
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "commit": commit,
-                "command": "python benchmarks/train_cpu.py --peer PYTHON",
+                "command": f"python benchmarks/train_cpu.py --peer PYTHON --rows {most}",
                 "workload": name,
                 "tool": tool,
                 "tokens_per_second": round(statistics.median(speeds), 1),
