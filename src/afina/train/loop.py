@@ -108,7 +108,6 @@ def _take(state: State, batches: Sequence[Batch], loss: float, norm: float) -> R
     reason = state.watch.judge(loss, norm, may_overflow=state.scaler.is_enabled())
     if reason is None:
         state.scaler.step(state.optimizer)  # in fp16 a step whose gradients overflow is left out, and the scale halved
-        torch.autograd.graph.increment_version(list(state.learning.values()))  # fused AdamW does not; the engine asks
         state.watch.accept(state.step + 1, loss, norm)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
