@@ -6,7 +6,7 @@ init → train → evaluate → export → chat, or run, which does all of it an
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from afina import durable
 from afina.artifact import MANIFEST, Artifact, folder_digest, open_artifact, parent, seal, sha256, versions
@@ -15,12 +15,7 @@ from afina.errors import AfinaError, OutputError, RecipeError
 from afina.language import _
 from afina.recipe.load import dump, load
 from afina.recipe.place import model_source
-from afina.recipe.schema import Chat, Model, Recipe
-
-if TYPE_CHECKING:
-    from contextlib import ExitStack
-
-    from afina.serve.speakers import Speaker
+from afina.recipe.schema import Recipe
 
 RUNS = Path("runs")
 """Where run folders go when no place is named."""
@@ -146,12 +141,13 @@ def chat(
     """
     from contextlib import ExitStack
 
+    from afina.serve.opening import speakers_of
     from afina.serve.session import Session
     from afina.serve.terminal import answer_once
     from afina.serve.terminal import chat as talk
 
     with ExitStack() as stack:
-        speakers, defaults, limit = _speakers(str(source), beside_base, stack)
+        speakers, defaults, limit = speakers_of(str(source), beside_base, stack)
         session = Session(speakers, defaults, seed=seed, limit=limit)
         try:
             session.change(**settings)
@@ -161,45 +157,6 @@ def chat(
             talk(session, console)
         else:
             answer_once(session, prompt, console)
-
-
-def _speakers(source: str, beside_base: bool, stack: "ExitStack") -> tuple[list["Speaker"], Chat, int | None]:
-    """Who answers for a source, how its recipe samples, and the context in tokens."""
-    from afina.serve.speakers import GgufSpeaker, ModelSpeaker
-
-    place = Path(source)
-    if place.suffix == ".gguf":
-        from afina.model.llamacpp import LlamaCpp
-
-        llama = stack.enter_context(LlamaCpp(place))
-        return [GgufSpeaker(place.stem, llama)], _settings_beside(place), llama.context
-    if (place / MANIFEST).is_file():
-        from afina.train.reopen import reopen
-
-        tuned = reopen(place)
-        if beside_base and tuned.recipe.method.name == "full":
-            raise AfinaError(
-                _("A fully tuned model has no base beside it in memory."), hint=_("Chat with the base on its own.")
-            )
-        speakers: list[Speaker] = [ModelSpeaker("tuned", tuned.model, tuned.renderer, adapted=True)]
-        if beside_base:
-            speakers.insert(0, ModelSpeaker("base", tuned.model, tuned.renderer, adapted=False))
-        return speakers, tuned.recipe.chat, tuned.recipe.model.max_length
-    from afina.data.template import Renderer
-    from afina.data.tokenizer import load_tokenizer
-    from afina.model.load import choose_hardware, limit_of, load_model
-
-    name = model_source(source, Path())
-    model = load_model(name, choose_hardware(Model()))
-    return [ModelSpeaker(source, model, Renderer(load_tokenizer(name)), adapted=False)], Chat(), limit_of(model)
-
-
-def _settings_beside(gguf: Path) -> Chat:
-    """The chat settings of the run a GGUF file was exported from, where it still lies in its folder."""
-    from afina.train.reopen import recipe_of
-
-    run = gguf.resolve().parent.parent
-    return recipe_of(open_artifact(run, "run"))[0].chat if (run / MANIFEST).is_file() else Chat()
 
 
 def _say_trained(facts: dict[str, Any], place: Path) -> None:

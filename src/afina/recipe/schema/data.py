@@ -1,0 +1,43 @@
+"""`data`: where the examples lie, and how their rows are read."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from afina.recipe.schema.section import Section, Share, Sources
+
+
+class Mapping(Section):
+    """How rows of a shape of their own become conversations. Each value is a Jinja template over `row`."""
+
+    rows: str = ""
+    """Where the rows lie in a JSON document: keys joined by dots, `*` for any key; what `*` matched is in `keys`."""
+    system: str | None = Field(default=None, examples=["You answer in one word."])
+    """Template of the system message."""
+    user: Annotated[str, Field(examples=["{{ row.question }}"])]
+    """Template of what the user says, such as `{{ row.question }}`."""
+    assistant: Annotated[str, Field(examples=["{{ row.answer }}"])]
+    """Template of the answer to be learnt, such as `{{ row.answer }}`."""
+
+
+class Data(Section):
+    """The examples."""
+
+    train: Annotated[Sources, Field(examples=["data/train.jsonl"])]
+    """Files to learn from: paths, patterns such as data/*.jsonl, or a bundled set such as afina/sentiment/train."""
+    validation: Share | Sources = 0.1
+    """A share of the training samples, or files of their own; its loss is followed during training."""
+    dialect: Literal["auto", "messages", "alpaca", "mapping"] = "auto"
+    """The shape of a row; auto recognises it from the keys of the first row and says what it found."""
+    mapping: Mapping | None = Field(
+        default=None, examples=[{"user": "{{ row.question }}", "assistant": "{{ row.answer }}"}]
+    )
+    """Needed for rows that are neither chat messages nor Alpaca."""
+    encoding: list[str] = ["utf-8"]
+    """Encodings tried in this order, file by file; what was needed is reported."""
+    system: str | None = Field(default=None, examples=["You answer in one word."])
+    """A system message put before every conversation that has none."""
+    learn: Literal["all", "last"] = "all"
+    """Which assistant turns are learnt."""
+    too_long: Literal["error", "reject"] = "error"
+    """What becomes of samples over max_length: stop and list them, or train without them and list them."""

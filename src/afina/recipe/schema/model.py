@@ -1,0 +1,25 @@
+"""`model`: the base, and how it is held."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from afina.recipe.schema.section import Section
+
+
+class Model(Section):
+    """The base model and how it is held."""
+
+    base: str = "afina/tiny"
+    """What is fine-tuned: a model folder, a hub name such as Qwen/Qwen3-0.6B, or the bundled afina/tiny."""
+    max_length: Annotated[int, Field(ge=8, le=2**24)] = 1024
+    """The context in tokens; a sample that is longer is rejected by name, never cut silently."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the frozen weights and the arithmetic; auto takes bf16 where the GPU has it, else fp16; fp32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the model runs."""
+    chat_template: str | None = Field(default=None, examples=["afina/chatml"])
+    """A Jinja file to use instead of the model's own template; needed for a base that has none. `afina/chatml`,
+    `afina/alpaca` and `afina/plain` are bundled."""
+    revision: str | None = Field(default=None, examples=["main"])
+    """Branch, tag or commit of a hub model."""

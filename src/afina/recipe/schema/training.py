@@ -1,0 +1,43 @@
+"""`training`: how it learns."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from afina.recipe.schema.section import Section, Share
+
+
+class Training(Section):
+    """The optimisation."""
+
+    epochs: Annotated[float, Field(gt=0, le=100_000)] = 3.0
+    """Times every sample is seen."""
+    steps: Annotated[int, Field(ge=1, le=10**9)] | None = Field(default=None, examples=[1000])
+    """Stop after this many optimiser steps instead."""
+    batch_size: Annotated[int, Field(ge=1, le=2**20)] = 16
+    """Samples per optimiser step. How they are cut into micro-batches changes memory and speed, never the result."""
+    packing: bool = True
+    """Lay samples end to end without padding; attention stays inside each sample."""
+    micro_batch_tokens: Annotated[int, Field(ge=8, le=2**28)] | None = Field(default=None, examples=[4096])
+    """Tokens computed at once, padding included; unset: 4096, on a GPU 16384, and never less than max_length."""
+    engine: Literal["auto", "reference"] = "auto"
+    """auto: fused blocks, where they cover the model and prove themselves on the first batch; reference: transformers
+    and PEFT as they are."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """The peak."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up; cosine and linear end at zero."""
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    """Below 1 a share of all steps, from 1 a number of steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled, on matrices only (Loshchilov & Hutter, 2017, arXiv:1711.05101)."""
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """AdamW's decay rates of the first and second moment."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this norm; null leaves them."""
+    validations: Annotated[int, Field(ge=0, le=10_000)] = 4
+    """How many times the validation loss is measured, the last time after the last step."""
+    checkpoint_minutes: Annotated[float, Field(gt=0, le=10_000)] | None = Field(default=None, examples=[5.0])
+    """Minutes between two checkpoints; unset: so many that saving costs 1% of the time at most, and 10 at most."""
+    keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
+    """The newest checkpoints that are kept while training; a finished run needs none."""

@@ -1,0 +1,48 @@
+"""From what a user names, a run folder, a model folder, a hub name or a GGUF file, to those who answer for it."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from afina.artifact import MANIFEST, open_artifact
+from afina.errors import AfinaError
+from afina.language import _
+from afina.recipe.place import model_source
+from afina.recipe.schema import Chat, Model
+from afina.serve.speakers import GgufSpeaker, ModelSpeaker, Speaker
+
+
+def speakers_of(source: str, beside_base: bool, stack: ExitStack) -> tuple[list[Speaker], Chat, int | None]:
+    """Who answers for a source, how its recipe samples, and the context in tokens."""
+    place = Path(source)
+    if place.suffix == ".gguf":
+        from afina.model.llamacpp import LlamaCpp
+
+        llama = stack.enter_context(LlamaCpp(place))
+        return [GgufSpeaker(place.stem, llama)], _settings_beside(place), llama.context
+    if (place / MANIFEST).is_file():
+        from afina.train.reopen import reopen
+
+        tuned = reopen(place)
+        if beside_base and tuned.recipe.method.name == "full":
+            raise AfinaError(
+                _("A fully tuned model has no base beside it in memory."), hint=_("Chat with the base on its own.")
+            )
+        speakers: list[Speaker] = [ModelSpeaker("tuned", tuned.model, tuned.renderer, adapted=True)]
+        if beside_base:
+            speakers.insert(0, ModelSpeaker("base", tuned.model, tuned.renderer, adapted=False))
+        return speakers, tuned.recipe.chat, tuned.recipe.model.max_length
+    from afina.data.template import Renderer
+    from afina.data.tokenizer import load_tokenizer
+    from afina.model.load import choose_hardware, limit_of, load_model
+
+    name = model_source(source, Path())
+    model = load_model(name, choose_hardware(Model()))
+    return [ModelSpeaker(source, model, Renderer(load_tokenizer(name)), adapted=False)], Chat(), limit_of(model)
+
+
+def _settings_beside(gguf: Path) -> Chat:
+    """The chat settings of the run a GGUF file was exported from, where it still lies in its folder."""
+    from afina.train.reopen import recipe_of
+
+    run = gguf.resolve().parent.parent
+    return recipe_of(open_artifact(run, "run"))[0].chat if (run / MANIFEST).is_file() else Chat()
