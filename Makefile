@@ -16,7 +16,7 @@ ready  := $(VENV)/.afina-ready
 peer   := .venv-peer
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench messages clean
+.PHONY: help install demo test fuzz lint format bench messages clean
 .DELETE_ON_ERROR:
 
 help: ## list these
@@ -43,6 +43,9 @@ demo: $(ready) ## fine-tune, evaluate, export and ask the bundled model: three m
 
 test: $(ready) ## every test, slow ones too, on two workers
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(bin)/python -m pytest -n 2 --dist worksteal --durations=10 $(ARGS)
+
+fuzz: $(ready) ## two million mutated files for the GGUF reader: half a minute
+	@PYTHONPATH=tests $(bin)/python -m model.fuzz_gguf 2000000 $(ARGS)
 
 lint: $(ready) ## ruff, mypy, the floors of the house
 	@$(bin)/ruff check .

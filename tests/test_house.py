@@ -30,7 +30,7 @@ DOORS = {
     "tokenizers": ("data/tokenizer.py",),
     "peft": ("model/attach.py",),
     "safetensors": ("export/gguf.py", "export/weights.py", "train/checkpoint.py"),
-    "gguf": ("export/gguf.py",),
+    "gguf": ("export/gguf.py", "model/gguf_file.py"),
     "xllamacpp": ("model/llamacpp.py",),
     "ruamel": ("recipe/document.py",),
     # The schema is pydantic's; the report re-reads a task and must know what refuses it.

@@ -8,7 +8,6 @@ Knows nothing of how the file was made.
 import ctypes
 import http.client
 import json
-import mmap
 import os
 import secrets
 import signal
@@ -23,11 +22,9 @@ import psutil
 
 from afina.errors import ModelError, ResourceError
 from afina.language import _
+from afina.model.gguf_file import GgufFile
 
-MAGIC = b"GGUF"
-TEMPLATE_KEY = b"tokenizer.chat_template"
-METADATA_BYTES = 256 * 2**20
-"""How far into a file its metadata is looked for; a vocabulary of 256,000 tokens takes 12 MB."""
+TEMPLATE_KEY = "tokenizer.chat_template"
 
 TIMEOUT = 600.0
 """Seconds without a byte after which llama.cpp counts as stuck. A long prompt on a slow machine takes minutes."""
@@ -78,7 +75,7 @@ class LlamaCpp:
         cache: Literal["f16", "f32"] = "f16",
     ) -> None:
         self.path = Path(path)
-        self._has_template = _inspect(self.path)
+        self._has_template = TEMPLATE_KEY in GgufFile(self.path).metadata  # nothing hostile reaches llama.cpp
         self._key = secrets.token_hex(16)
         threads = threads or default_threads(self.path.stat().st_size)
         self._server: Any = _start(self.path, self._key, context, threads, gpu_layers, cache)
@@ -212,17 +209,6 @@ def default_threads(bytes_of_file: int) -> int:
         return 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
-
-
-def _inspect(path: Path) -> bool:
-    """Whether a GGUF file has a chat template. Raises ModelError when it is no GGUF file, as llama.cpp does not."""
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content[:4] == MAGIC:
-                return content.find(TEMPLATE_KEY, 0, METADATA_BYTES) >= 0
-    except (OSError, ValueError) as error:  # mmap raises ValueError for an empty file
-        raise ModelError(_("The file cannot be read: {reason}.").format(reason=error), file=path) from error
-    raise ModelError(_("The file is not a GGUF file."), file=path)
 
 
 def _start(path: Path, key: str, context: int, threads: int, gpu_layers: int, cache: str) -> Any:
