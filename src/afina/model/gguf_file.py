@@ -8,8 +8,6 @@ Knows nothing of architectures. The layout is the one of the GGUF specification,
 
 import math
 import mmap
-import os
-import stat
 import struct
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -211,13 +209,10 @@ class GgufFile:
 def _mapped(path: Path) -> mmap.mmap:
     """The file in memory's address space. A pipe or a device is refused, not waited for."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ModelError(_("The file is not a GGUF file."), file=path)
-            return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        finally:
-            os.close(descriptor)
+        if not path.is_file() and path.exists():
+            raise ModelError(_("The file is not a GGUF file."), file=path)
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # mmap raises ValueError for an empty file
         raise ModelError(_("The file cannot be read: {reason}.").format(reason=error), file=path) from error
 
