@@ -29,6 +29,7 @@ DOORS = {
     "transformers": ("model/load.py", "model/generate.py", "engine/attention.py", "data/tokenizer.py"),
     "tokenizers": ("data/tokenizer.py",),
     "peft": ("model/attach.py",),
+    "bitsandbytes": ("model/quantize.py",),
     "safetensors": ("export/gguf.py", "export/weights.py", "train/checkpoint.py"),
     "gguf": ("export/gguf.py", "model/gguf_file.py"),
     "xllamacpp": ("model/llamacpp.py",),

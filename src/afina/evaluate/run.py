@@ -86,6 +86,6 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
 def _systems(tuned: Tuned) -> list[System]:
     if tuned.recipe.method.name == "full":
         source = model_source(tuned.recipe.model.base, tuned.folder)
-        before = load_model(source, tuned.hardware, revision=tuned.recipe.model.revision)
+        before = load_model(source, tuned.hardware, tuned.recipe.model)
         return [System("base", before, nullcontext), System("tuned", tuned.model, nullcontext)]
     return [System("base", tuned.model, tuned.base), System("tuned", tuned.model, nullcontext)]

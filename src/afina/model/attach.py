@@ -7,13 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import load_peft_weights
 from torch import nn
 
 from afina.errors import AfinaError, ModelError
 from afina.language import _
+from afina.model.quantize import is_quantised, without_foreign_kernels
 from afina.recipe.schema import Full, Lora
+
+with without_foreign_kernels():  # PEFT imports bitsandbytes where it is installed
+    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
 
 
 def attach(model: nn.Module, method: Lora | Full, *, seed: int) -> nn.Module:
@@ -22,6 +25,11 @@ def attach(model: nn.Module, method: Lora | Full, *, seed: int) -> nn.Module:
     Raises ModelError when a target names no linear layer, listing the names there are.
     """
     if isinstance(method, Full):
+        if is_quantised(model):
+            raise ModelError(
+                _("A quantised base cannot learn itself: method full needs plain weights."),
+                hint=_("Take method lora, or a checkpoint of plain weights."),
+            )
         return model.float().requires_grad_(True)
     targets = method.targets
     if targets != "all-linear":

@@ -9,8 +9,11 @@ from torch import nn
 
 from afina.errors import AfinaError, ModelError, ResourceError
 from afina.language import _
+from afina.model.quantize import HELD, dequantised, held_in, made_exact, settings
 from afina.recipe.schema import Model
 
+PLAIN = Model()
+"""Weights as they are, of the main revision."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -51,9 +54,12 @@ def choose_hardware(model: Model) -> Hardware:
     return Hardware(device, DTYPES[precision])
 
 
-def load_model(source: str, hardware: Hardware, *, revision: str | None = None) -> nn.Module:
-    """Load a causal language model in evaluation mode. Raises ModelError for a folder or name that is none."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain: bool = False) -> nn.Module:
+    """Load a causal language model in evaluation mode, its base quantised as `wanted` says; `plain`: and dequantised.
+
+    Raises ModelError for a folder or name that is none, and what `quantize.settings` raises.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
     folder = Path(source)
@@ -68,19 +74,26 @@ def load_model(source: str, hardware: Hardware, *, revision: str | None = None) 
             hint=_("Other formats can run code when they are opened, so they are not read. Convert the weights first."),
         )
     logging.disable_progress_bar()
-    where = {"revision": revision or "main", "trust_remote_code": False}
+    where = {"revision": wanted.revision or "main", "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(source, **where)
         # Said aloud, because a config may ask for a kernel from the hub, which is code. Soft-capped scores and sinks
         # (Gemma 2, gpt-oss) are beyond sdpa.
         fused = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", False)
+        dtype = hardware.dtype
+        found = settings(wanted, config, hardware.device, dtype)
+        quantised = found is not None or held_in(config) in HELD
+        if quantised:  # while it is loaded, so that the plain weights are never there all at once
+            dtype = choose_hardware(wanted).dtype if plain else dtype  # the numbers of training
+            where["device_map"] = {"": hardware.device.index or 0 if hardware.device.type == "cuda" else "cpu"}
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
-            dtype=hardware.dtype,
+            dtype=dtype,
             attn_implementation="sdpa" if fused else "eager",
             use_safetensors=True,
             output_loading_info=True,
+            quantization_config=None if found is None else BitsAndBytesConfig(**found),
             **where,
         )
     except AfinaError:
@@ -91,6 +104,8 @@ def load_model(source: str, hardware: Hardware, *, revision: str | None = None) 
         shown = ", ".join([*missing[:3], *(["..."] if len(missing) > 3 else [])])
         reason = _("{count} of its weights are missing: {names}").format(count=len(missing), names=shown)
         raise _unloadable(source, reason)
+    if quantised:
+        return (dequantised(model, hardware.dtype) if plain else made_exact(model)).eval()
     loaded: nn.Module = model.to(hardware.device).eval()
     return loaded
 

@@ -150,6 +150,13 @@ def targets_are_named(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(("method", "targets", number), _("Each layer is named once, and none is empty."))
 
 
+def a_quantised_base_is_frozen(recipe: Recipe) -> Iterator[Fault]:
+    """Weights of four or eight bits cannot learn."""
+    if recipe.model.quantization != "none" and recipe.method.name == "full":
+        message = _("A quantised base cannot learn itself: take method lora, or quantization: none.")
+        yield Fault(("model", "quantization"), message, (("method", "name"),))
+
+
 RULES: tuple[Rule, ...] = (
     mapping_goes_with_its_dialect,
     sources_are_named,
@@ -162,6 +169,7 @@ RULES: tuple[Rule, ...] = (
     micro_batch_holds_a_sample,
     formats_differ,
     targets_are_named,
+    a_quantised_base_is_frozen,
 )
 
 

@@ -78,7 +78,7 @@ def check_unchanged(run: Artifact) -> None:
 
 
 def reopen(folder: Path, precision: Literal["fp32"] | None = None) -> Tuned:
-    """Open a run folder, its weights in the recipe's precision or in `precision`.
+    """Open a run folder, its weights held as in training; or in `precision`, a quantised base dequantised.
 
     Raises AfinaError when it is none, ModelError when base and adapter do not fit.
     """
@@ -89,6 +89,6 @@ def reopen(folder: Path, precision: Literal["fp32"] | None = None) -> Tuned:
     if recipe.method.name == "full":
         model = load_model(str(adapter), hardware)
     else:
-        base = load_model(model_source(recipe.model.base, start), hardware, revision=recipe.model.revision)
+        base = load_model(model_source(recipe.model.base, start), hardware, recipe.model, plain=precision is not None)
         model = load_adapter(base, adapter)
     return Tuned(run, recipe, start, model, Renderer(load_tokenizer(str(adapter)), recipe.data.learn), hardware)

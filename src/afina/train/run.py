@@ -30,6 +30,7 @@ from afina.language import _
 from afina.model.attach import attach, learning, save_adapter
 from afina.model.load import Hardware, choose_hardware, limit_of, load_model
 from afina.model.loss import summed_loss
+from afina.model.quantize import quantisation, weights_in
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe
 from afina.train.keeper import Keeper
@@ -131,7 +132,7 @@ def train_run(
     renderer = Renderer(tokenizer, recipe.data.learn)
     examples = prepare(recipe, folder, renderer, console)
     _say_data(examples, console)
-    model = load_model(source, hardware, revision=recipe.model.revision)
+    model = load_model(source, hardware, recipe.model)
     limit = limit_of(model)
     if limit is not None and recipe.model.max_length > limit:
         raise RecipeError(
@@ -142,13 +143,16 @@ def train_run(
         )
     model = attach(model, recipe.method, seed=recipe.seed)
     trainable = sum(parameter.numel() for _name, parameter in learning(model))
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(weights_in(parameter) for parameter in model.parameters())
+    kind = quantisation(model)
     console.line(
         _("Model     {base}, {total:.1f} M parameters, {trainable:.2f} M learn ({method}), on {hardware}").format(
             base=recipe.model.base,
             total=total / 1e6,
             trainable=trainable / 1e6,
-            method=recipe.method.name,
+            method=recipe.method.name
+            if kind is None
+            else _("{method} on {kind}").format(method=recipe.method.name, kind=kind),
             hardware=hardware,
         )
     )

@@ -16,6 +16,11 @@ class Model(Section):
     """The context in tokens; a sample that is longer is rejected by name, never cut silently."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of the frozen weights and the arithmetic; auto takes bf16 where the GPU has it, else fp16; fp32 on a CPU."""
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """How a base's linear layers are held: nf4 (four bits, QLoRA), fp4 or int8, by bitsandbytes (pip install
+    "afina[qlora]"). A checkpoint that is saved so is recognised by itself."""
+    double_quantization: bool = True
+    """nf4 and fp4: hold the scales of the blocks in eight bits too, 0.4 bits a weight less."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the model runs."""
     chat_template: str | None = Field(default=None, examples=["afina/chatml"])

@@ -1,0 +1,189 @@
+"""A base held in four or eight bits: QLoRA's base (Dettmers et al., 2023, arXiv:2305.14314). Door to bitsandbytes.
+
+Linear layers but the head become bitsandbytes' own while the model is loaded; or are such layers already, in a
+checkpoint that was saved so. `dequantised` turns them back into plain ones that hold the same numbers, for what can
+only be done to plain weights: merging, and writing files for other programs.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from afina.errors import ModelError, RecipeError, ResourceError
+from afina.language import _
+from afina.recipe.schema import Model
+
+HELD = ("nf4", "fp4", "int8")
+
+
+@contextmanager
+def without_foreign_kernels() -> Iterator[None]:
+    """Around the first import of bitsandbytes, also by PEFT: on some CPUs it would fetch compiled code from the hub
+    (package `kernels`), and print a line where it cannot. The import finds no such package instead."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    hidden = "bitsandbytes" not in sys.modules
+    before = sys.modules.get("kernels")
+    if hidden:
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["kernels"]
+        if hidden and before is not None:
+            sys.modules["kernels"] = before
+
+
+def bitsandbytes() -> ModuleType:
+    """The package. Raises ResourceError where it is not installed."""
+    try:
+        with without_foreign_kernels():
+            import bitsandbytes as found
+    except ImportError as error:
+        raise ResourceError(
+            _("Weights of four or eight bits and optimisers of eight need the package bitsandbytes."),
+            hint=_('Run: pip install "afina[qlora]"'),
+        ) from error
+    package: ModuleType = found
+    return package
+
+
+def held_in(config: Any) -> str | None:
+    """How a checkpoint says its weights are held: nf4, fp4, int8, or another method's name; None for plain weights."""
+    stated = getattr(config, "quantization_config", None)
+    if stated is None:
+        return None
+    stated = stated if isinstance(stated, dict) else stated.to_dict()
+    if stated.get("quant_method") not in (None, "bitsandbytes"):
+        return str(stated["quant_method"])
+    if stated.get("load_in_8bit"):
+        return "int8"
+    return str(stated.get("bnb_4bit_quant_type", "fp4")) if stated.get("load_in_4bit") else None
+
+
+def settings(wanted: Model, config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any] | None:
+    """What BitsAndBytesConfig takes, None for a model that needs none: plain, or quantised in its checkpoint.
+
+    Raises RecipeError where recipe and checkpoint disagree, ModelError for a quantisation that is not bitsandbytes',
+    ResourceError where bitsandbytes is missing or does not serve the device.
+    """
+    there, kind = held_in(config), wanted.quantization
+    if there is not None and there not in HELD:
+        if kind == "none":
+            return None
+        raise ModelError(
+            _("model.quantization: the checkpoint is quantised already, by {method}.").format(method=there),
+            hint=_("Name a checkpoint of plain weights, or leave model.quantization out."),
+        )
+    if there is not None and kind not in ("none", there):
+        raise RecipeError(
+            _("model.quantization is {wanted}, but the checkpoint is held in {there} already.").format(
+                wanted=kind, there=there
+            ),
+            hint=_("Leave model.quantization out, or name a checkpoint of plain weights."),
+        )
+    if there is None and kind == "none":
+        return None
+    bitsandbytes()
+    if device.type not in ("cpu", "cuda"):
+        raise ResourceError(
+            _("model.quantization: bitsandbytes does not serve {device} devices.").format(device=device.type),
+            hint=_("Set model.device to cpu, or model.quantization to none."),
+        )
+    if there is not None:
+        return None
+    if kind == "int8":
+        return {"load_in_8bit": True}
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": wanted.double_quantization,
+        "bnb_4bit_compute_dtype": dtype,
+    }
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether any layer's weights are bitsandbytes'."""
+    return any(_kind(module) is not None for module in model.modules())
+
+
+def quantisation(model: nn.Module) -> str | None:
+    """nf4, fp4 or int8 where layers are held so."""
+    return next((kind for module in model.modules() if (kind := _kind(module)) is not None), None)
+
+
+def weights_in(parameter: torch.Tensor) -> int:
+    """How many weights a parameter holds: packed, four bits a weight, there are more than elements."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
+
+
+def made_exact(model: nn.Module) -> nn.Module:
+    """Products of four-bit layers are made of the dequantised weights on every device.
+
+    On a CPU with bf16 instructions bitsandbytes would lay the weights out anew at the first evaluation and multiply in
+    bf16, whatever the precision asked for.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return model
+
+
+@torch.no_grad()
+def dequantised(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The same model with plain linear layers, holding the numbers that the quantised ones stand for, in `dtype`."""
+    for name, module in list(model.named_modules()):
+        if _kind(module) is None:
+            continue
+        weight = whole(module).to(dtype)
+        bias: Any = module.bias
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            plain.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        parent, _dot, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, plain)
+    _forget(model)
+    return model.to(dtype)
+
+
+def whole(layer: Any) -> torch.Tensor:
+    """A quantised layer's weight (rows, columns) as the numbers it stands for, fp32 for int8."""
+    if _kind(layer) == "int8":
+        weight = layer.weight
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        eight: torch.Tensor = weight.data.float() * (scales.float() / 127.0)[:, None]
+        return eight
+    found: torch.Tensor = bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return found
+
+
+def _kind(module: nn.Module) -> str | None:
+    """nf4, fp4 or int8 of one of bitsandbytes' layers; None for any other, PEFT's wrappers around them too."""
+    if type(module).__module__.partition(".")[0] != "bitsandbytes":
+        return None
+    weight: Any = getattr(module, "weight", None)
+    if getattr(weight, "quant_state", None) is not None:
+        return str(weight.quant_state.quant_type)
+    return "int8" if getattr(weight, "dtype", None) == torch.int8 else None
+
+
+def _forget(model: Any) -> None:
+    """transformers notes on model and config that it is quantised, and would treat it so when it is saved."""
+    for place, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if hasattr(place, name):
+            delattr(place, name)
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+        if getattr(model, name, False):
+            setattr(model, name, False)
