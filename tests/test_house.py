@@ -200,7 +200,8 @@ def test_declared_dependencies_are_the_imported_ones():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    asked = project["dependencies"] + project["optional-dependencies"]["gguf-run"]
+    extras = project["optional-dependencies"]
+    asked = project["dependencies"] + [item for name in extras.keys() - {"dev"} for item in extras[name]]
     names = {re.split(r"[<>=\[; ]", item)[0].replace("-", "_").removesuffix(".yaml") for item in asked}
     comes_along = {"pydantic_core", "triton"}  # pydantic's and torch's own
     only_pinned = {"huggingface_hub"}  # transformers' way to the hub; its two majors do not mix with every transformers
