@@ -33,6 +33,7 @@ DOORS = {
     "safetensors": ("export/gguf.py", "export/weights.py", "train/checkpoint.py"),
     "gguf": ("export/gguf.py", "model/gguf_file.py"),
     "xllamacpp": ("model/llamacpp.py",),
+    "zstandard": ("data/lines.py",),
     "ruamel": ("recipe/document.py",),
     # The schema is pydantic's; the report re-reads a task and must know what refuses it.
     "pydantic": ("recipe/", "evaluate/report.py"),
@@ -68,6 +69,7 @@ BROAD = {
     "cli/main.py": 1,  # shows whatever is left as a mistake of ours
     "durable.py": 4,  # takes away what is half-written, then raises on; a full disk told in words alone
     "recipe/starter.py": 1,  # the same, for a project folder
+    "data/lines.py": 1,  # an optional package's own error, told by its name
     "data/tokenizer.py": 2,  # the Rust side of tokenizers panics with a BaseException
     "model/load.py": 1,  # what transformers raises on a damaged folder is anything at all
     "model/attach.py": 2,  # the same of PEFT; and safetensors hides a full disk in an exception of its own

@@ -27,6 +27,16 @@ Debug = Annotated[
 ]
 Recipe = Annotated[Path, typer.Argument(help=_("A recipe file."), show_default=False)]
 Run = Annotated[Path, typer.Argument(help=_("A run folder."), show_default=False)]
+Source = Annotated[
+    str,
+    typer.Argument(help=_("A recipe file, or data: a file, a folder, a pattern or a bundled set."), show_default=False),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help=_("Changes to the recipe, or to its defaults, such as model.base=Qwen/Qwen3-0.6B."), show_default=False
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help=_("Changes to the recipe, such as training.epochs=1."), show_default=False),

@@ -1,39 +1,127 @@
-"""Which samples are kept back for validation: decided by seed and content, never by the order of rows."""
+"""Which samples are kept back for validation or test: decided by seed and content, never by the order of rows.
 
-from collections import Counter
+Equal samples stay together. Where the answers are classes, each class is dealt out in the same shares.
+"""
 
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from afina.data.classes import classes_of
 from afina.data.conversation import Sample
-from afina.errors import DataError
+from afina.errors import DataError, RecipeError
 from afina.language import _
 
 
-def split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(train, validation), each in the order given; equal samples stay on one side.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A file to be made. `amount`: below 1 a share of all samples, from 1 a number of them, None what is left."""
 
-    The samples with the smallest keyed hashes are kept back, at least one where `share` > 0. A sample that occurs more
-    often than there is room left is passed over. Raises DataError when nothing would be left to learn from.
+    name: str
+    amount: float | int | None = None
+
+
+def parts_of(text: str) -> list[Part]:
+    """Parts as the command line writes them: train,validation=0.1,test=200. Raises RecipeError."""
+    parts = [_part(word.strip()) for word in text.split(",")]
+    if len({part.name for part in parts}) < len(parts):
+        raise RecipeError(_("A part is named twice in {text}.").format(text=text), hint=_("Name each part once."))
+    if sum(part.amount is None for part in parts) != 1:
+        raise RecipeError(
+            _("Exactly one part must be without a number: it takes what is left."),
+            hint=_("Write --into train,validation=0.1,test=200."),
+        )
+    return parts
+
+
+def _part(word: str) -> Part:
+    name, equals, number = word.partition("=")
+    try:
+        amount = None if not equals else float(number) if "." in number else int(number)
+    except ValueError:
+        amount = 0
+    if not name.replace("-", "").replace("_", "").isalnum() or (amount is not None and not 0 < amount < 10**12):
+        raise RecipeError(
+            _("{word} is no part.").format(word=repr(word)),
+            hint=_("Write NAME, NAME=0.1 for a share or NAME=200 for so many rows."),
+        )
+    return Part(name, amount)
+
+
+def split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """(train, validation), each in the order given: what `deal` makes of the share, at least one sample kept back.
+
+    Raises DataError when nothing would be left to learn from.
     """
     if share == 0 or not samples:
         return samples, []
-    hashes = [sample.digest(salt=f"split {seed}") for sample in samples]
-    chosen = _smallest(Counter(hashes), max(1, round(share * len(samples))))
-    kept_back = [sample for sample, key in zip(samples, hashes, strict=True) if key in chosen]
-    train = [sample for sample, key in zip(samples, hashes, strict=True) if key not in chosen]
-    if not train:
+    validation, train = Part("validation", share), Part("train")
+    dealt = deal(samples, [validation, train], seed)
+    if not dealt[train]:
         raise DataError(
             _("{count} different samples are too few to keep {share:.0%} back for validation.").format(
-                count=len(set(hashes)), share=share
+                count=len({sample.digest() for sample in samples}), share=share
             ),
             hint=_("Add samples, or set data.validation to 0."),
         )
-    return train, kept_back
+    return dealt[train], dealt[validation]
 
 
-def _smallest(counts: Counter[bytes], wanted: int) -> set[bytes]:
-    """The smallest hashes that together stand for at most `wanted` samples; the rarest one where none is that rare."""
+def deal(samples: Sequence[Sample], parts: Sequence[Part], seed: int) -> dict[Part, list[Sample]]:
+    """The samples of each part, in the order given; equal samples lie in one part.
+
+    Each part with an amount takes the samples with the smallest keyed hashes, class by class, of those that the parts
+    before it left. A sample that occurs more often than there is room left is passed over.
+    """
+    keys = [sample.digest(salt=f"split {seed}") for sample in samples]
+    classes = [sample.answer.strip() for sample in samples] if classes_of(samples) else [""] * len(samples)
+    sizes = Counter(keys)
+    owner: dict[bytes, Part] = {}
+    rest = next(part for part in parts if part.amount is None)
+    for part in parts:
+        if part.amount is not None:
+            wanted = max(1, round(part.amount * len(samples))) if part.amount < 1 else int(part.amount)
+            free = {key: kind for key, kind in zip(keys, classes, strict=True) if key not in owner}
+            owner.update(dict.fromkeys(_smallest(free, sizes, wanted), part))
+    dealt: dict[Part, list[Sample]] = {part: [] for part in parts}
+    for sample, key in zip(samples, keys, strict=True):
+        dealt[owner.get(key, rest)].append(sample)
+    return dealt
+
+
+def _smallest(free: dict[bytes, str], sizes: Counter[bytes], wanted: int) -> set[bytes]:
+    """The smallest hashes of each class that together stand for at most `wanted` samples, each class in proportion.
+
+    The rarest hash where none is so rare. `free`: each hash and its class.
+    """
+    members: dict[str, list[bytes]] = defaultdict(list)
+    for key in sorted(free):
+        members[free[key]].append(key)
     chosen: set[bytes] = set()
-    for key in sorted(counts):
-        if counts[key] <= wanted:
-            chosen.add(key)
-            wanted -= counts[key]
-    return chosen or {min(counts, key=lambda key: (counts[key], key))}
+    for kind, quota in _quotas({kind: sum(sizes[key] for key in members[kind]) for kind in members}, wanted).items():
+        for key in members[kind]:
+            if sizes[key] <= quota:
+                chosen.add(key)
+                quota -= sizes[key]
+    if not chosen and free:
+        chosen = {min(free, key=lambda key: (sizes[key], key))}
+    return chosen
+
+
+def _quotas(counts: dict[str, int], wanted: int) -> dict[str, int]:
+    """`wanted` dealt out in proportion to the counts, by largest remainders; no class gets more than it has."""
+    total = max(sum(counts.values()), 1)
+    wanted = min(wanted, total)
+    exact = {kind: wanted * count / total for kind, count in counts.items()}
+    quotas = {kind: int(share) for kind, share in exact.items()}
+    by_remainder = sorted(counts, key=lambda kind: (quotas[kind] - exact[kind], kind))
+    for kind in by_remainder[: wanted - sum(quotas.values())]:
+        quotas[kind] += 1
+    return quotas
+
+
+def written(sample: Sample) -> str:
+    """A sample as a line of a file of messages."""
+    messages = [{"role": message.role, "content": message.content} for message in sample.messages]
+    return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"

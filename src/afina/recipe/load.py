@@ -4,6 +4,7 @@ The order: YAML into a tree with places (`document`), overrides laid over it, `$
 (`schema`, in words by `explain`), the rules between keys (`check`). Relative paths stay as they are written.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,17 @@ def load(path: File, overrides: Sequence[str] = ()) -> Recipe:
     except Unreadable as error:
         raise failure([error.problem], str(path)) from error
     return parse(text, str(path), overrides)
+
+
+def load_or_default(source: str, overrides: Sequence[str] = ()) -> tuple[Recipe, File]:
+    """A recipe file, or the recipe of nothing but defaults whose data.train is `source`; and its folder.
+
+    What ends in .yaml or .yml is a recipe. Raises RecipeError.
+    """
+    if source.endswith((".yaml", ".yml")):
+        return load(File(source), overrides), File(source).resolve().parent
+    named = json.dumps(source.replace("${", "$${"))
+    return parse(f"name: data\ndata:\n  train: {named}\n", _("the command line"), overrides), File()
 
 
 def parse(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -1,0 +1,13 @@
+"""`afina data ...`: what is asked of a data set before anything is trained on it. One file a verb."""
+
+import typer
+
+from afina.cli.data import split
+from afina.language import _
+
+app = typer.Typer(
+    help=_("Look at a data set, check it and split it, before anything is trained on it."),
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("split", help=_("Deal the rows out to files: training, validation, test."))(split.command)
