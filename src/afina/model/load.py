@@ -9,6 +9,7 @@ from torch import nn
 
 from afina.errors import AfinaError, ModelError, ResourceError
 from afina.language import _
+from afina.model.foreign import check_weights, checked_config, quantised_as, read_config
 from afina.model.quantize import HELD, dequantised, held_in, made_exact, settings
 from afina.recipe.schema import Model
 
@@ -59,38 +60,29 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
 
     Raises ModelError for a folder or name that is none, and what `quantize.settings` raises.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, BitsAndBytesConfig
     from transformers.utils import logging
 
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelError(
-            _("{folder} is no model folder: it has no config.json.").format(folder=folder),
-            hint=_("Name a folder saved by transformers, a hub name, or afina/tiny."),
-        )
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            _("{folder} holds no .safetensors weights.").format(folder=folder),
-            hint=_("Other formats can run code when they are opened, so they are not read. Convert the weights first."),
-        )
     logging.disable_progress_bar()
-    where = {"revision": wanted.revision or "main", "trust_remote_code": False}
+    where: dict[str, Any] = {"revision": wanted.revision or "main", "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(source, **where)
+        config = _configuration(source, wanted.revision)
+        family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        if Path(source).is_dir():
+            check_weights(Path(source))
         # Said aloud, because a config may ask for a kernel from the hub, which is code. Soft-capped scores and sinks
         # (Gemma 2, gpt-oss) are beyond sdpa.
-        fused = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", False)
         dtype = hardware.dtype
         found = settings(wanted, config, hardware.device, dtype)
         quantised = found is not None or held_in(config) in HELD
         if quantised:  # while it is loaded, so that the plain weights are never there all at once
             dtype = choose_hardware(wanted).dtype if plain else dtype  # the numbers of training
             where["device_map"] = {"": hardware.device.index or 0 if hardware.device.type == "cuda" else "cpu"}
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = family.from_pretrained(
             source,
             config=config,
             dtype=dtype,
-            attn_implementation="sdpa" if fused else "eager",
+            attn_implementation="sdpa" if family._supports_sdpa else "eager",
             use_safetensors=True,
             output_loading_info=True,
             quantization_config=None if found is None else BitsAndBytesConfig(**found),
@@ -108,6 +100,29 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
         return (dequantised(model, hardware.dtype) if plain else made_exact(model)).eval()
     loaded: nn.Module = model.to(hardware.device).eval()
     return loaded
+
+
+def _configuration(source: str, revision: str | None) -> Any:
+    """The model's figures, by allow-list, as transformers' object. Raises ModelError; of a hub name, anything."""
+    from dataclasses import fields
+
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
+    folder = Path(source)
+    given = read_config(folder) if folder.is_dir() else PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+    kind = str(given.get("model_type"))
+    known: Any = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401 (its get does not load)
+    if known is None or known not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            _("The architecture {name} is no causal language model of this transformers.").format(name=kind),
+            hint=_("A newer transformers may know it. Code that comes with a model is never run."),
+            file=folder / "config.json" if folder.is_dir() else None,
+        )
+    names = {field.name for field in fields(known)} | set(known.attribute_map)
+    config = known(**checked_config(given, names, source))
+    if (quantised := quantised_as(given, source)) is not None:
+        config.quantization_config = quantised
+    return config
 
 
 def _unloadable(source: str, reason: str) -> ModelError:
