@@ -80,7 +80,7 @@ PRINTING = {"console.py"}
 FILE_LINES = 400
 LONG_FILES = {
     "evaluate/report.py": 510,
-    "export/gguf_vocab.py": 460,
+    "export/gguf_vocab.py": 490,
     "recipe/explain.py": 450,
 }
 FUNCTION_LINES = 80

@@ -1,5 +1,6 @@
 """What is written is what transformers has: in real llama.cpp the same ids, tokens and log-probabilities."""
 
+import base64
 import dataclasses
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -24,6 +26,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from afina.data.tokenizer import load_tokenizer
 from afina.errors import ModelError, OutputError
@@ -71,6 +74,7 @@ SPLITS: dict[str, Any] = {
     "llama-bpe": lambda: split_by(gguf_vocab.LLAMA3_SPLIT),
     "smaug-bpe": lambda: split_by(gguf_vocab.LLAMA3_SPLIT),
     "qwen2": lambda: split_by(gguf_vocab.QWEN2_SPLIT),
+    "gpt-4o": lambda: split_by(gguf_vocab.O200K_SPLIT),
 }
 
 
@@ -159,6 +163,15 @@ CONFIGS: dict[str, Any] = {
         head_dim=48,
         query_pre_attn_scalar=48,
         sliding_window=32,
+    ),
+    "gpt-oss": lambda: GptOssConfig(
+        **BASE | {"num_hidden_layers": 4, "intermediate_size": 96},
+        head_dim=32,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        sliding_window=32,
+        rope_parameters=ROPE
+        | {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True},
     ),
 }
 
@@ -284,6 +297,33 @@ def test_real_vocabularies_give_equal_ids(real_data: Path, tmp_path: Path, name:
     assert len(facts["notes"]) == (1 if name == "phi-3" else 0)
 
 
+@pytest.mark.real
+def test_the_vocabulary_of_gpt_oss_gives_equal_ids(real_data: Path, tmp_path: Path) -> None:
+    """The first 20,000 of its tokens, as its makers publish them, with its control tokens."""
+    ranks = [line.split() for line in (real_data / "tokenizers/o200k_base.tiktoken").read_bytes().splitlines()[:20_000]]
+    control = ["<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>"]
+
+    class Published(TikTokenConverter):
+        def load_tiktoken_bpe(self, tiktoken_url: str) -> Any:
+            return {base64.b64decode(token): int(rank) for token, rank in ranks}
+
+    published = Published("", gguf_vocab.O200K_SPLIT, extra_special_tokens=control)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=published.converted(), eos_token="<|return|>")
+    config = CONFIGS["llama"]()
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 4, "eos_token_id": 20_001}
+    config.update(size | {"vocab_size": len(tokenizer), "tie_word_embeddings": True})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    facts = write_gguf(tmp_path, tmp_path / "a.gguf", "f16")
+    assert facts["tokenizer"] == {"model": "gpt2", "pre": "gpt-4o"} and len(facts["notes"]) == 2
+    loaded = load_tokenizer(str(tmp_path))
+    with LlamaCpp(tmp_path / "a.gguf", threads=1) as model:
+        for text in filter(None, [*TEXTS, "HelloWORLD'S aÉb ÉCOLE ñanDÚ приВЕТ", "a/b\n/c //\r\n"]):
+            assert model.tokenize(text, False) == loaded.encode([text])[0], text
+        text = "<|start|>user<|message|>hi<|end|>"
+        assert model.tokenize(text, True) == loaded.hf.encode(text)
+
+
 # ---------------------------------------------------------------- tokenizers trained here
 
 
@@ -378,6 +418,70 @@ def test_long_texts_have_the_long_divisors(tmp_path: Path) -> None:
         last = runner.logprobs(ids, top=496)[-1]
     theirs = teacher_forced(model, ids)[-1]
     assert max(abs(theirs[index] - value) for index, value in last.items()) < 2e-3
+
+
+def pack_experts(folder: Path, model: Any) -> dict[str, np.ndarray]:
+    """Store the experts of a gpt-oss folder as its makers do, in MXFP4, and give the model what these blocks mean.
+    Returns ggml's own blocks of each projection, by GGUF name."""
+    weights = load_file(folder / "model.safetensors")
+    blocks: dict[str, np.ndarray] = {}
+    kind = gguf_package.GGMLQuantizationType.MXFP4
+    for name, parameter in model.named_parameters():
+        if not name.endswith("_proj") or ".experts." not in name:
+            continue
+        stored = gguf_package.quants.quantize(parameter.detach().transpose(1, 2).contiguous().numpy(), kind)
+        parameter.data = torch.from_numpy(gguf_package.quants.dequantize(stored, kind)).transpose(1, 2).contiguous()
+        parts = torch.from_numpy(stored).unflatten(-1, (-1, 17))
+        halves = torch.cat([parts[..., 1:] & 15, parts[..., 1:] >> 4], -1)  # the 32 weights in their order
+        del weights[name]
+        weights[f"{name}_blocks"] = halves[..., ::2] | halves[..., 1::2] << 4
+        weights[f"{name}_scales"] = parts[..., 0].contiguous()
+        place = f"blk.{name.split('.')[2]}.ffn_"
+        if "gate_up" in name:
+            blocks |= {f"{place}gate_exps.weight": stored[:, ::2], f"{place}up_exps.weight": stored[:, 1::2]}
+        else:
+            blocks[f"{place}down_exps.weight"] = stored
+    save_file(weights, folder / "model.safetensors")
+    return blocks
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_experts_in_mxfp4_keep_every_bit(tmp_path: Path, kind: str) -> None:
+    model = make(tmp_path, "gpt-oss")
+    blocks = pack_experts(tmp_path, model)
+    facts = write_gguf(tmp_path, tmp_path / "a.gguf", kind)
+    found = read_tensors(tmp_path / "a.gguf")
+    assert facts["types"]["mxfp4"] == len(blocks) == 12
+    for name, stored in blocks.items():
+        assert found[name].data.tobytes() == np.ascontiguousarray(stored).tobytes()
+    assert found["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    ids = some_ids(60)
+    ours, theirs = by_llamacpp(tmp_path / "a.gguf", ids, 496), teacher_forced(model, ids)
+    # llama.cpp multiplies what is in MXFP4 with inputs that it rounds to 8 bits
+    assert (np.exp(theirs) * (theirs - ours)).sum(-1).mean() < (0.02 if kind == "f32" else 0.1)
+
+
+def test_experts_in_floats_are_encoded(tmp_path: Path) -> None:
+    """A merge that touched the experts leaves them in floats; llama.cpp's own encoder gives the same blocks."""
+    make(tmp_path, "gpt-oss")
+    weight = load_file(tmp_path / "model.safetensors")["model.layers.1.mlp.experts.gate_up_proj"].transpose(1, 2)
+    facts = write_gguf(tmp_path, tmp_path / "a.gguf", "mxfp4")
+    expected = gguf_package.quants.quantize(weight[:, 1::2].numpy(), gguf_package.GGMLQuantizationType.MXFP4)
+    assert facts["types"]["mxfp4"] == 12
+    assert read_tensors(tmp_path / "a.gguf")["blk.1.ffn_up_exps.weight"].data.tobytes() == expected.tobytes()
+
+
+def test_gpt_oss_of_another_kind_is_refused(tmp_path: Path) -> None:
+    random_model("gpt-oss").save_pretrained(tmp_path)
+    byte_level(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    for change in ({"swiglu_limit": 5.0}, {"layer_types": ["full_attention"] * 4}, {"tie_word_embeddings": True}):
+        path.write_text(json.dumps(config | change), "utf-8")
+        with pytest.raises(ModelError, match=next(iter(change))):
+            check_exportable(tmp_path)
+    path.write_text(json.dumps(config | {"rope_parameters": config["rope_parameters"] | {"truncate": False}}), "utf-8")
+    assert any("YaRN" in note for note in families.read_shape(tmp_path).notes)
 
 
 @pytest.mark.parametrize("change", ["rows", "theta", "epsilon", "norms"])

@@ -31,6 +31,16 @@ NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 BLOCK = (*NORMS, *(f"{name}.weight" for name in PROJECTIONS))
 BIASES = tuple(f"{name}.bias" for name in PROJECTIONS)
 PHI2_LINEAR = (*PROJECTIONS[:3], "self_attn.dense", "mlp.fc1", "mlp.fc2")
+GPT_OSS_BLOCK = (
+    *NORMS,
+    *(f"{name}.{part}" for name in PROJECTIONS[:4] for part in ("weight", "bias")),
+    "self_attn.sinks.weight",
+    "mlp.router.weight",
+    "mlp.router.bias",
+    *(f"mlp.experts.{name}_proj.{part}" for name in ("gate", "up", "down") for part in ("weight", "bias")),
+)
+GPT_OSS_SWIGLU = (1.702, 7.0)
+"""The gain and the limit of the experts' activation, which llama.cpp knows by heart."""
 SCALED = frozenset({"default", "linear", "yarn"})
 
 
@@ -92,6 +102,12 @@ FAMILIES: dict[str, Family] = {
         window=True,
         norms_from_one=True,
     ),
+    "GptOssForCausalLM": Family(
+        "gpt-oss",
+        block=GPT_OSS_BLOCK,
+        ropes=frozenset({"default", "yarn"}),
+        window=True,
+    ),
 }
 GEMMA2_27B_LAYERS = 46
 """llama.cpp knows by this number of layers that the 27B model divides attention by another root."""
@@ -100,7 +116,8 @@ GEMMA2_27B_LAYERS = 46
 @dataclass(frozen=True)
 class Shape:
     """The figures of a model: its config.json, checked. `rope` holds `rope_type` and what belongs to that type;
-    `rotated` is how many of a head's dimensions turn; `softcaps` those of attention and of the logits."""
+    `rotated` is how many of a head's dimensions turn; `softcaps` those of attention and of the logits; `experts` how
+    many there are and how many a token goes to, or zeros."""
 
     family: Family
     layers: int
@@ -117,6 +134,7 @@ class Shape:
     tied: bool
     window: int | None
     softcaps: tuple[float | None, float | None]
+    experts: tuple[int, int]
     notes: tuple[str, ...]
 
     def expected(self, present: set[str]) -> Iterator[str]:
@@ -146,12 +164,16 @@ class Shape:
             "k_norm": self.head_dim,
             "embed_tokens": vocabulary,
             "lm_head": vocabulary,
+            "router": self.experts[0],
+            "sinks": self.heads,
         }
         columns = {"o_proj": queries, "dense": queries, "down_proj": self.intermediate, "fc2": self.intermediate}
         stem, _dot, part = name.rpartition(".")
         role = stem.rpartition(".")[2]
         first = rows.get(role, self.hidden)
-        return (first,) if part == "bias" or role.endswith("norm") else (first, columns.get(role, self.hidden))
+        vector = part == "bias" or role.endswith(("norm", "sinks"))
+        each = (self.experts[0],) if ".experts." in name else ()
+        return (*each, first) if vector else (*each, first, columns.get(role, self.hidden))
 
     def interleaved_heads(self, name: str) -> int:
         """How many heads the rows of an interleaved projection belong to, else 0."""
@@ -191,6 +213,8 @@ def read_shape(model_folder: Path) -> Shape:
     rope = _rope(config, family, path)
     if rope["rope_type"] == "longrope":
         notes += (_longrope_note(rope["original"]),)
+    if rope["rope_type"] == "yarn" and rope.get("truncate") is False:
+        notes += (_("llama.cpp rounds where the scaling of positions (YaRN) begins and ends; this model does not."),)
     head_dim = _count(config, "head_dim", path, hidden // heads)
     shape = Shape(
         family=family,
@@ -208,30 +232,59 @@ def read_shape(model_folder: Path) -> Shape:
         tied=bool(config.get("tie_word_embeddings", family.norms_from_one)),
         window=window if family.window else None,
         softcaps=(config.get("attn_logit_softcapping"), config.get("final_logit_softcapping")),
+        experts=_experts(config, path) if family.architecture == "gpt-oss" else (0, 0),
         notes=notes,
     )
-    if family.window:
+    if family.architecture == "gpt-oss":
+        _refuse_other_gpt_oss(shape, config, path)
+    elif family.window:
         _refuse_other_gemma(shape, config, path)
     return shape
+
+
+def _experts(config: dict[str, Any], path: Path) -> tuple[int, int]:
+    return _count(config, "num_local_experts", path), _count(config, "num_experts_per_tok", path)
+
+
+def _refuse_other_gpt_oss(shape: Shape, config: dict[str, Any], path: Path) -> None:
+    """llama.cpp's gpt-oss: windows in every second layer from the first, a head of its own, one activation."""
+    kinds = config.get("layer_types") or []
+    swiglu = (config.get("swiglu_alpha", GPT_OSS_SWIGLU[0]), config.get("swiglu_limit", GPT_OSS_SWIGLU[1]))
+    if kinds and kinds != _windows_in_turns(shape.layers):
+        name = "layer_types"
+    elif shape.tied or shape.window is None:
+        name = "tie_word_embeddings, sliding_window"
+    elif swiglu != GPT_OSS_SWIGLU:
+        name = "swiglu_alpha, swiglu_limit"
+    else:
+        return
+    raise _unusual(name, path)
+
+
+def _windows_in_turns(layers: int) -> list[str]:
+    return ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(layers)]
+
+
+def _unusual(name: str, path: Path) -> ModelError:
+    return ModelError(
+        _("llama.cpp runs this architecture with its usual settings only, and these differ: {name}.").format(name=name),
+        file=path,
+    )
 
 
 def _refuse_other_gemma(shape: Shape, config: dict[str, Any], path: Path) -> None:
     """llama.cpp's Gemma 2: windows in every second layer from the first, queries divided by a root of its choice."""
     root = shape.hidden // shape.heads if shape.layers == GEMMA2_27B_LAYERS else shape.head_dim
     kinds = config.get("layer_types") or []
-    pattern = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(shape.layers)]
     if config.get("query_pre_attn_scalar", root) != root:
         name = "query_pre_attn_scalar"
-    elif kinds and kinds != pattern:
+    elif kinds and kinds != _windows_in_turns(shape.layers):
         name = "layer_types"
     elif not shape.tied or None in shape.softcaps:
         name = "tie_word_embeddings, attn_logit_softcapping, final_logit_softcapping"
     else:
         return
-    raise ModelError(
-        _("llama.cpp runs this architecture with its usual settings only, and these differ: {name}.").format(name=name),
-        file=path,
-    )
+    raise _unusual(name, path)
 
 
 def _count(config: dict[str, Any], key: str, path: Path, default: int | None = None) -> int:
@@ -293,7 +346,7 @@ def _rope(config: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
         if low >= high:
             raise ModelError(_("low_freq_factor must be less than high_freq_factor."), file=path)
     if kind == "yarn":
-        _refuse_other_yarn(rope, path)
+        _refuse_other_yarn(rope, family, path)
     return rope
 
 
@@ -313,15 +366,18 @@ def _read_longrope(rope: dict[str, Any], config: dict[str, Any], path: Path) -> 
     rope["attention"] = float(rope.get("attention_factor") or usual)
 
 
-def _refuse_other_yarn(rope: dict[str, Any], path: Path) -> None:
-    """llama.cpp scales attention by the paper's 0.1 ln(factor) + 1 and truncates the ramp (arXiv:2309.00071)."""
+def _refuse_other_yarn(rope: dict[str, Any], family: Family, path: Path) -> None:
+    """llama.cpp scales attention by the paper's 0.1 ln(factor) + 1 and truncates the ramp (arXiv:2309.00071).
+
+    gpt-oss does not truncate it, is run by llama.cpp all the same, and gets a note.
+    """
     usual = 0.1 * math.log(rope["factor"]) + 1
     attention = rope.get("attention_factor")
     if (
         (attention is not None and not math.isclose(attention, usual, rel_tol=1e-6))
         or rope.get("mscale")
         or rope.get("mscale_all_dim")
-        or rope.get("truncate") is False
+        or (rope.get("truncate") is False and family.architecture != "gpt-oss")
     ):
         raise ModelError(
             _("llama.cpp does not scale positions in the way {name} for this architecture.").format(

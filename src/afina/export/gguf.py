@@ -20,6 +20,7 @@ import torch
 from afina import durable
 from afina.errors import ModelError
 from afina.export import quants
+from afina.export.experts import open_source
 from afina.export.families import EMBEDDING, HEAD, Family, Shape, read_shape
 from afina.export.gguf_vocab import Vocabulary, read_vocabulary
 from afina.export.mixes import FORMATS, PLAIN, Mix
@@ -95,7 +96,7 @@ def write_gguf(
     vocabulary = read_vocabulary(model_folder)
     title = _safe_name(name or model_folder.resolve().name)
     with ExitStack() as stack:
-        source = stack.enter_context(closing(Source(model_folder)))
+        source = stack.enter_context(closing(open_source(model_folder, shape.family.architecture)))
         rows = source.shape(EMBEDDING)[0]
         if rows < len(vocabulary.tokens):
             raise ModelError(
@@ -193,8 +194,11 @@ def _plan_tensors(shape: Shape, source: Source, kind: str, model_folder: Path, i
         new = known.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
             raise ModelError(_("GGUF has no name for the tensor {name}.").format(name=name), file=model_folder)
-        # Vectors are few and sensitive: norms and biases stay in F32.
-        stored, meant = mix.choose(new, size[-1]) if len(size) > 1 else ("f32", "f32")
+        # Vectors are few and sensitive, and so is what chooses the experts: norms, biases and router stay in F32.
+        plain = len(size) == 1 or name.endswith((".bias", ".router.weight"))
+        stored, meant = ("f32", "f32") if plain else mix.choose(new, size[-1])
+        if source.packed(name):
+            stored = meant = "mxfp4"
         plus = 1.0 if shape.family.norms_from_one and name.endswith("norm.weight") else 0.0
         plans.append(Plan(new, name, size, stored, meant, shape.interleaved_heads(name), plus))
     return plans
@@ -242,6 +246,12 @@ def _converted(
     step = max(1, CHUNK_BYTES // 4 // width // together) * together
     columns = None if importance is None else importance.get(plan.source)
     for start in range(0, rows, step):
+        if source.packed(plan.source):
+            blocks = source.mxfp4(plan.source, start, min(rows, start + step))
+            yield blocks.numpy()
+            if on_progress is not None:
+                on_progress(math.prod(blocks.shape[:2]) * plan.shape[-1])
+            continue
         part = source.rows(plan.source, start, min(rows, start + step))
         yield _convert(part, plan, columns, device)
         if on_progress is not None:
@@ -270,7 +280,7 @@ def _convert(
             else _("The training diverged; go back to an earlier checkpoint."),
         )
     if plan.kind in quants.BLOCKS:
-        array: np.ndarray = quants.encode(stored, plan.kind, importance).cpu().numpy()
+        array: np.ndarray = quants.encode(stored.flatten(0, -2), plan.kind, importance).cpu().numpy()
         return array
     array = stored.contiguous().numpy()
     return array if plan.kind in ("f32", "f16") else gguf.quants.quantize(array, plan.type)
@@ -327,6 +337,10 @@ def _add_metadata(writer: Any, shape: Shape, vocabulary: Vocabulary, kind: str, 
         writer.add_layer_norm_rms_eps(shape.epsilon)
     if shape.window is not None:
         writer.add_sliding_window(shape.window)
+    if shape.experts[0]:
+        writer.add_expert_count(shape.experts[0])
+        writer.add_expert_used_count(shape.experts[1])
+        writer.add_expert_feed_forward_length(shape.intermediate)
     attention, logits = shape.softcaps
     if attention is not None:
         writer.add_attn_logit_softcapping(float(attention))

@@ -35,6 +35,17 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+O200K_SPLIT = "|".join(
+    [
+        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+        r"""\p{N}{1,3}""",
+        r""" ?[^\s\p{L}\p{N}]+[\r\n/]*""",
+        r"""\s*[\r\n]+""",
+        r"""\s+(?!\S)""",
+        r"""\s+""",
+    ]
+)
 
 PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT2_SPLIT,), False): "gpt-2",
@@ -42,6 +53,8 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((LLAMA3_SPLIT,), True): "llama-bpe",
     ((LLAMA3_SPLIT,), False): "smaug-bpe",
     ((QWEN2_SPLIT,), False): "qwen2",
+    ((O200K_SPLIT,), False): "gpt-4o",
+    ((O200K_SPLIT,), True): "gpt-4o",  # llama.cpp does merge there, to the same end: merges lead to each of its tokens
 }
 """(the steps of the pre-tokenizer, whether a word that is a token skips the merges) to llama.cpp's name for both."""
 
@@ -66,6 +79,9 @@ KNOWN_ENDS = frozenset(
     ]
 )
 """Tokens at which llama.cpp stops because of their text, whatever the file says."""
+
+SEEN_ANYWHERE = frozenset(["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"])
+"""Control tokens of gpt-oss that llama.cpp finds in any text, so as to show them in answers."""
 
 SPACE = "\u2581"
 PREPEND = {"type": "Prepend", "prepend": SPACE}
@@ -191,6 +207,10 @@ def _read_byte_level(definition: dict[str, Any], path: Path) -> Vocabulary:
                 definition=", ".join(map(str, normalizers))
             ),
             file=path,
+        )
+    if pre == "gpt-4o":
+        notes.append(
+            _("llama.cpp cuts words with combining marks (as in Hindi or Thai) in other places than in training.")
         )
     tokens, types = _tokens_and_types(definition, path)
     merges = [" ".join(pair) for pair in _merges(model, path)]
@@ -353,7 +373,14 @@ def _added_token_notes(definition: dict[str, Any]) -> list[str]:
     added = definition["added_tokens"]
     greedy = [token["content"] for token in added if token["lstrip"] or token["rstrip"] or token["single_word"]]
     known = [token["content"] for token in added if not token["special"] and token["content"] in KNOWN_ENDS]
+    anywhere = [token["content"] for token in added if token["special"] and token["content"] in SEEN_ANYWHERE]
     notes = []
+    if anywhere:
+        notes.append(
+            _("llama.cpp takes these for control tokens in any text, also where a user writes them: {tokens}.").format(
+                tokens=", ".join(anywhere)
+            )
+        )
     if greedy:
         notes.append(
             _("llama.cpp leaves the spaces around these tokens, which this tokenizer takes away: {tokens}.").format(

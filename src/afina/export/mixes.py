@@ -75,6 +75,7 @@ class Mix:
             return "q6_k"
         if self.format == "mxfp4":  # llama.cpp has it for experts; here the MLP is in their place
             return "mxfp4" if role.startswith("ffn_") else "q8_0"
+        role = role.removesuffix("_exps")
         found = re.match(r"blk\.(\d+)\.", name)
         layer = int(found.group(1)) if found else 0
         match role:

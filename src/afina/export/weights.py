@@ -38,10 +38,7 @@ class Source:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it. Raises ModelError when it is missing or not of floats."""
-        file = self._files.get(name)
-        if file is None:
-            raise ModelError(_("The weights lack the tensor {name}.").format(name=name), file=self._folder)
-        stored = file.get_slice(name)
+        stored = self._slice(name)
         if stored.get_dtype() not in FLOATS:
             raise ModelError(
                 _("The tensor {name} holds {dtype}, not floating-point numbers.").format(
@@ -51,6 +48,24 @@ class Source:
                 file=self._folder,
             )
         return tuple(stored.get_shape())
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """The same whatever it holds. Raises ModelError when it is missing."""
+        return tuple(self._slice(name).get_shape())
+
+    def _slice(self, name: str) -> Any:
+        file = self._files.get(name)
+        if file is None:
+            raise ModelError(_("The weights lack the tensor {name}.").format(name=name), file=self._folder)
+        return file.get_slice(name)
+
+    def packed(self, name: str) -> bool:
+        """Whether a tensor is stored in MXFP4, and is to be read by `mxfp4`."""
+        return False
+
+    def mxfp4(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some rows of a tensor stored in MXFP4, as ggml lays them out."""
+        raise NotImplementedError
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor as stored."""
