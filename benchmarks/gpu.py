@@ -27,13 +27,22 @@ LLAMA_1B = dict(
     hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
     head_dim=64, vocab_size=128256, max_position_embeddings=131072, rope_theta=500000.0, tie_word_embeddings=True,
 )  # fmt: skip
+PHI_2 = dict(
+    hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32, vocab_size=51200,
+    max_position_embeddings=2048, partial_rotary_factor=0.4,
+)  # fmt: skip
 WORKLOADS: dict[str, dict[str, Any]] = {
-    "W1": dict(shape=LLAMA_8B, samples=4, length=2048, away=10),
-    "W10": dict(shape=LLAMA_8B, samples=2, length=4096, away=10),
-    "W3": dict(shape=LLAMA_8B, samples=4, length=2048, four_bits=True, away=3),
-    "W4": dict(shape=LLAMA_8B, samples=1, length=2048, four_bits=True, keep=0),
-    "S1": dict(shape=LLAMA_1B, samples=8, length=2048),
+    "W1": dict(shape=LLAMA_8B, samples=4, length=2048, gib=36.0, goal=18700),
+    "W10": dict(shape=LLAMA_8B, samples=2, length=4096, gib=36.0, goal=17200),
+    "W3": dict(shape=LLAMA_8B, samples=4, length=2048, four_bits=True, gib=30.0, goal=18000),
+    "W4": dict(shape=LLAMA_8B, samples=1, length=2048, four_bits=True, gib=5.0, goal=7500),
+    "W5": dict(shape=LLAMA_8B, samples=4, length=2048, gib=17.7, goal=14000),
+    "W6": dict(shape=LLAMA_8B, samples=1, length=65536, four_bits=True, gib=12.0, goal=5500),
+    "W7": dict(shape=LLAMA_1B, samples=8, length=2048, full=True, gib=20.0, goal=75000),
+    "W8": dict(shape=PHI_2, samples=1, length=2048, four_bits=True, gib=2.4, goal=15000),
+    "S1": dict(shape=LLAMA_1B, samples=8, length=2048, gib=16.0, goal=0),
 }
+"""shape, samples a micro-batch and tokens each; the memory and the tokens/s to reach (docs/log.md says why)."""
 WARM_UP, TIMED = 3, 6
 
 
@@ -79,16 +88,22 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
 
 def random_model(shape: dict[str, Any]) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig
 
-    config = LlamaConfig(**shape, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    kind = PhiConfig if shape is PHI_2 else LlamaConfig
+    config = kind(**shape, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     model.to_empty(device="cuda").tie_weights()
     generator = torch.Generator("cuda").manual_seed(0)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            value.fill_(1.0) if "norm" in name else value.normal_(0, 0.02, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                value.fill_(1.0)
+            elif name.endswith("bias"):
+                value.zero_()
+            else:
+                value.normal_(0, 0.02, generator=generator)
     # buffers that depend on the configuration, not on the weights, are lost with the meta device
     rotary = type(model.model.rotary_emb)(config=config, device="cuda")
     model.model.rotary_emb = rotary
@@ -105,9 +120,10 @@ def into_four_bits(model: Any) -> Any:
             for name, linear in list(part.named_children()):
                 if isinstance(linear, torch.nn.Linear):
                     four = bitsandbytes.nn.Linear4bit(
-                        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16,
-                        compress_statistics=True, quant_type="nf4", device="meta",
+                        linear.in_features, linear.out_features, bias=linear.bias is not None,
+                        compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4", device="meta",
                     )  # fmt: skip
+                    four.bias = linear.bias
                     four.weight = bitsandbytes.nn.Params4bit(
                         linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
                     ).to("cuda")
@@ -116,11 +132,14 @@ def into_four_bits(model: Any) -> Any:
     return model
 
 
-def adapted(work: dict[str, Any]) -> tuple[Any, list[Any]]:
+def learner(work: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The model with what learns in it, and the parameters that do."""
     from afina.model.attach import attach, learning
     from afina.recipe.schema import Lora
 
     base = random_model(work["shape"])
+    if work.get("full"):  # in bf16 throughout, as the peers do it
+        return base.requires_grad_(True).train(), list(base.parameters())
     if work.get("four_bits"):
         into_four_bits(base).requires_grad_(False)
     model = attach(base, Lora(rank=16, alpha=16.0), seed=3407).train()
@@ -128,18 +147,36 @@ def adapted(work: dict[str, Any]) -> tuple[Any, list[Any]]:
 
 
 def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
+    """The engine as `afina train` would plan it for a GPU with the memory that is to be reached."""
     import torch
 
     from afina.data.batch import Batch
     from afina.engine.engine import Engine
+    from afina.engine.plan import Plan, choose, count_up, ladder, measure, spread
 
-    model, parameters = adapted(work)
-    engine = Engine(model)
+    model, parameters = learner(work)
+    engine = Engine(model, torch.bfloat16)
     torch.cuda.empty_cache()
-    away = options.get("away", work.get("away", 0))
-    engine.place(options.get("keep", work.get("keep", len(engine.blocks) - away)), away)
     samples, length = work["samples"], work["length"]
     count = samples * length
+    learning_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    standing = torch.cuda.memory_allocated() + 3 * learning_bytes  # gradients and two moments are still to come
+    free = int((options.get("gib", work["gib"])) * 2**30) - standing
+    rates = measure(engine)
+    plan = choose(engine, count, count, free, rates)
+    if "levels" in options:  # two rungs of the ladder, and how many layers stand on the higher
+        low, high, number = options["levels"]
+        rungs = ladder(frozenset(engine.blocks[0].saves(1)))
+        placements = spread(rungs[high], number, rungs[low], len(engine.blocks))
+        plan = count_up(engine, Plan(count, placements, 0, options.get("host", False), 0, 0.0), rates)
+    rows = options.get("rows", plan.rows_at_once)
+    engine.place(plan.placements, rows_at_once=rows, host=plan.host, held=options.get("held", 0))
+    names = ["+".join(sorted(p.away)) + "/" + "+".join(sorted(p.again)) for p in plan.placements]
+    about = {
+        "placements": {name: names.count(name) for name in dict.fromkeys(names)}, "host": plan.host, "rows": rows,
+        "planned_gib": round((standing + plan.bytes) / 2**30, 2), "planned_ms": round(plan.microseconds / 1000, 1),
+        "standing_gib": round(standing / 2**30, 2),
+    }  # fmt: skip
 
     def step(ids: Any) -> Any:
         places = torch.arange(count, device="cuda").view(samples, length)
@@ -150,13 +187,14 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
         )  # fmt: skip
         return engine.summed_loss(model, batch) / (count - samples)
 
-    return step, parameters, {"engine": "fused", **options}
+    return step, parameters, {"engine": "fused", **about, **options}
 
 
 def reference_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
+    """transformers and PEFT as they are."""
     import torch
 
-    model, parameters = adapted(work)
+    model, parameters = learner(work)
 
     def step(ids: Any) -> Any:
         with torch.autocast("cuda", dtype=torch.bfloat16):

@@ -19,18 +19,16 @@ from transformers import AttentionInterface
 NAME = "afina_packed"
 
 
-def covers(model: nn.Module, longest: int) -> bool:
-    """Whether packed attention is exact for this model: plain causal attention over `longest` tokens, nothing added.
+def covers(model: nn.Module) -> bool:
+    """Whether packed attention is exact for this model: causal attention, in a window or not, nothing added.
 
-    Soft-capped scores, attention sinks and windows shorter than the longest sample are left to the reference.
+    Soft-capped scores and attention sinks are left to the reference.
     """
     config: Any = model.config
-    windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     return (
         getattr(model, "_supports_attention_backend", False)
         and not getattr(config, "attn_logit_softcapping", None)
         and config.model_type not in {"gpt_oss"}
-        and (not windowed or windowed >= longest)
     )
 
 
@@ -58,6 +56,7 @@ def _attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     packed_lengths: tuple[int, ...] = (),
+    sliding_window: int | None = None,
     **_unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """query: (1, heads, tokens, width); key, value: (1, kv heads, tokens, width). Returns (1, tokens, heads, width)."""
@@ -65,9 +64,9 @@ def _attend(
         raise RuntimeError(f"packed lengths {packed_lengths} do not sum to {query.shape[2]} tokens")
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     if _has_flash(query) and dropout == 0.0:
-        out: torch.Tensor = _Packed.apply(q, k, v, packed_lengths, scaling)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _Packed.apply(q, k, v, packed_lengths, scaling, sliding_window)  # type: ignore[no-untyped-call]
         return out[None], None
-    return _gathered(q, k, v, packed_lengths, scaling, dropout)[None], None
+    return _gathered(q, k, v, packed_lengths, scaling, sliding_window, dropout)[None], None
 
 
 def _gathered(
@@ -76,6 +75,7 @@ def _gathered(
     value: torch.Tensor,
     lengths: tuple[int, ...],
     scaling: float | None,
+    window: int | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """query: (tokens, heads, width), key, value: (tokens, kv heads, width); differentiable, on any device."""
@@ -83,16 +83,24 @@ def _gathered(
     outputs = []
     for places, kept in groups:
         q, k, v = (part[places].transpose(1, 2) for part in (query, key, value))  # (samples, heads, longest, width)
+        seen = None if window is None or window >= q.shape[2] else _band(q.shape[2], window, q.device)
         attended = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, seen, dropout, is_causal=seen is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1)[kept])
     return torch.cat(outputs)[inverse]
 
 
+def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """What each token sees: itself and the window - 1 before it."""
+    behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (behind >= 0) & (behind < window)
+
+
 @dataclass
 class Attended:
-    """What attention's backward needs: on a GPU the flash kernel's own results, elsewhere the graph of the gather."""
+    """What attention's backward needs beside `out` (tokens, heads, width): on a GPU the kernel's own results, elsewhere
+    the graph of the gather. `out` may be taken away and put back."""
 
     out: torch.Tensor
     kernel: tuple[Any, ...] = ()
@@ -100,25 +108,35 @@ class Attended:
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    scaling: float,
+    window: int | None = None,
 ) -> Attended:
-    """Causal attention inside each sample. query: (tokens, heads, width), key, value: (tokens, kv heads, width)."""
+    """Causal attention inside each sample. query: (tokens, heads, width), key, value: (tokens, kv heads, width).
+
+    window: how many tokens each sees, itself among them; None for all before it.
+    """
     if not _has_flash(query):
         with torch.enable_grad():
             leaves = tuple(part.detach().requires_grad_() for part in (query, key, value))
-            graph = _gathered(leaves[0], leaves[1], leaves[2], lengths, scaling)
+            graph = _gathered(leaves[0], leaves[1], leaves[2], lengths, scaling, window)
         return Attended(graph.detach(), (graph,), leaves)
-    if len(set(lengths)) == 1 and _cudnn_is_faster(query):
+    if window is not None and window >= max(lengths):
+        window = None
+    if window is None and len(set(lengths)) == 1 and _cudnn_is_faster(query):
         q, k, v = (_as_batch(part, lengths) for part in (query, key, value))
         results = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, True, False, scale=scaling
         )
-        return Attended(results[0].transpose(1, 2).flatten(0, 1), ("cudnn", *results))
+        return Attended(results[0].transpose(1, 2).flatten(0, 1), ("cudnn", *results[1:]))
     bounds, longest = _bounds(lengths, query.device), max(lengths)
     results = torch.ops.aten._flash_attention_forward(
-        query, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scaling
+        query, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scaling, **_sides(window)
     )
-    return Attended(results[0], ("flash", *results))
+    return Attended(results[0], ("flash", *results[1:]))
 
 
 def attend_backward(
@@ -129,14 +147,15 @@ def attend_backward(
     value: torch.Tensor,
     lengths: tuple[int, ...],
     scaling: float,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value, (samples, length, heads, width), with samples = 1 where lengths differ."""
     if attended.leaves:
         found = torch.autograd.grad(attended.kernel[0], attended.leaves, d_out)
         return tuple(part[None] for part in found)  # type: ignore[return-value]
-    kind, out, log_sums, *rest = attended.kernel
+    kind, log_sums, *rest = attended.kernel
     if kind == "cudnn":
-        q, k, v, d = (_as_batch(part, lengths) for part in (query, key, value, d_out))
+        q, k, v, d, out = (_as_batch(part, lengths) for part in (query, key, value, d_out, attended.out))
         bounds_q, bounds_k, longest_q, longest_k, seed, offset, _mask = rest
         found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             d,
@@ -164,7 +183,7 @@ def attend_backward(
         query,
         key,
         value,
-        out,
+        attended.out,
         log_sums,
         bounds,
         bounds,
@@ -175,8 +194,14 @@ def attend_backward(
         state,
         unused,
         scale=scaling,
+        **_sides(None if window is None or window >= longest else window),
     )
     return tuple(part[None] for part in found)  # type: ignore[return-value]
+
+
+def _sides(window: int | None) -> dict[str, int]:
+    """How far to each side flash attention looks."""
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
 
 def _has_flash(query: torch.Tensor) -> bool:
@@ -203,17 +228,18 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], scaling: float
-    ) -> torch.Tensor:
-        ctx.attended = attend(query, key, value, lengths, scaling)
-        ctx.inputs = query, key, value, lengths, scaling
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...],
+        scaling: float, window: int | None,
+    ) -> torch.Tensor:  # fmt: skip
+        ctx.attended = attend(query, key, value, lengths, scaling, window)
+        ctx.inputs = query, key, value, lengths, scaling, window
         out: torch.Tensor = ctx.attended.out
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[Any, ...]:
         found = attend_backward(ctx.attended, d_out.contiguous(), *ctx.inputs)
-        return *(part.flatten(0, 1) for part in found), None, None
+        return *(part.flatten(0, 1) for part in found), None, None, None
 
 
 @lru_cache(maxsize=4)

@@ -1,195 +1,215 @@
-"""One decoder layer as a forward and a backward, its saved tensors named: the Llama family (Llama, Mistral, Qwen 2).
+"""What layers of every family share: where tokens stand, what is saved and where it waits, and attention's half.
 
-    h = x + o(attention(rotate(qkv(norm(x)))))          y = h + down(swiglu(gate_up(norm(h))))
-
-What the backward needs is either saved (`Saved`) or made again from it by one pass over memory: the norms' outputs
-and SwiGLU's product are never kept. Keeping `gate_up` is the lever of memory: it is 61% of what a Llama-3 layer saves;
-a layer may have it wait in the computer's memory, or make it again by one product instead (`gate_up_waits`).
+A layer is a forward and a backward with its saved tensors named. What the backward needs is saved, or made again from
+what is: the norms' outputs and the activation's product are never kept, as one pass over memory makes them again.
+Of the rest, a `Placement` says by name what stays on the GPU, what waits in the computer's memory, and what is let go.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch import nn
 
 from afina.engine.attention import Attended, attend, attend_backward
-from afina.engine.elementwise import (
-    gather_rotated,
-    rms_norm,
-    rms_norm_backward,
-    rotate,
-    swiglu,
-    swiglu_backward,
-)
+from afina.engine.elementwise import Norm, gather_rotated, head_norms, head_norms_backward, norm, rotate
 from afina.engine.offload import Offload, Parked
-from afina.engine.products import Product, Scratch, make_product
+from afina.engine.products import Product
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Where each token stands: the samples' lengths and the angles' cosines and sines, (tokens, width / 2) fp32."""
+    """Where each token stands: the samples' lengths and the angles' cosines and sines, (tokens, half) fp32.
+
+    seed: of the adapters' dropout in this micro-batch; None where nothing is dropped.
+    """
 
     lengths: tuple[int, ...]
     cos: torch.Tensor
     sin: torch.Tensor
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """By name, what of a layer's saved tensors waits `away`, in the computer's memory, and what is made `again`."""
+
+    away: frozenset[str] = frozenset()
+    again: frozenset[str] = frozenset()
+
+
+HERE = Placement()
+"""Everything stays on the GPU."""
 
 
 @dataclass
 class Saved:
-    """What a layer's forward leaves for its backward; tokens first in every shape.
+    """What a layer's forward leaves for its backward: by name, here, away, or None when it is to be made again."""
 
-    x: (tokens, hidden) the layer's input. qkv: (tokens, columns) with positions turned in. attended: attention's own.
-    h: (tokens, hidden). gate_up: (tokens, 2 intermediate), or None when it is made again. low_*: x A^T of each product.
-    """
-
-    x: torch.Tensor
-    qkv: torch.Tensor
+    tensors: dict[str, torch.Tensor | Parked | None]
     attended: Attended
-    h: torch.Tensor
-    gate_up: torch.Tensor | Parked | None
-    low_qkv: torch.Tensor
-    low_o: torch.Tensor
-    low_gate_up: torch.Tensor
-    low_down: torch.Tensor
+    lows: dict[str, torch.Tensor]
 
 
 @dataclass
-class Block:
-    """A layer's products and norms, shared with the transformers layer it was made from."""
+class Attention:
+    """What a layer's attention is made of, beside its products. heads: of queries, and of keys (and values)."""
 
-    qkv: Product
-    o: Product
-    gate_up: Product
-    down: Product
-    norm_attention: torch.Tensor
-    norm_mlp: torch.Tensor
-    eps: float
-    heads: int
-    kv_heads: int
-    head_width: int
-    gate_up_waits: Literal["here", "away", "not"] = "here"
+    heads: tuple[int, int]
+    width: int
+    scaling: float
+    window: int | None = None
+    norms: tuple[Norm, Norm] | None = None
+
+    @property
+    def columns(self) -> int:
+        """Of queries, keys and values together."""
+        return (self.heads[0] + 2 * self.heads[1]) * self.width
+
+    def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views (tokens, heads, width) of queries, keys and values; qkv: (tokens, columns), any rows."""
+        parts = qkv.unflatten(1, (self.heads[0] + 2 * self.heads[1], self.width))
+        query, key, value = parts.split([self.heads[0], self.heads[1], self.heads[1]], dim=1)
+        return query, key, value
+
+    def turned(self, qkv: torch.Tensor, at: Positions) -> torch.Tensor:
+        """Queries and keys normed where the family does so, and positions turned in; in place where it can be."""
+        if self.norms is not None:
+            qkv = head_norms(qkv, self.norms, self.heads, torch.empty_like(qkv))
+        return rotate(qkv, at.cos, at.sin, sum(self.heads), self.width)
+
+    def attend(self, turned: torch.Tensor, at: Positions) -> Attended:
+        """Causal attention inside each sample, over what `turned` made."""
+        return attend(*self.split(turned), at.lengths, self.scaling, self.window)
+
+    def backward(
+        self, attended: Attended, d_out: torch.Tensor, raw: torch.Tensor, at: Positions, d_qkv: torch.Tensor
+    ) -> None:
+        """Write the gradient of qkv into d_qkv (tokens, columns); raw: as saved, before its norms if it has any."""
+        turned = self.turned(raw, at) if self.norms is not None else raw
+        d_out = d_out.view(attended.out.shape)
+        d_heads = attend_backward(attended, d_out, *self.split(turned), at.lengths, self.scaling, self.window)
+        gather_rotated(d_heads, at.cos, at.sin, d_qkv)
+        if self.norms is not None:
+            head_norms_backward(d_qkv, raw, self.norms, self.heads)
+
+
+@dataclass(kw_only=True, eq=False)
+class Block:
+    """A decoder layer. `number` counts them; `rows_at_once` cuts what the widest products make, 0 for no cuts."""
+
+    attention: Attention
+    number: int = 0
+    placement: Placement = HERE
     offload: Offload | None = None
+    rows_at_once: int = 0
 
     @property
     def products(self) -> tuple[Product, ...]:
-        """All four, in the order in which `backward` returns gradients."""
-        return self.qkv, self.o, self.gate_up, self.down
+        """In the order in which `backward` returns gradients."""
+        raise NotImplementedError
 
     @property
-    def scaling(self) -> float:
-        """Of attention's scores."""
-        return float(self.head_width**-0.5)
+    def norms(self) -> tuple[Norm, ...]:
+        """Whose gradients follow those of the products."""
+        raise NotImplementedError
 
     def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
         """x: (tokens, hidden). Returns the layer's output, and what the backward needs when `save`."""
-        wide = self._normed(x, self.norm_attention, self.qkv)
-        qkv = self.qkv.forward(wide)
-        low_qkv = self.qkv.low_of(wide)
-        rotate(qkv, at.cos, at.sin, self.heads + self.kv_heads)
-        attended = attend(*self._split(qkv), at.lengths, self.scaling)
-        h, low_o = self.o.forward_narrow(attended.out.flatten(1), residual=x)
-
-        wide = self._normed(h, self.norm_mlp, self.gate_up)
-        gate_up = self.gate_up.forward(wide)
-        low_gate_up = self.gate_up.low_of(wide)
-        wide = x.new_empty(x.shape[0], self.down.k + self.down.r)
-        swiglu(gate_up, wide[:, : self.down.k])
-        y = self.down.forward(wide, residual=h)
-        if not save:
-            return y, None
-        kept: torch.Tensor | Parked | None = gate_up if self.gate_up_waits == "here" else None
-        if self.gate_up_waits == "away" and self.offload is not None:
-            kept = self.offload.send(gate_up)
-        return y, Saved(x, qkv, attended, h, kept, low_qkv, low_o, low_gate_up, self.down.low_of(wide))
+        raise NotImplementedError
 
     def backward(
         self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """wide_dy: (tokens, hidden + down.r), the output's gradient in its first columns.
+        """wide_dy: (tokens, hidden + last.r), the output's gradient in its first columns.
 
-        Returns dx in rows with `below` extra columns (None: the first layer, whose dx nobody needs), and the adapters'
-        gradients, product by product in the order of `products`.
+        Returns dx in rows with `below` extra columns (None: nobody needs it), and the gradients of what learns, product
+        by product, then norm by norm.
         """
-        hidden = saved.x.shape[1]
-        n = saved.x.new_empty(saved.x.shape)
+        raise NotImplementedError
 
-        gate_up = self._again(saved)
-        self.down.widen(wide_dy)
-        d_act = self.down.backward(wide_dy)
-        wide_d = self._room(saved.x, self.gate_up)
-        act = swiglu_backward(d_act, gate_up, wide_d[:, : self.gate_up.n])
-        saved.gate_up = None
-        of_down = self.down.gradients(wide_dy, act, saved.low_down)
-        del d_act, act, gate_up
-        self.gate_up.widen(wide_d)
-        d_n = self.gate_up.backward(wide_d)
-        wide_dh = self._room(saved.x, self.o)
-        rms_norm_backward(d_n, saved.h, self.norm_mlp, self.eps, wide_dh[:, :hidden], residual=wide_dy[:, :hidden], y=n)
-        of_gate_up = self.gate_up.gradients(wide_d, n, saved.low_gate_up)
+    @property
+    def last(self) -> Product:
+        """The product whose extra columns the output's gradient must have room for."""
+        return self.products[-1]
 
-        self.o.widen(wide_dh)
-        d_out = self.o.backward(wide_dh)
-        of_o = self.o.gradients(wide_dh, saved.attended.out.flatten(1), saved.low_o)
-        wide_d = self._room(saved.x, self.qkv)
-        heads = self._split(saved.qkv)
-        d_heads = attend_backward(saved.attended, d_out.view_as(saved.attended.out), *heads, at.lengths, self.scaling)
-        gather_rotated(d_heads, at.cos, at.sin, wide_d[:, : self.qkv.n])
-        self.qkv.widen(wide_d)
-        dx = None
-        if below is not None:
-            d_n = self.qkv.backward(wide_d)
-            dx = saved.x.new_empty(saved.x.shape[0], hidden + below)
-            rms_norm_backward(
-                d_n, saved.x, self.norm_attention, self.eps, dx[:, :hidden], residual=wide_dh[:, :hidden], y=n
-            )
-        else:
-            rms_norm(saved.x, self.norm_attention, self.eps, n)
-        of_qkv = self.qkv.gradients(wide_d, n, saved.low_qkv)
-        return dx, [*of_qkv, *of_o, *of_gate_up, *of_down]
+    def parameters(self) -> list[nn.Parameter]:
+        """What learns, in the order of `backward`'s gradients."""
+        found = [parameter for product in self.products for parameter in product.parameters()]
+        return found + [parameter for by in self.norms for parameter in by.learnt]
 
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor, product: Product) -> torch.Tensor:
-        """The norm of x in rows that hold the product's extra columns."""
-        wide = x.new_empty(x.shape[0], product.k + product.r)
-        rms_norm(x, weight, self.eps, wide[:, : product.k])
-        return wide
+    def saves(self, tokens: int) -> dict[str, int]:
+        """Elements of each tensor that is saved by name."""
+        raise NotImplementedError
+
+    def keep(self, attended: Attended, lows: dict[str, torch.Tensor], **tensors: torch.Tensor | None) -> Saved:
+        """What is saved, each where the placement says; `attended.out` goes with `out`."""
+        kept: dict[str, torch.Tensor | Parked | None] = {}
+        for name, tensor in {**tensors, "out": attended.out}.items():
+            if tensor is None or name in self.placement.again:
+                kept[name] = None
+            elif name in self.placement.away and self.offload is not None:
+                kept[name] = self.offload.send(tensor)
+            else:
+                kept[name] = tensor
+        if "out" in self.placement.away and self.offload is not None:
+            attended.out = attended.out.new_empty(0)
+        return Saved(kept, attended, lows)
 
     def expect(self, saved: Saved) -> None:
         """This layer's backward comes soon: what waits away may begin its way back."""
-        if isinstance(saved.gate_up, Parked) and self.offload is not None:
-            self.offload.begin_fetch(saved.gate_up)
+        for tensor in saved.tensors.values():
+            if isinstance(tensor, Parked) and self.offload is not None:
+                self.offload.begin_fetch(tensor)
 
-    def _again(self, saved: Saved) -> torch.Tensor:
-        """gate_up, as kept, fetched or made again."""
-        if isinstance(saved.gate_up, Parked) and self.offload is not None:
-            return self.offload.fetch(saved.gate_up)
-        if isinstance(saved.gate_up, torch.Tensor):
-            return saved.gate_up
-        return self.gate_up.forward(self._normed(saved.h, self.norm_mlp, self.gate_up))
+    def take(self, saved: Saved, name: str) -> torch.Tensor | None:
+        """A saved tensor, and no longer saved; None when it is to be made again."""
+        tensor = saved.tensors.pop(name)
+        if isinstance(tensor, Parked) and self.offload is not None:
+            tensor = self.offload.fetch(tensor)
+        return tensor if isinstance(tensor, torch.Tensor) else None
 
-    def _room(self, x: torch.Tensor, product: Product) -> torch.Tensor:
-        """Rows for a gradient of the product's output, and the extra columns."""
-        return x.new_empty(x.shape[0], product.n + product.r)
+    def bring_out(self, saved: Saved) -> torch.Tensor:
+        """Attention's output (tokens, columns), back in its place."""
+        out = self.take(saved, "out")
+        if out is None:
+            raise RuntimeError("attention is not made again")
+        saved.attended.out = out
+        return out.flatten(1)
 
-    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Views (tokens, heads, width) of queries, keys and values."""
-        parts = qkv.view(qkv.shape[0], self.heads + 2 * self.kv_heads, self.head_width)
-        query, key, value = parts.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        return query, key, value
+    def seed(self, at: Positions, product: Product) -> int | None:
+        """Of the dropout before one of this layer's products."""
+        return None if at.seed is None else at.seed + 8 * self.number + self.products.index(product)
+
+    def chunks(self, tokens: int) -> list[slice]:
+        """The rows that go through the widest products together."""
+        step = self.rows_at_once or tokens
+        return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
-def make_block(layer: Any, config: Any, scratch: Scratch, dtype: torch.dtype) -> Block:
-    """From a transformers decoder layer, whose weights become views of the block's."""
-    attention, mlp = layer.self_attn, layer.mlp
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Block(
-        qkv=make_product([attention.q_proj, attention.k_proj, attention.v_proj], scratch, dtype),
-        o=make_product([attention.o_proj], scratch, dtype),
-        gate_up=make_product([mlp.gate_proj, mlp.up_proj], scratch, dtype),
-        down=make_product([mlp.down_proj], scratch, dtype),
-        norm_attention=layer.input_layernorm.weight.detach().to(dtype),
-        norm_mlp=layer.post_attention_layernorm.weight.detach().to(dtype),
-        eps=float(config.rms_norm_eps),
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_width=width,
-    )
+def normed(x: torch.Tensor, by: Norm, product: Product) -> torch.Tensor:
+    """The norm of x in rows that hold the product's extra columns."""
+    wide = x.new_empty(x.shape[0], product.k + product.r)
+    norm(x, by, wide[:, : product.k])
+    return wide
+
+
+def room(x: torch.Tensor, product: Product) -> torch.Tensor:
+    """Rows for a gradient of the product's output, and the extra columns."""
+    return x.new_empty(x.shape[0], product.n + product.r)
+
+
+def added(sums: list[torch.Tensor], more: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Sums over chunks; the first chunk's are taken as they are."""
+    return [total.add_(part) for total, part in zip(sums, more, strict=True)] if sums else list(more)
+
+
+def norm_of(layer_norm: Any, eps: float, dtype: torch.dtype, *, centred: bool = False) -> Norm:
+    """From a norm of transformers, which keeps its own weights."""
+    weight, bias = layer_norm.weight, getattr(layer_norm, "bias", None)
+    learnt = tuple(part for part in (weight, bias) if part is not None and part.requires_grad)
+    if weight.dtype == dtype:
+        return Norm(weight.detach(), eps, None if bias is None else bias.detach(), centred, learnt)
+    bias = None if bias is None else bias.detach().to(dtype)
+    return Norm(weight.detach().to(dtype), eps, bias, centred, learnt)

@@ -1,4 +1,4 @@
-"""What stands between the products: RMS norm, rotary positions, SwiGLU, cross-entropy; forward and backward.
+"""What stands between the products: norms, rotary positions, SwiGLU, GELU, cross-entropy; forward and backward.
 
 Each is one pass over memory: a Triton kernel on a GPU (kernels.py), the plain twin here elsewhere. The twins are the
 definition: the tests hold the kernels to them. Statistics, angles and logits are fp32 (or wider) in both. `out` may be
@@ -6,64 +6,144 @@ a part of wider rows, so that a product finds its input where it wants it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
-    """out = weight * x / rms(x) (Zhang & Sennrich, 2019, arXiv:1910.07467). x, out: (rows, width)."""
+@dataclass
+class Norm:
+    """A layer norm (Ba et al., 2016, arXiv:1607.06450), or an RMS norm (Zhang & Sennrich, 2019, arXiv:1910.07467).
+
+    weight, bias: (width,) in the dtype that is computed in; `learnt` are the parameters behind them, where they learn.
+    """
+
+    weight: torch.Tensor
+    eps: float
+    bias: torch.Tensor | None = None
+    centred: bool = False
+    learnt: tuple[torch.nn.Parameter, ...] = ()
+
+    def refresh(self) -> None:
+        """Take over what has learnt."""
+        for place, parameter in zip((self.weight, self.bias), self.learnt, strict=False):
+            if place is not None:
+                place.copy_(parameter.detach())
+
+
+def norm(x: torch.Tensor, by: Norm, out: torch.Tensor) -> torch.Tensor:
+    """out = weight * (x - mean) / deviation + bias; an RMS norm takes no mean away. x, out: (rows, width)."""
     if x.is_cuda:
         from afina.engine import kernels
 
-        return kernels.rms_norm(x, weight, eps, out)
-    wide = _at_least_fp32(x)
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return out.copy_(weight * normed.to(x.dtype))
+        return kernels.norm(x, by, out)
+    normed, _inverse = _normed(x, by)
+    return out.copy_(_scaled(normed, by, x.dtype))
 
 
-def rms_norm_backward(
+def norm_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
+    by: Norm,
     dx: torch.Tensor,
     *,
     residual: torch.Tensor | None = None,
     y: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """dx of `rms_norm`, plus `residual` where the input also went past the norm; `y` receives the output again."""
-    if x.is_cuda:
-        from afina.engine import kernels
+) -> list[torch.Tensor]:
+    """dx of `norm`, plus `residual` where the input also went past it; `y` receives the output again.
 
-        return kernels.rms_norm_backward(dy, x, weight, eps, dx, residual, y)
-    wide, scaled = _at_least_fp32(x), _at_least_fp32(dy) * weight
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    normed = wide * inverse
-    found = inverse * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
-    if residual is not None:
-        found = found + residual
-    if y is not None:
-        y.copy_(weight * normed.to(x.dtype))
-    return dx.copy_(found)
-
-
-def rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, *, backward: bool = False
-) -> torch.Tensor:
-    """Turn the first `heads` heads of each row by its position's angles, in place (Su et al., 2021, arXiv:2104.09864).
-
-    x: (tokens, columns), cos, sin: (tokens, width / 2) fp32. Halves of a head are turned against each other, as
-    transformers does. `backward` turns back, which is also the gradient.
+    Returns the gradients of what learns in the norm, (width,) at least fp32.
     """
     if x.is_cuda:
         from afina.engine import kernels
 
-        return kernels.rotate(x, cos, sin, heads, backward)
+        return kernels.norm_backward(dy, x, by, dx, residual, y)
+    normed, inverse = _normed(x, by)
+    wide = _at_least_fp32(dy)
+    scaled = wide * by.weight
+    found = scaled - normed * (scaled * normed).mean(-1, keepdim=True)
+    if by.centred:
+        found = found - scaled.mean(-1, keepdim=True)
+    found = found * inverse
+    if residual is not None:
+        found = found + residual
+    if y is not None:
+        y.copy_(_scaled(normed, by, x.dtype))
+    dx.copy_(found)
+    return [(wide * normed).sum(0), wide.sum(0)][: len(by.learnt)]
+
+
+def _normed(x: torch.Tensor, by: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = _at_least_fp32(x)
+    if by.centred:
+        wide = wide - wide.mean(-1, keepdim=True)
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + by.eps)
+    return wide * inverse, inverse
+
+
+def _scaled(normed: torch.Tensor, by: Norm, dtype: torch.dtype) -> torch.Tensor:
+    """As transformers rounds: an RMS norm before its weight, a layer norm after weight and bias."""
+    if not by.centred:
+        return by.weight * normed.to(dtype)
+    return normed * by.weight + (0 if by.bias is None else by.bias)
+
+
+def head_norms(x: torch.Tensor, norms: Sequence[Norm], heads: Sequence[int], out: torch.Tensor) -> torch.Tensor:
+    """Norm each head of queries and keys (Qwen 3) into `out`; values are copied. x, out: (tokens, columns).
+
+    heads: how many heads queries and keys have; norms: one for each.
+    """
+    width = norms[0].weight.numel()
+    if x.is_cuda:
+        from afina.engine import kernels
+
+        return kernels.head_norms(x, norms, heads, out)
+    out.copy_(x)
+    first = 0
+    for by, count in zip(norms, heads, strict=True):
+        place = slice(first * width, (first + count) * width)
+        part = x[:, place].unflatten(1, (count, width))
+        out[:, place] = _scaled(_normed(part, by)[0], by, x.dtype).flatten(1)
+        first += count
+    return out
+
+
+def head_norms_backward(d: torch.Tensor, x: torch.Tensor, norms: Sequence[Norm], heads: Sequence[int]) -> torch.Tensor:
+    """Turn the gradient of `head_norms`' output into that of its input, in place. d, x: (tokens, columns)."""
+    width = norms[0].weight.numel()
+    if x.is_cuda:
+        from afina.engine import kernels
+
+        return kernels.head_norms_backward(d, x, norms, heads)
+    first = 0
+    for by, count in zip(norms, heads, strict=True):
+        place = slice(first * width, (first + count) * width)
+        part = x[:, place].unflatten(1, (count, width)).flatten(0, 1)
+        slope = d[:, place].unflatten(1, (count, width)).flatten(0, 1)
+        found = torch.empty_like(part)
+        norm_backward(slope, part, by, found)
+        d[:, place] = found.unflatten(0, (d.shape[0], count)).flatten(1)
+        first += count
+    return d
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, width: int, *, backward: bool = False
+) -> torch.Tensor:
+    """Turn the first `heads` heads of each row by its position's angles, in place (Su et al., 2021, arXiv:2104.09864).
+
+    x: (tokens, columns), cos, sin: (tokens, half) fp32, where the first 2 half of a head's `width` are turned, its
+    halves against each other, as transformers does. `backward` turns back, which is also the gradient.
+    """
+    if x.is_cuda:
+        from afina.engine import kernels
+
+        return kernels.rotate(x, cos, sin, heads, width, backward)
     half = cos.shape[1]
-    turned = x[:, : heads * 2 * half].unflatten(1, (heads, 2, half))
-    first, second = _at_least_fp32(turned[:, :, 0]), _at_least_fp32(turned[:, :, 1])
+    turned = x[:, : heads * width].unflatten(1, (heads, width))
+    first, second = _at_least_fp32(turned[:, :, :half]), _at_least_fp32(turned[:, :, half : 2 * half])
     c, s = cos[:, None], -sin[:, None] if backward else sin[:, None]
-    turned[:, :, 0], turned[:, :, 1] = first * c - second * s, second * c + first * s
+    turned[:, :, :half], turned[:, :, half : 2 * half] = first * c - second * s, second * c + first * s
     return x
 
 
@@ -79,7 +159,8 @@ def gather_rotated(
 
         return kernels.gather_rotated(d_heads, cos, sin, out)
     out.copy_(torch.cat([part.flatten(0, 1).flatten(1) for part in d_heads], dim=1))
-    return rotate(out, cos, sin, d_heads[0].shape[2] + d_heads[1].shape[2], backward=True)
+    heads, width = d_heads[0].shape[2:]
+    return rotate(out, cos, sin, heads + d_heads[1].shape[2], width, backward=True)
 
 
 def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -105,6 +186,26 @@ def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor, d_gate_up: torch.Ten
     d_gate_up[:, :width] = wide * up * (sigmoid + silu * (1 - sigmoid))
     d_gate_up[:, width : 2 * width] = wide * silu
     return d.copy_(silu * up)
+
+
+def gelu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = gelu(x) by tanh, Phi's (Hendrycks & Gimpel, 2016, arXiv:1606.08415). x, out: (rows, width)."""
+    if x.is_cuda:
+        from afina.engine import kernels
+
+        return kernels.gelu(x, out)
+    return out.copy_(torch.nn.functional.gelu(_at_least_fp32(x), approximate="tanh"))
+
+
+def gelu_backward(d: torch.Tensor, x: torch.Tensor, d_x: torch.Tensor) -> torch.Tensor:
+    """Write the gradient of x; `d` (rows, width) then holds the forward's output again. Returns `d`."""
+    if x.is_cuda:
+        from afina.engine import kernels
+
+        return kernels.gelu_backward(d, x, d_x)
+    wide = _at_least_fp32(x)
+    d_x.copy_(torch.ops.aten.gelu_backward(_at_least_fp32(d), wide, approximate="tanh"))
+    return d.copy_(torch.nn.functional.gelu(wide, approximate="tanh"))
 
 
 def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

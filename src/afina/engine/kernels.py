@@ -12,82 +12,188 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from afina.engine.nf4 import Nf4
+    from afina.engine.elementwise import Norm
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
-    """See elementwise.rms_norm."""
+def norm(x: torch.Tensor, by: "Norm", out: torch.Tensor) -> torch.Tensor:
+    """See elementwise.norm."""
     rows, width = x.shape
     block = triton.next_power_of_2(width)
-    _rms_norm[(rows,)](x, x.stride(0), weight, out, out.stride(0), width, eps, block, num_warps=_warps(block))
+    bias = by.weight if by.bias is None else by.bias
+    _norm[(rows,)](
+        x, x.stride(0), by.weight, bias, out, out.stride(0), width, by.eps, block, by.centred, by.bias is not None,
+        num_warps=_warps(block),
+    )  # fmt: skip
     return out
 
 
 @triton.jit
-def _rms_norm(x, x_stride, w, y, y_stride, width, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
-    weight = tl.load(w + columns, mask=inside, other=0.0)
-    normed = (value * inverse).to(y.dtype.element_ty)
-    tl.store(y + row * y_stride + columns, weight * normed, mask=inside)
-
-
-def rms_norm_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    dx: torch.Tensor,
-    residual: torch.Tensor | None,
-    y: torch.Tensor | None,
-) -> torch.Tensor:
-    """See elementwise.rms_norm_backward."""
-    rows, width = x.shape
-    block = triton.next_power_of_2(width)
-    past, again = dy if residual is None else residual, dx if y is None else y
-    _rms_norm_backward[(rows,)](
-        dy, dy.stride(0), x, x.stride(0), weight, past, past.stride(0), dx, dx.stride(0), again, again.stride(0),
-        width, eps, block, residual is not None, y is not None, num_warps=_warps(block),
-    )  # fmt: skip
-    return dx
-
-
-@triton.jit
-def _rms_norm_backward(
-    dy, dy_stride, x, x_stride, w, past, past_stride, dx, dx_stride, y, y_stride,
-    width, eps, BLOCK: tl.constexpr, HAS_PAST: tl.constexpr, HAS_Y: tl.constexpr,
+def _norm(
+    x, x_stride, w, b, y, y_stride, width, eps, BLOCK: tl.constexpr, CENTRED: tl.constexpr, HAS_BIAS: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(w + columns, mask=inside, other=0.0)
-    scaled = tl.load(dy + row * dy_stride + columns, mask=inside, other=0.0).to(tl.float32) * weight.to(tl.float32)
+    if CENTRED:
+        value = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
     inverse = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
-    normed = value * inverse
-    found = inverse * (scaled - normed * (tl.sum(scaled * normed, axis=0) / width))
-    if HAS_PAST:
-        found += tl.load(past + row * past_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    if HAS_Y:
-        tl.store(y + row * y_stride + columns, weight * normed.to(y.dtype.element_ty), mask=inside)
-    tl.store(dx + row * dx_stride + columns, found, mask=inside)
+    weight = tl.load(w + columns, mask=inside, other=0.0)
+    if CENTRED:
+        normed = value * inverse * weight.to(tl.float32)
+        if HAS_BIAS:
+            normed += tl.load(b + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + row * y_stride + columns, normed, mask=inside)
+    else:
+        rounded = (value * inverse).to(y.dtype.element_ty).to(tl.float32)  # as transformers rounds
+        tl.store(y + row * y_stride + columns, weight.to(tl.float32) * rounded, mask=inside)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, backward: bool) -> torch.Tensor:
+def norm_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    by: "Norm",
+    dx: torch.Tensor,
+    residual: torch.Tensor | None,
+    y: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """See elementwise.norm_backward. What the weights learn is summed by program, then over programs."""
+    rows, width = x.shape
+    block = triton.next_power_of_2(width)
+    past, again = dy if residual is None else residual, dx if y is None else y
+    bias = by.weight if by.bias is None else by.bias
+    programs = min(rows, 1024) if by.learnt else rows
+    sums = torch.empty(2 if by.learnt else 0, programs, width, dtype=torch.float32, device=x.device)
+    _norm_backward[(programs,)](
+        dy, dy.stride(0), x, x.stride(0), by.weight, bias, past, past.stride(0), dx, dx.stride(0),
+        again, again.stride(0), sums, rows, width, by.eps, block, by.centred, by.bias is not None,
+        residual is not None, y is not None, bool(by.learnt), num_warps=_warps(block),
+    )  # fmt: skip
+    return list(sums.sum(1))[: len(by.learnt)] if by.learnt else []
+
+
+@triton.jit
+def _norm_backward(
+    dy, dy_stride, x, x_stride, w, b, past, past_stride, dx, dx_stride, y, y_stride, sums, rows, width, eps,
+    BLOCK: tl.constexpr, CENTRED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, HAS_Y: tl.constexpr,
+    LEARNS: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    weight = tl.load(w + columns, mask=inside, other=0.0)
+    of_weight = tl.zeros((BLOCK,), tl.float32)
+    of_bias = tl.zeros((BLOCK,), tl.float32)
+    everywhere = inside
+    for turn in range(0, tl.cdiv(rows, tl.num_programs(0))):
+        row = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
+        inside = columns < tl.where(row < rows, width, 0)
+        value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        if CENTRED:
+            value = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
+        slope = tl.load(dy + row * dy_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        scaled = slope * weight.to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+        normed = value * inverse
+        found = scaled - normed * (tl.sum(scaled * normed, axis=0) / width)
+        if CENTRED:
+            found -= tl.sum(scaled, axis=0) / width
+        found = found * inverse
+        if HAS_PAST:
+            found += tl.load(past + row * past_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        if HAS_Y:
+            if CENTRED:
+                again = normed * weight.to(tl.float32)
+                if HAS_BIAS:
+                    again += tl.load(b + columns, mask=inside, other=0.0).to(tl.float32)
+                tl.store(y + row * y_stride + columns, again, mask=inside)
+            else:
+                rounded = normed.to(y.dtype.element_ty).to(tl.float32)
+                tl.store(y + row * y_stride + columns, weight.to(tl.float32) * rounded, mask=inside)
+        tl.store(dx + row * dx_stride + columns, found, mask=inside)
+        if LEARNS:
+            of_weight += slope * normed
+            of_bias += slope
+    if LEARNS:
+        place = sums + tl.program_id(0).to(tl.int64) * width + columns
+        tl.store(place, of_weight, mask=everywhere)
+        tl.store(place + tl.num_programs(0).to(tl.int64) * width, of_bias, mask=everywhere)
+
+
+def head_norms(x: torch.Tensor, norms: Sequence["Norm"], heads: Sequence[int], out: torch.Tensor) -> torch.Tensor:
+    """See elementwise.head_norms."""
+    _head_norms[_head_grid(x, norms)](
+        x, x.stride(0), x, x.stride(0), out, out.stride(0), norms[0].weight, norms[1].weight, *heads,
+        x.shape[1] // norms[0].weight.numel(), norms[0].weight.numel(), norms[0].eps, HEADS,
+        triton.next_power_of_2(norms[0].weight.numel()), False, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def head_norms_backward(
+    d: torch.Tensor, x: torch.Tensor, norms: Sequence["Norm"], heads: Sequence[int]
+) -> torch.Tensor:
+    """See elementwise.head_norms_backward."""
+    _head_norms[_head_grid(x, norms)](
+        x, x.stride(0), d, d.stride(0), d, d.stride(0), norms[0].weight, norms[1].weight, *heads,
+        x.shape[1] // norms[0].weight.numel(), norms[0].weight.numel(), norms[0].eps, HEADS,
+        triton.next_power_of_2(norms[0].weight.numel()), True, num_warps=4,
+    )  # fmt: skip
+    return d
+
+
+HEADS = 8
+"""Heads that one program norms."""
+
+
+def _head_grid(x: torch.Tensor, norms: Sequence["Norm"]) -> tuple[int, int]:
+    return x.shape[0], triton.cdiv(x.shape[1] // norms[0].weight.numel(), HEADS)
+
+
+@triton.jit
+def _head_norms(
+    x, x_stride, d, d_stride, out, out_stride, w_q, w_k, heads, kv_heads, all_heads, width, eps,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (head < all_heads) & (column < width)
+    place = head * width + column
+    value = tl.load(x + token * x_stride + place, mask=inside, other=0.0)
+    wide = value.to(tl.float32)
+    of_q = tl.load(w_q + column, mask=column < width, other=0.0)
+    of_k = tl.load(w_k + column, mask=column < width, other=0.0)
+    weight = tl.where(head < heads, of_q, of_k)
+    inverse = tl.rsqrt(tl.sum(wide * wide, axis=1) / width + eps)[:, None]
+    normed = wide * inverse
+    is_normed = head < heads + kv_heads
+    if BACKWARD:
+        slope = tl.load(d + token * d_stride + place, mask=inside, other=0.0)
+        scaled = slope.to(tl.float32) * weight.to(tl.float32)
+        found = inverse * (scaled - normed * (tl.sum(scaled * normed, axis=1) / width)[:, None])
+        tl.store(out + token * out_stride + place, found, mask=inside & is_normed)
+    else:
+        rounded = normed.to(out.dtype.element_ty).to(tl.float32)
+        found = tl.where(is_normed, weight.to(tl.float32) * rounded, wide)
+        tl.store(out + token * out_stride + place, found, mask=inside)
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, width: int, backward: bool
+) -> torch.Tensor:
     """See elementwise.rotate."""
     tokens, half = cos.shape
     group = max(1, 1024 // triton.next_power_of_2(half))
     grid = (tokens, triton.cdiv(heads, group))
-    _rotate[grid](x, x.stride(0), cos, sin, half, heads, group, triton.next_power_of_2(half), backward, num_warps=4)
+    _rotate[grid](
+        x, x.stride(0), cos, sin, half, width, heads, group, triton.next_power_of_2(half), backward, num_warps=4
+    )
     return x
 
 
 @triton.jit
 def _rotate(
-    x, x_stride, cos, sin, half, heads, GROUP: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr
+    x, x_stride, cos, sin, half, width, heads, GROUP: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]
@@ -97,7 +203,7 @@ def _rotate(
     s = tl.load(sin + token * half + column, mask=column < half, other=0.0)
     if BACKWARD:
         s = -s
-    place = x + token * x_stride + head * 2 * half + column
+    place = x + token * x_stride + head * width + column
     first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
     tl.store(place, first * c - second * s, mask=inside)
@@ -110,12 +216,13 @@ def gather_rotated(
     """See elementwise.gather_rotated."""
     q, k, v = d_heads
     length, heads, width = q.shape[1:]
-    group = max(1, 1024 // triton.next_power_of_2(width // 2))
+    block = triton.next_power_of_2(width)
+    group = max(1, 2048 // block)
     grid = (out.shape[0], triton.cdiv(heads + 2 * k.shape[2], group))
     _gather_rotated[grid](
         q, q.stride(0), q.stride(1), q.stride(2), k, k.stride(0), k.stride(1), k.stride(2),
-        v, v.stride(0), v.stride(1), v.stride(2), cos, sin, out, out.stride(0), length, heads, k.shape[2], width // 2,
-        group, triton.next_power_of_2(width // 2), num_warps=4,
+        v, v.stride(0), v.stride(1), v.stride(2), cos, sin, out, out.stride(0), length, heads, k.shape[2], width,
+        cos.shape[1], group, block, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -123,7 +230,7 @@ def gather_rotated(
 @triton.jit
 def _gather_rotated(
     q, q_sample, q_token, q_head, k, k_sample, k_token, k_head, v, v_sample, v_token, v_head,
-    cos, sin, out, out_stride, length, heads, kv_heads, half, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    cos, sin, out, out_stride, length, heads, kv_heads, width, half, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     sample, place = token // length, token % length
@@ -131,22 +238,22 @@ def _gather_rotated(
     column = tl.arange(0, BLOCK)[None, :]
     is_q, is_k = head < heads, (head >= heads) & (head < heads + kv_heads)
     is_v = (head >= heads + kv_heads) & (head < heads + 2 * kv_heads)
-    inside = column < half
-    from_q = q + sample * q_sample + place * q_token + head * q_head + column
-    from_k = k + sample * k_sample + place * k_token + (head - heads) * k_head + column
-    from_v = v + sample * v_sample + place * v_token + (head - heads - kv_heads) * v_head + column
-    first = tl.load(from_q, mask=is_q & inside, other=0.0).to(tl.float32)
-    first += tl.load(from_k, mask=is_k & inside, other=0.0).to(tl.float32)
-    first += tl.load(from_v, mask=is_v & inside, other=0.0).to(tl.float32)
-    second = tl.load(from_q + half, mask=is_q & inside, other=0.0).to(tl.float32)
-    second += tl.load(from_k + half, mask=is_k & inside, other=0.0).to(tl.float32)
-    second += tl.load(from_v + half, mask=is_v & inside, other=0.0).to(tl.float32)
-    c = tl.where(is_v, 1.0, tl.load(cos + token * half + column, mask=inside, other=0.0))
-    s = tl.where(is_v, 0.0, tl.load(sin + token * half + column, mask=inside, other=0.0))
-    here = out + token * out_stride + head * 2 * half + column
+    inside, turns = column < width, (column < 2 * half) & (head < heads + kv_heads)
+    other = tl.where(column < half, column + half, column - half)  # what a turned column is turned against
+    from_q = q + sample * q_sample + place * q_token + head * q_head
+    from_k = k + sample * k_sample + place * k_token + (head - heads) * k_head
+    from_v = v + sample * v_sample + place * v_token + (head - heads - kv_heads) * v_head
+    own = tl.load(from_q + column, mask=is_q & inside, other=0.0).to(tl.float32)
+    own += tl.load(from_k + column, mask=is_k & inside, other=0.0).to(tl.float32)
+    own += tl.load(from_v + column, mask=is_v & inside, other=0.0).to(tl.float32)
+    against = tl.load(from_q + other, mask=is_q & turns, other=0.0).to(tl.float32)
+    against += tl.load(from_k + other, mask=is_k & turns, other=0.0).to(tl.float32)
+    angle = tl.where(column < half, column, column - half)
+    c = tl.load(cos + token * half + angle, mask=turns, other=1.0)
+    s = tl.load(sin + token * half + angle, mask=turns, other=0.0)
+    found = own * c + tl.where(column < half, against, -against) * s
     written = (is_q | is_k | is_v) & inside
-    tl.store(here, first * c + second * s, mask=written)
-    tl.store(here + half, second * c - first * s, mask=written)
+    tl.store(out + token * out_stride + head * width + column, found, mask=written)
 
 
 def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -194,6 +301,41 @@ def _swiglu_backward(d, d_stride, gate_up, gate_up_stride, out, out_stride, widt
     tl.store(d + row * d_stride + columns, silu * up, mask=inside)
 
 
+def gelu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """See elementwise.gelu."""
+    rows, width = out.shape
+    grid = (rows, triton.cdiv(width, 2048))
+    _gelu[grid](x, x.stride(0), x, x.stride(0), out, out.stride(0), width, 2048, False, num_warps=8)
+    return out
+
+
+def gelu_backward(d: torch.Tensor, x: torch.Tensor, d_x: torch.Tensor) -> torch.Tensor:
+    """See elementwise.gelu_backward."""
+    rows, width = d.shape
+    grid = (rows, triton.cdiv(width, 2048))
+    _gelu[grid](d, d.stride(0), x, x.stride(0), d_x, d_x.stride(0), width, 2048, True, num_warps=8)
+    return d
+
+
+@triton.jit
+def _gelu(d, d_stride, x, x_stride, out, out_stride, width, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)  # sqrt(2 / pi)
+    tanh = 1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0)
+    again = 0.5 * value * (1.0 + tanh)
+    if BACKWARD:
+        slope = tl.load(d + row * d_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        inner_slope = 0.7978845608028654 * (1.0 + 3 * 0.044715 * value * value)
+        found = slope * (0.5 * (1.0 + tanh) + 0.5 * value * (1.0 - tanh * tanh) * inner_slope)
+        tl.store(out + row * out_stride + columns, found, mask=inside)
+        tl.store(d + row * d_stride + columns, again, mask=inside)
+    else:
+        tl.store(out + row * out_stride + columns, again, mask=inside)
+
+
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, d_logits: torch.Tensor) -> torch.Tensor:
     """See elementwise.cross_entropy."""
     rows, width = logits.shape
@@ -229,40 +371,6 @@ def _cross_entropy(logits, logits_stride, targets, out, out_stride, losses, widt
         value = tl.load(logits + row * logits_stride + columns, mask=inside, other=-float("inf")).to(tl.float32)
         share = tl.exp(value - log_sum) - tl.where(columns == target, 1.0, 0.0)
         tl.store(out + row * out_stride + columns, share, mask=inside)
-
-
-def fill_nf4(weight: "Nf4", out: torch.Tensor) -> None:
-    """See nf4.Nf4.fill."""
-    nested = weight.scale_levels is not None
-    levels = weight.scale_levels if nested else weight.levels
-    outer = weight.outer_scales if nested else weight.scales
-    offset = weight.offset if nested else weight.levels
-    block = 1024
-    _fill_nf4[(weight.rows, triton.cdiv(weight.columns, block))](
-        weight.packed, weight.levels, weight.scales, levels, outer, offset, out, out.stride(0), weight.columns,
-        weight.outer_block, block, nested, num_warps=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _fill_nf4(
-    packed, levels, scales, scale_levels, outer, offset, out, out_stride, columns, outer_block,
-    BLOCK: tl.constexpr, NESTED: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    half = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
-    inside = half * 2 < columns
-    pair = tl.load(packed + row * (columns // 2) + half, mask=inside, other=0).to(tl.int32)
-    place = (row * columns + half * 2) // 64
-    scale = tl.load(scales + place, mask=inside, other=0)
-    if NESTED:
-        wide = tl.load(outer + place // outer_block, mask=inside, other=0.0)
-        scale = tl.load(scale_levels + scale.to(tl.int32)) * wide + tl.load(offset)
-    first = tl.load(levels + (pair >> 4)) * scale
-    second = tl.load(levels + (pair & 15)) * scale
-    both = tl.interleave(first, second)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + row * out_stride + column, both, mask=column < columns)
 
 
 def _warps(block: int) -> int:

@@ -35,9 +35,9 @@ class Nf4:
     def fill(self, out: torch.Tensor) -> None:
         """Write the weights into `out` (rows, columns), which may be part of wider rows."""
         if out.is_cuda:
-            from afina.engine import kernels
+            from afina.engine import movers
 
-            kernels.fill_nf4(self, out)
+            movers.fill_nf4(self, out)
             return
         places = torch.stack([self.packed >> 4, self.packed & 15], dim=1).flatten().long()
         scales = self.scales

@@ -1,7 +1,7 @@
 """Saved tensors that wait in the computer's memory: sent while the next layers compute, fetched before their turn.
 
-Two copies each way are under way at once at most. The forward waits for a copy to end before it lets a third begin: a
-tensor on its way still takes room on the GPU, and a forward that ran ahead would keep them all there.
+The copies of two layers are under way at once at most. The forward waits for one to end before it lets the next begin:
+a tensor on its way still takes room on the GPU, and a forward that ran ahead would keep them all there.
 """
 
 from collections import deque
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-AT_ONCE = 2
+LAYERS_AT_ONCE = 2
 
 
 @dataclass
@@ -24,14 +24,16 @@ class Parked:
 class Offload:
     """Streams and pinned buffers; buffers are kept from step to step."""
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: int = 1) -> None:
+        """tensors: how many a layer sends."""
+        self._at_once = LAYERS_AT_ONCE * tensors
         self._out, self._in = torch.cuda.Stream(), torch.cuda.Stream()
         self._leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
 
     def send(self, tensor: torch.Tensor) -> Parked:
         """Begin to copy a tensor away. It stays on the GPU until the copy has ended."""
-        while len(self._leaving) >= AT_ONCE:
+        while len(self._leaving) >= self._at_once:
             self._leaving.popleft()[1].synchronize()
         free = self._free.setdefault((tensor.shape, tensor.dtype), [])
         host = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -1,4 +1,4 @@
-"""A base product with its low-rank terms: y = x W^T + s (x A^T) B^T forward, dx, dA and dB backward.
+"""A base product and its low-rank terms: y = x W^T + s (x A^T) B^T forward; dx, dA and dB, or dW, backward.
 
 Linear layers that read the same input (query, key, value; gate, up) are one product. Adding a low-rank term to y would
 read and write all of y again, about 10% of a step. So each product has one buffer
@@ -12,7 +12,7 @@ read and write all of y again, about 10% of a step. So each product has one buff
 
 and inputs come in rows wide enough to hold the r extra columns: the term costs r more columns in a product that is
 made anyway (16 of 4096: 0.4% of its arithmetic). The transformers model's parameters become views of the buffer, so
-there is one copy of each weight. Weights of four bits are turned into such a buffer for each use.
+there is one copy of each weight. Weights of four bits are turned into such a buffer for each use, or kept as one.
 """
 
 from collections.abc import Sequence
@@ -41,87 +41,137 @@ class Adapter:
     columns: slice
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """A linear layer that learns itself: `weight` (rows, K) and `bias` (rows,) or None."""
+
+    rows: slice
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+
 class Scratch:
-    """Buffers that products with four-bit weights fill and use in turn, one for each shape."""
+    """The one buffer that products with four-bit weights fill and use in turn. Its place never changes."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[int, int], torch.Tensor] = {}
+        self._needed = 0
+        self._flat: torch.Tensor | None = None
+        self._holder: object = None
 
-    def get(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-        """A buffer (rows, columns), in which the last r columns of the last r rows are zero."""
-        if (rows, columns) not in self._buffers:
-            self._buffers[rows, columns] = torch.zeros(rows, columns, dtype=like.dtype, device=like.device)
-        return self._buffers[rows, columns]
+    def ask(self, elements: int) -> None:
+        """Say, before the first use, how much will be needed."""
+        self._needed = max(self._needed, elements)
+
+    def get(self, holder: object, rows: int, columns: int, like: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """A buffer (rows, columns), and whether it still has what `holder` wrote there."""
+        if self._flat is None:
+            self._flat = torch.empty(self._needed, dtype=like.dtype, device=like.device)
+        written, self._holder = self._holder is holder, holder
+        return self._flat[: rows * columns].view(rows, columns), written
+
+    def forget(self) -> None:
+        """What learns has changed."""
+        self._holder = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Product:
-    """Frozen linear layers over one input, with what PEFT attached to them.
+    """Linear layers over one input, with what PEFT attached to them.
 
     `n`, `k`, `r` are the parts of the buffer drawn above. It is `wide` for weights as they are; weights of four bits
-    (`packed`, one a layer, with its rows) are turned into a shared one of `scratch` for each use. low: (r, K) A. ups:
-    sB of each adapter, (rows, rank). scales: (r,) s of each extra column. bias: (N,) or None.
+    (`packed`, one a layer, with its rows) are turned into that of `scratch`, or `hold` one of their own. scales: (r,)
+    s of each extra column. bias: (N,) or None. dropout: of the adapters' input, while training.
     """
 
     n: int
     k: int
     r: int
     bias: torch.Tensor | None
-    low: torch.Tensor
+    like: torch.Tensor
+    scratch: Scratch
     wide: torch.Tensor | None = None
     packed: list[tuple[slice, Nf4]] = field(default_factory=list)
-    scratch: Scratch | None = None
     adapters: list[Adapter] = field(default_factory=list)
-    ups: list[torch.Tensor] = field(default_factory=list)
+    learnt: list[Learnt] = field(default_factory=list)
     scales: torch.Tensor = field(default_factory=lambda: torch.ones(()))
+    dropout: float = 0.0
+    _copies: "Copies | None" = None
 
-    def refresh(self) -> None:
-        """Take over the adapters as they are now. Once an optimiser step."""
-        if not self.adapters:
-            return
-        places = [self.low[adapter.columns] for adapter in self.adapters] + self.ups
-        values = [adapter.a.detach() for adapter in self.adapters]
-        values += torch._foreach_mul(
-            [adapter.b.detach() for adapter in self.adapters], [adapter.scale for adapter in self.adapters]
-        )
-        torch._foreach_copy_(places, values)
+    def copies(self, wide: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        """From, to, factor: what puts the adapters, and weights that learn in another precision, into a buffer."""
+        found = []
+        for adapter in self.adapters:
+            found.append((adapter.a.detach(), wide[self.n :, : self.k][adapter.columns], 1.0))
+            found.append((adapter.b.detach(), wide[adapter.rows, self.k :][:, adapter.columns], adapter.scale))
+        for learnt in self.learnt:
+            if learnt.weight.data_ptr() != wide[learnt.rows].data_ptr():
+                found.append((learnt.weight.detach(), wide[learnt.rows, : self.k], 1.0))
+        return found
+
+    def refresh_bias(self) -> None:
+        """Take over the biases that learn."""
+        for learnt in self.learnt:
+            if learnt.bias is not None and self.bias is not None:
+                self.bias[learnt.rows].copy_(learnt.bias.detach())
+
+    def hold(self) -> None:
+        """Turn four-bit weights into a buffer of their own, once: more memory, the same numbers."""
+        if self.wide is None:
+            self.wide = torch.zeros(self.n + self.r, self.k + self.r, dtype=self.like.dtype, device=self.like.device)
+            for rows, weight in self.packed:
+                weight.fill(self.wide[rows, : self.k])
 
     def parameters(self) -> list[nn.Parameter]:
         """What learns, in the order in which `gradients` returns gradients."""
-        return [parameter for adapter in self.adapters for parameter in (adapter.a, adapter.b)]
+        found = [parameter for adapter in self.adapters for parameter in (adapter.a, adapter.b)]
+        for learnt in self.learnt:
+            found += [learnt.weight] if learnt.bias is None else [learnt.weight, learnt.bias]
+        return found
 
     def weights(self) -> torch.Tensor:
         """The buffer (N + r, K + r), holding weights and adapters."""
         if self.wide is not None:
             return self.wide
-        if self.scratch is None:
-            raise RuntimeError("four-bit weights need a scratch buffer")
-        wide = self.scratch.get(self.n + self.r, self.k + self.r, self.low)
-        for rows, weight in self.packed:
-            weight.fill(wide[rows, : self.k])
-        if self.r:
-            wide[: self.n, self.k :].zero_()
-            torch._foreach_copy_([wide[self.n :, : self.k], *self._up_places(wide)], [self.low, *self.ups])
+        wide, written = self.scratch.get(self, self.n + self.r, self.k + self.r, self.like)
+        if not written:
+            for rows, weight in self.packed:
+                weight.fill(wide[rows, : self.k])
+            if self.r:
+                wide[:, self.k :].zero_()
+                if self._copies is None:
+                    self._copies = Copies(self.copies(wide))
+                self._copies.run()
+                if self.adapters[-1].columns.stop < self.r:
+                    wide[self.n + self.adapters[-1].columns.stop :].zero_()
         return wide
 
-    def _up_places(self, wide: torch.Tensor) -> list[torch.Tensor]:
-        return [wide[adapter.rows, self.k :][:, adapter.columns] for adapter in self.adapters]
+    def forward(
+        self,
+        wide_x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        seed: int | None = None,
+    ) -> torch.Tensor:
+        """y (+ residual) from wide_x (tokens, K + r), the input in its first K columns; the rest is written here.
 
-    def forward(self, wide_x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """y (+ residual) from wide_x (tokens, K + r), the input in its first K columns; the rest is written here."""
+        seed: of the dropout, None for none.
+        """
+        wide = self.weights()
         if self.r:
-            torch.mm(wide_x[:, : self.k], self.low.t(), out=wide_x[:, self.k :])
-        weight = self.weights()[: self.n].t()
+            torch.mm(self.dropped(wide_x[:, : self.k], seed), wide[self.n :, : self.k].t(), out=wide_x[:, self.k :])
+        weight = wide[: self.n].t()
         if residual is not None:
-            y = torch.addmm(residual, wide_x, weight)
+            y = torch.addmm(residual, wide_x, weight, out=out)
             return y if self.bias is None else y.add_(self.bias)
         return torch.mm(wide_x, weight) if self.bias is None else torch.addmm(self.bias, wide_x, weight)
 
-    def forward_narrow(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_narrow(
+        self, x: torch.Tensor, residual: torch.Tensor, seed: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `forward` for an input (tokens, K) without the extra room; returns y + residual and s x A^T."""
         wide = self.weights()
         y = torch.addmm(residual, x, wide[: self.n, : self.k].t())
-        low = torch.mm(x, self.low.t())
+        low = torch.mm(self.dropped(x, seed), wide[self.n :, : self.k].t())
         if self.r:
             y.addmm_(low, wide[: self.n, self.k :].t())
         return (y if self.bias is None else y.add_(self.bias)), self.scaled(low)
@@ -134,32 +184,85 @@ class Product:
         """Each adapter's columns times its scale."""
         return low * self.scales
 
+    def dropped(self, x: torch.Tensor, seed: int | None) -> torch.Tensor:
+        """x (tokens, K) as the adapters see it: a share of it zero, the rest larger, the same for the same seed."""
+        if not self.dropout or seed is None:
+            return x
+        return x * keep_mask(x, self.dropout, seed)
+
     def widen(self, wide_dy: torch.Tensor) -> None:
         """Write dy sB into the last columns of wide_dy (tokens, N + r), whose first N hold dy."""
         used = self.adapters[-1].columns.stop if self.adapters else 0
         wide_dy[:, self.n + used :].zero_()  # padding meets zeros of the buffer, and what was here before may be NaN
-        for adapter, up in zip(self.adapters, self.ups, strict=True):
-            torch.mm(wide_dy[:, adapter.rows], up, out=wide_dy[:, self.n :][:, adapter.columns])
+        if self.adapters:
+            wide = self.weights()
+            for adapter in self.adapters:
+                up = wide[adapter.rows, self.k :][:, adapter.columns]
+                torch.mm(wide_dy[:, adapter.rows], up, out=wide_dy[:, self.n :][:, adapter.columns])
 
-    def backward(self, wide_dy: torch.Tensor) -> torch.Tensor:
+    def backward(self, wide_dy: torch.Tensor, seed: int | None = None) -> torch.Tensor:
         """dx (tokens, K) from wide_dy (tokens, N + r), after `widen`."""
-        return torch.mm(wide_dy, self.weights()[:, : self.k])
+        wide = self.weights()
+        if not self.dropout or seed is None or not self.r:
+            return torch.mm(wide_dy, wide[:, : self.k])
+        dx = torch.mm(wide_dy[:, : self.n], wide[: self.n, : self.k])
+        return dx.add_(self.dropped(torch.mm(wide_dy[:, self.n :], wide[self.n :, : self.k]), seed))
 
-    def gradients(self, wide_dy: torch.Tensor, x: torch.Tensor, low: torch.Tensor) -> list[torch.Tensor]:
-        """dA (rank, K) and dB (rows, rank) of each adapter, after `widen`; x: (tokens, K), low: `low_of` of it."""
-        if not self.adapters:
-            return []
-        lows, found = wide_product(wide_dy[:, self.n :].t(), x), []
-        for adapter in self.adapters:
-            up = wide_product(wide_dy[:, adapter.rows].t(), low[:, adapter.columns])
-            found += [lows[adapter.columns].to(adapter.a.dtype), up.to(adapter.b.dtype)]
+    def gradients(
+        self, wide_dy: torch.Tensor, x: torch.Tensor, low: torch.Tensor, seed: int | None = None
+    ) -> list[torch.Tensor]:
+        """Of what learns, after `widen`; x: (tokens, K), low: `low_of` of it. dA: (rank, K), dB: (rows, rank)."""
+        found = []
+        if self.adapters:
+            lows = wide_product(wide_dy[:, self.n :].t(), self.dropped(x, seed))
+            for adapter in self.adapters:
+                up = wide_product(wide_dy[:, adapter.rows].t(), low[:, adapter.columns])
+                found += [lows[adapter.columns].to(adapter.a.dtype), up.to(adapter.b.dtype)]
+        for learnt in self.learnt:
+            dy = wide_dy[:, learnt.rows]
+            exact = learnt.weight.element_size() > 2
+            found.append((wide_product if exact else torch.mm)(dy.t(), x).to(learnt.weight.dtype))
+            if learnt.bias is not None:
+                found.append(dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(learnt.bias.dtype))
         return found
+
+
+def keep_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+    """0 or 1 / (1 - dropout) for each element of x, a function of seed, shape and device alone."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout, generator=generator)
+    return kept.to(x.dtype) / (1 - dropout)
+
+
+class Copies:
+    """Many matrices to be copied, each times a factor: one launch on a GPU. Their places are taken for good."""
+
+    def __init__(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
+        self._all = list(copies)
+        self._table: Any = None
+        if self._all and self._all[0][0].is_cuda:
+            from afina.engine import movers
+
+            if len({(source.dtype, target.dtype) for source, target, _factor in self._all}) == 1:
+                self._table = movers.copy_table(self._all)
+
+    def run(self) -> None:
+        """Copy them as they are now."""
+        if not self._all:
+            return
+        if self._table is not None:
+            from afina.engine import movers
+
+            movers.copy_many(self._table, len(self._all))
+            return
+        sources, targets, factors = zip(*self._all, strict=True)
+        torch._foreach_copy_(list(targets), torch._foreach_mul(list(sources), list(factors)))
 
 
 def make_product(linears: Sequence[nn.Module], scratch: Scratch, dtype: torch.dtype) -> Product:
     """Concatenate linear layers (plain or NF4, alone or wrapped by PEFT's LoRA) into one product.
 
-    Plain weights become views of its buffer. `dtype` is what is computed in.
+    Plain weights become views of its buffer, unless they learn in another precision. `dtype` is what is computed in.
     """
     layers: list[Any] = [getattr(linear, "base_layer", linear) for linear in linears]
     k = layers[0].in_features
@@ -170,29 +273,24 @@ def make_product(linears: Sequence[nn.Module], scratch: Scratch, dtype: torch.dt
     rows = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
     columns = [slice(end - rank, end) for rank, end in zip(ranks, accumulate(ranks), strict=True)]
     packed = [from_bitsandbytes(layer.weight) for layer in layers]
-    wide = None
+    product = Product(n, k, r, _bias(layers, dtype), torch.empty(0, dtype=dtype, device=device), scratch)
     if all(weight is None for weight in packed):
-        wide = torch.zeros(n + r, k + r, dtype=dtype, device=device)
+        product.wide = torch.zeros(n + r, k + r, dtype=dtype, device=device)
         for layer, place in zip(layers, rows, strict=True):
-            wide[place, :k] = layer.weight.detach()
-            layer.weight.data = wide[place, :k]
-    low = torch.zeros(r, k, dtype=dtype, device=device) if wide is None else wide[n:, :k]
-    product = Product(n, k, r, _bias(layers, dtype), low, wide, scratch=scratch)
-    if wide is None:
+            product.wide[place, :k] = layer.weight.detach()
+            if layer.weight.dtype == dtype or not layer.weight.requires_grad:
+                layer.weight.data = product.wide[place, :k]
+            if layer.weight.requires_grad:
+                product.learnt.append(Learnt(place, layer.weight, layer.bias))
+    else:
         product.packed = [(place, weight) for place, weight in zip(rows, packed, strict=True) if weight is not None]
+        scratch.ask((n + r) * (k + r))
+    product.scales = torch.ones(r, dtype=dtype, device=device)
     for linear, place, column, rank in zip(linears, rows, columns, ranks, strict=True):
         if rank:
             product.adapters.append(_adapter(linear, place, column))
-    if wide is None:
-        product.ups = [
-            torch.empty(a.rows.stop - a.rows.start, a.b.shape[1], dtype=dtype, device=device) for a in product.adapters
-        ]
-    else:
-        product.ups = product._up_places(wide)
-    product.scales = torch.ones(r, dtype=dtype, device=device)
-    for adapter in product.adapters:
-        product.scales[adapter.columns] = adapter.scale
-    product.refresh()
+            product.scales[column] = product.adapters[-1].scale
+            product.dropout = _dropout(linear)
     return product
 
 
@@ -203,6 +301,10 @@ def _adapter(linear: Any, rows: slice, columns: slice) -> Adapter:
 
 def _rank(linear: Any) -> int:
     return int(linear.r[linear.active_adapters[0]]) if hasattr(linear, "lora_A") else 0
+
+
+def _dropout(linear: Any) -> float:
+    return float(getattr(linear.lora_dropout[linear.active_adapters[0]], "p", 0.0))
 
 
 def _bias(layers: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | None:

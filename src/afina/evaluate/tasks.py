@@ -150,8 +150,7 @@ def _likeliest(
     _check_room(
         asked, [max(lengths[at : at + len(asked.labels)]) for at in range(0, len(rows), len(asked.labels))], model
     )
-    longest = max(lengths)
-    packing = covers(model, longest)
+    packing = covers(model)
     batches = micro_batches(
         rows,
         range(len(rows)),

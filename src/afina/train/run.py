@@ -24,7 +24,9 @@ from afina.data.split import split
 from afina.data.template import Rendered, Renderer, audit
 from afina.data.tokenizer import load_tokenizer
 from afina.engine.attention import covers, packed_attention
-from afina.engine.engine import Engine, prove, why_not
+from afina.engine.engine import Engine
+from afina.engine.families import why_not
+from afina.engine.proof import prove
 from afina.errors import DataError, Interrupted, RecipeError
 from afina.language import _
 from afina.model.attach import attach, learning, save_adapter
@@ -197,7 +199,7 @@ def _run_loop(
 ) -> dict[str, Any]:
     """Drive train(), from the newest checkpoint where there is one; returns what was measured."""
     training = recipe.training
-    packing = training.packing and covers(model, recipe.model.max_length)
+    packing = training.packing and covers(model)
     order = Order(len(examples.train), training.batch_size, training.epochs, recipe.seed)
     steps = training.steps or order.steps
     if training.steps is not None:
@@ -279,9 +281,9 @@ def _choose_engine(
         return summed_loss, _("reference (transformers + PEFT), as the recipe asks")
     if first is None:
         return summed_loss, _("reference (transformers + PEFT), as batches are padded")
-    if reason := why_not(model, recipe.model.max_length):
+    if reason := why_not(model):
         return summed_loss, _("reference (transformers + PEFT) with packed attention: {reason}").format(reason=reason)
-    engine, batch = Engine(model), first.to(hardware.device)
+    engine, batch = Engine(model, hardware.dtype), first.to(hardware.device)
     model.train()
     proof = prove(engine, model, batch, hardware.autocast(), engine.parameters)
     if not proof.holds:

@@ -1,0 +1,201 @@
+"""Both ends of the model: the embedding, and the last norm, head and loss on the rows that predict something.
+
+Whole logits are never there. On the GPU the head goes over some rows at a time, all of the vocabulary at once. Where
+memory is short both ends stay in the computer's memory (`host`): token rows are read from there, and the head passes by
+in parts of the vocabulary, twice: for the sum of exponentials, then for the gradient. Exact either way.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from afina.engine.elementwise import Norm, cross_entropy, norm, norm_backward
+from afina.model.loss import Targeted
+
+LOGITS_AT_ONCE = 2**27
+"""Elements of one chunk of logits: 1,024 rows of a 128k vocabulary, 0.5 GiB in fp32."""
+VOCABULARY_AT_ONCE = 8192
+"""Rows of a head that waits in the computer's memory, on the GPU at a time."""
+
+
+@dataclass(eq=False)
+class Ends:
+    """embedding, weight (the head's): (vocabulary, hidden), the same tensor where they are tied. bias: of the head.
+
+    `learnt`: the parameters behind embedding, head and bias, where they learn; a tied one stands once.
+    """
+
+    embedding: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    norm: Norm
+    learnt: tuple[nn.Parameter, ...] = ()
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one."""
+        return self.embedding.data_ptr() == self.weight.data_ptr()
+
+    @property
+    def host(self) -> bool:
+        """Whether they wait in the computer's memory."""
+        return self.weight.device != self.norm.weight.device
+
+    def to_host(self) -> None:
+        """Leave the GPU. Both ends are frozen then."""
+        tied, device = self.tied, self.embedding.device
+        self.embedding = _pinned(self.embedding) if device.type == "cuda" else self.embedding.clone()
+        self.weight = self.embedding if tied else _pinned(self.weight) if device.type == "cuda" else self.weight.clone()
+
+    def refresh(self) -> None:
+        """Take over what has learnt in another precision."""
+        places = [self.embedding, *([] if self.tied else [self.weight]), *([] if self.bias is None else [self.bias])]
+        for place, parameter in zip(places, self.learnt, strict=False):
+            if place.data_ptr() != parameter.data_ptr():
+                place.copy_(parameter.detach())
+        self.norm.refresh()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What learns, in the order of the gradients."""
+        return [*self.norm.learnt, *self.learnt]
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """(tokens, hidden) of ids (tokens,)."""
+        if not self.host:
+            return nn.functional.embedding(ids, self.embedding)
+        device = self.norm.weight.device
+        if device.type == "cuda":
+            from afina.engine import movers
+
+            return movers.gather_rows(self.embedding, ids)
+        return nn.functional.embedding(ids, self.embedding)
+
+    def loss(self, hidden: torch.Tensor, batch: Targeted, extra: int | None) -> tuple[torch.Tensor, Any]:
+        """Summed loss at the predicting rows; with `extra`, also what `gradients` needs.
+
+        That is: hidden's gradient in rows with `extra` more columns, and those of norm, head and bias.
+        """
+        rows = hidden[batch.predicting]
+        if extra is None:
+            return (self._by_vocabulary if self.host else self._by_rows)(rows, batch.targets, None)[0], None
+        d_rows = torch.empty_like(rows)
+        total, found = (self._by_vocabulary if self.host else self._by_rows)(rows, batch.targets, d_rows)
+        wide = hidden.new_zeros(hidden.shape[0], hidden.shape[1] + extra)
+        wide[:, : hidden.shape[1]].index_copy_(0, batch.predicting, d_rows)
+        return total, (wide, found)
+
+    def gradients(
+        self, found: list[torch.Tensor], ids: torch.Tensor, d_embedded: torch.Tensor | None, d_loss: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """In the order of `parameters`. found: what `loss` left, times d_loss here; d_embedded: (tokens, hidden)."""
+        if not self.learnt or d_embedded is None:
+            return []
+        found = [part.mul_(d_loss) for part in found]
+        of_norm, of_head = found[: len(self.norm.learnt)], found[len(self.norm.learnt) :]
+        rows = torch.ops.aten.embedding_dense_backward(d_embedded.contiguous(), ids, self.embedding.shape[0], -1, False)
+        ends = [of_head[0].add_(rows), *of_head[1:]] if self.tied else [rows, *of_head]
+        return [part.to(parameter.dtype) for part, parameter in zip([*of_norm, *ends], self.parameters(), strict=True)]
+
+    def _by_rows(
+        self, rows: torch.Tensor, targets: torch.Tensor, d_rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Some rows, all of the vocabulary. The gradients of head and norm are summed in at least fp32."""
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=rows.device)
+        learns = bool(self.learnt) and d_rows is not None
+        of_head = torch.zeros(self.weight.shape, dtype=wide, device=rows.device) if learns else None
+        of_bias = torch.zeros(self.weight.shape[0], dtype=wide, device=rows.device) if learns else None
+        of_norm: list[torch.Tensor] = []
+        step = max(1, LOGITS_AT_ONCE // self.weight.shape[0])
+        for start in range(0, rows.shape[0], step):
+            chunk = rows[start : start + step]
+            normed = norm(chunk, self.norm, torch.empty_like(chunk))
+            logits = _product(normed, self.weight, self.bias)
+            slopes = torch.empty_like(logits, dtype=rows.dtype)
+            total += cross_entropy(logits, targets[start : start + step], slopes).sum()
+            del logits
+            if d_rows is not None:
+                d_normed = torch.mm(slopes, self.weight)
+                parts = norm_backward(d_normed, chunk, self.norm, d_rows[start : start + step])
+                of_norm = [a + b for a, b in zip(of_norm, parts, strict=True)] if of_norm else parts
+            if of_head is not None and of_bias is not None:
+                _add_product(of_head, slopes.t(), normed)
+                if self.bias is not None:
+                    of_bias += slopes.sum(0, dtype=wide)
+        heads = [] if of_head is None or of_bias is None else [of_head, of_bias][: 2 if self.bias is not None else 1]
+        return total, [*of_norm, *heads]
+
+    def _by_vocabulary(
+        self, rows: torch.Tensor, targets: torch.Tensor, d_rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """All rows, some of the vocabulary: the head passes by once for the loss, once more for the gradient."""
+        normed = norm(rows, self.norm, torch.empty_like(rows))
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        log_sum = torch.full((rows.shape[0],), -torch.inf, dtype=wide, device=rows.device)
+        truth = torch.zeros_like(log_sum)
+        for first, part, bias in self._passing():
+            logits = _product(normed, part, bias)
+            log_sum = torch.logaddexp(log_sum, torch.logsumexp(logits, dim=1))
+            here = targets - first
+            inside = (here >= 0) & (here < part.shape[0])
+            truth += logits.gather(1, here.clamp(0, part.shape[0] - 1)[:, None])[:, 0] * inside
+            del logits
+        if d_rows is None:
+            return (log_sum - truth).sum(), []
+        d_normed = torch.zeros(rows.shape, dtype=wide, device=rows.device)
+        for first, part, bias in self._passing():
+            logits = _product(normed, part, bias)
+            slopes = logits.sub_(log_sum[:, None]).exp_()
+            here = targets - first
+            inside = (here >= 0) & (here < part.shape[0])
+            slopes.scatter_add_(1, here.clamp(0, part.shape[0] - 1)[:, None], -inside.to(wide)[:, None])
+            _add_product(d_normed, slopes.to(rows.dtype), part)
+            del logits, slopes
+        norm_backward(d_normed.to(rows.dtype), rows, self.norm, d_rows)
+        return (log_sum - truth).sum(), []
+
+    def _passing(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+        """First row, rows and bias of each part of the head, on the device; the next is fetched meanwhile."""
+        device, count = self.norm.weight.device, self.weight.shape[0]
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+        def fetch(first: int) -> torch.Tensor:
+            part = self.weight[first : first + VOCABULARY_AT_ONCE]
+            if stream is None:
+                return part
+            with torch.cuda.stream(stream):
+                return part.to(device, non_blocking=True)
+
+        coming = fetch(0)
+        for first in range(0, count, VOCABULARY_AT_ONCE):
+            part = coming
+            if stream is not None:
+                torch.cuda.current_stream(device).wait_stream(stream)
+                part.record_stream(torch.cuda.current_stream(device))
+            if first + VOCABULARY_AT_ONCE < count:
+                coming = fetch(first + VOCABULARY_AT_ONCE)
+            yield first, part, None if self.bias is None else self.bias[first : first + part.shape[0]]
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
+
+def _product(rows: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Logits, in fp32 from 16-bit factors on a GPU, so that nothing is rounded between product and loss."""
+    if rows.is_cuda and rows.element_size() == 2:
+        logits = torch.mm(rows, head.t(), out_dtype=torch.float32)
+    else:
+        logits = torch.mm(rows, head.t()).to(torch.promote_types(rows.dtype, torch.float32))
+    return logits if bias is None else logits.add_(bias)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a b, summed in at least fp32 also from 16-bit factors."""
+    if a.is_cuda and a.element_size() == 2:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(torch.mm(a, b))

@@ -1,0 +1,107 @@
+"""Triton kernels that move weights: out of four bits, adapters into their places, rows out of the computer's memory.
+
+Imported on a GPU only.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from afina.engine.nf4 import Nf4
+
+Copies = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Places and sizes, factors, and a tensor of each precision: what is read and what is written."""
+
+
+def fill_nf4(weight: "Nf4", out: torch.Tensor) -> None:
+    """See nf4.Nf4.fill."""
+    nested = weight.scale_levels is not None
+    levels = weight.scale_levels if nested else weight.levels
+    outer = weight.outer_scales if nested else weight.scales
+    offset = weight.offset if nested else weight.levels
+    block = 1024
+    _fill_nf4[(weight.rows, triton.cdiv(weight.columns, block))](
+        weight.packed, weight.levels, weight.scales, levels, outer, offset, out, out.stride(0), weight.columns,
+        weight.outer_block, block, nested, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fill_nf4(
+    packed, levels, scales, scale_levels, outer, offset, out, out_stride, columns, outer_block,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    half = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+    inside = half * 2 < columns
+    pair = tl.load(packed + row * (columns // 2) + half, mask=inside, other=0).to(tl.int32)
+    place = (row * columns + half * 2) // 64
+    scale = tl.load(scales + place, mask=inside, other=0)
+    if NESTED:
+        wide = tl.load(outer + place // outer_block, mask=inside, other=0.0)
+        scale = tl.load(scale_levels + scale.to(tl.int32)) * wide + tl.load(offset)
+    first = tl.load(levels + (pair >> 4)) * scale
+    second = tl.load(levels + (pair & 15)) * scale
+    both = tl.interleave(first, second)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + row * out_stride + column, both, mask=column < columns)
+
+
+def copy_table(pairs: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> Copies:
+    """What `copy_many` needs of (from, to, factor) triples of fp32 or 16-bit matrices on one GPU."""
+    rows = [
+        (source.data_ptr(), target.data_ptr(), *source.shape, source.stride(0), target.stride(0))
+        for source, target, _factor in pairs
+    ]
+    if any(tensor.stride(1) != 1 for pair in pairs for tensor in pair[:2]):
+        raise RuntimeError("rows must lie side by side")
+    device = pairs[0][0].device
+    return (
+        torch.tensor(rows, dtype=torch.int64).to(device),
+        torch.tensor([factor for _source, _target, factor in pairs]).to(device),
+        pairs[0][0],
+        pairs[0][1],
+    )
+
+
+def copy_many(table: Copies, count: int) -> None:
+    """Copy all of a table, each times its factor, in one launch: there are hundreds of adapters."""
+    places, factors, source, target = table
+    _copy_many[(count, 16)](places, factors, source, target, 1024, num_warps=4)
+
+
+@triton.jit
+def _copy_many(places, factors, source, target, BLOCK: tl.constexpr):
+    entry = tl.program_id(0)
+    at = places + entry * 6
+    read = tl.load(at).to(tl.pointer_type(source.dtype.element_ty))
+    write = tl.load(at + 1).to(tl.pointer_type(target.dtype.element_ty))
+    rows, columns = tl.load(at + 2), tl.load(at + 3)
+    read_stride, write_stride = tl.load(at + 4), tl.load(at + 5)
+    factor = tl.load(factors + entry)
+    for start in range(tl.program_id(1) * BLOCK, rows * columns, tl.num_programs(1) * BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        row, column = place // columns, place % columns
+        inside = place < rows * columns
+        value = tl.load(read + row * read_stride + column, mask=inside).to(tl.float32)
+        tl.store(write + row * write_stride + column, value * factor, mask=inside)
+
+
+def gather_rows(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of a table in pinned memory of the computer, read from the GPU as they are needed. (tokens, width)."""
+    width = table.shape[1]
+    out = torch.empty(ids.numel(), width, dtype=table.dtype, device=ids.device)
+    _gather_rows[(ids.numel(),)](table, table.stride(0), ids, out, width, triton.next_power_of_2(width), num_warps=4)
+    return out
+
+
+@triton.jit
+def _gather_rows(table, stride, ids, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    value = tl.load(table + tl.load(ids + row) * stride + columns, mask=columns < width)
+    tl.store(out + row * width + columns, value, mask=columns < width)

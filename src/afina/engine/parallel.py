@@ -1,0 +1,92 @@
+"""The layer of Phi-1.5 and Phi-2: attention and MLP side by side over one norm.
+
+    z = inner(norm(x)) = [qkv, m]          y = x + dense(attention(turn(qkv))) + fc2(gelu(m))
+
+Queries, keys, values and the MLP's first layer read the same input, so they are one product. Saved by name: x, z, out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from afina.engine.block import Block, Positions, Saved, normed, room
+from afina.engine.elementwise import Norm, gelu, gelu_backward, norm, norm_backward
+from afina.engine.products import Product
+
+
+@dataclass(kw_only=True, eq=False)
+class Parallel(Block):
+    """Its products and norm, shared with the transformers layer it was made from."""
+
+    inner: Product
+    dense: Product
+    fc2: Product
+    norm: Norm
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """See Block."""
+        return self.inner, self.dense, self.fc2
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """See Block."""
+        return (self.norm,)
+
+    def saves(self, tokens: int) -> dict[str, int]:
+        """See Block."""
+        widths = {"z": self.inner.n, "out": self.dense.k, "x": self.inner.k}
+        return {name: tokens * width for name, width in widths.items()}
+
+    def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
+        """See Block."""
+        z, low = self._z(x, at)
+        columns = self.attention.columns
+        attended = self.attention.attend(self.attention.turned(z[:, :columns], at), at)
+        h, low_dense = self.dense.forward_narrow(attended.out.flatten(1), x, self.seed(at, self.dense))
+        wide = x.new_empty(x.shape[0], self.fc2.k + self.fc2.r)
+        gelu(z[:, columns:], wide[:, : self.fc2.k])
+        y = self.fc2.forward(wide, residual=h, out=h, seed=self.seed(at, self.fc2))
+        if not save:
+            return y, None
+        return y, self.keep(attended, {"inner": low, "dense": low_dense, "fc2": self.fc2.low_of(wide)}, x=x, z=z)
+
+    def backward(
+        self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """See Block."""
+        x, out = self.take(saved, "x"), self.bring_out(saved)
+        if x is None:
+            raise RuntimeError("a layer's input is not made again")
+        z, hidden, columns = self.take(saved, "z"), x.shape[1], self.attention.columns
+        if z is None:
+            z = self._z(x, at)[0]
+            self.attention.turned(z[:, :columns], at)
+        wide_d = room(x, self.inner)
+        self.fc2.widen(wide_dy)
+        d_act = self.fc2.backward(wide_dy, self.seed(at, self.fc2))
+        act = gelu_backward(d_act, z[:, columns:], wide_d[:, columns : self.inner.n])
+        of_fc2 = self.fc2.gradients(wide_dy, act, saved.lows["fc2"], self.seed(at, self.fc2))
+        del d_act, act
+
+        wide_dense = room(x, self.dense)
+        wide_dense[:, :hidden] = wide_dy[:, :hidden]
+        self.dense.widen(wide_dense)
+        d_out = self.dense.backward(wide_dense, self.seed(at, self.dense))
+        of_dense = self.dense.gradients(wide_dense, out, saved.lows["dense"], self.seed(at, self.dense))
+        self.attention.backward(saved.attended, d_out, z[:, :columns], at, wide_d[:, :columns])
+        del d_out, out, z, wide_dense
+        self.inner.widen(wide_d)
+        dx, n, of_norm = None, torch.empty_like(x), []
+        if below is not None:
+            d_n = self.inner.backward(wide_d, self.seed(at, self.inner))
+            dx = x.new_empty(x.shape[0], hidden + below)
+            of_norm = norm_backward(d_n, x, self.norm, dx[:, :hidden], residual=wide_dy[:, :hidden], y=n)
+        else:
+            norm(x, self.norm, n)
+        of_inner = self.inner.gradients(wide_d, n, saved.lows["inner"], self.seed(at, self.inner))
+        return dx, [*of_inner, *of_dense, *of_fc2, *of_norm]
+
+    def _z(self, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = normed(x, self.norm, self.inner)
+        return self.inner.forward(wide, seed=self.seed(at, self.inner)), self.inner.low_of(wide)
