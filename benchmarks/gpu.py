@@ -58,14 +58,19 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     tokens = [torch.randint(5, vocabulary - 1, shape, generator=generator).cuda() for _ in range(4)]
     torch.cuda.reset_peak_memory_stats()
     seconds, losses = [], []
-    for turn in range(WARM_UP + TIMED):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
+
+    def whole(turn: int = 0) -> tuple[Any, Any]:
         loss = step(tokens[turn % 4])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return loss, norm
+
+    for turn in range(WARM_UP + TIMED):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        loss, norm = whole(turn)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
         losses.append(round(loss.item(), 4))
@@ -82,7 +87,7 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
         first_step_s=round(first, 1), losses=losses, gpu=torch.cuda.get_device_name(), **about,
     )  # fmt: skip
     if options.get("profile"):
-        profile(lambda: step(tokens[0]).backward())
+        profile(whole)
     return result
 
 
@@ -164,11 +169,10 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
     free = int((options.get("gib", work["gib"])) * 2**30) - standing
     rates = measure(engine)
     plan = choose(engine, count, count, free, rates)
-    if "levels" in options:  # two rungs of the ladder, and how many layers stand on the higher
-        low, high, number = options["levels"]
+    if "levels" in options:  # how many layers stand on each rung of the ladder
         rungs = ladder(frozenset(engine.blocks[0].saves(1)))
-        placements = spread(rungs[high], number, rungs[low], len(engine.blocks))
-        plan = count_up(engine, Plan(count, placements, 0, options.get("host", False), 0, 0.0), rates)
+        placements = spread(rungs, options["levels"])
+        plan = count_up(engine, Plan(count, placements, 0, options.get("host", "neither"), 0, 0.0), rates)
     rows = options.get("rows", plan.rows_at_once)
     engine.place(plan.placements, rows_at_once=rows, host=plan.host, held=options.get("held", 0))
     names = ["+".join(sorted(p.away)) + "/" + "+".join(sorted(p.again)) for p in plan.placements]
@@ -204,13 +208,30 @@ def reference_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, 
 
 
 def profile(step: Any) -> None:
+    """Where a step's time goes: kernels by name, and when the GPU waited for the next one."""
     import torch
     from torch.profiler import ProfilerActivity
 
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
         step()
         torch.cuda.synchronize()
-    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
+    events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    by_name: dict[str, list[float]] = {}
+    gaps: list[tuple[float, float, str]] = []
+    end = events[0].time_range.start
+    began, idle = end, 0.0
+    for event in events:
+        by_name.setdefault(event.name[:90], []).append(event.time_range.elapsed_us())
+        if event.time_range.start > end:
+            idle += event.time_range.start - end
+            gaps.append((event.time_range.start - end, (end - began) / 1000, event.name[:60]))
+        end = max(end, event.time_range.end)
+    print(f"span {(end - began) / 1000:.1f} ms, idle {idle / 1000:.1f} ms, {len(events)} kernels and copies")
+    for name, spent in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:40]:
+        print(f"{sum(spent) / 1000:9.2f} ms {len(spent):5} x {sum(spent) / len(spent):9.1f} us  {name}")
+    for gap, at, name in sorted(gaps, reverse=True)[:12]:
+        print(f"waited {gap:8.0f} us at {at:7.1f} ms for {name}")
 
 
 def main() -> None:

@@ -147,8 +147,7 @@ def test_ends_that_pass_by_in_parts_change_nothing(family, monkeypatch):
     engine = Engine(model)
     loss, kept = engine.summed_loss(model, batch).item(), gradients(engine, model, batch)
     monkeypatch.setattr(head, "VOCABULARY_AT_ONCE", 10)
-    monkeypatch.setattr(head.Ends, "host", True)
-    engine.ends.to_host()
+    engine.place([HERE] * len(engine.blocks), host="both")
     assert engine.summed_loss(model, batch).item() == pytest.approx(loss, rel=1e-6)
     with torch.no_grad():
         assert engine.summed_loss(model, batch).item() == pytest.approx(loss, rel=1e-6)
@@ -340,7 +339,7 @@ def test_what_waits_away_comes_back_the_same(family, held):
     levels = ladder(frozenset(engine.blocks[0].saves(1)))
     mixed = [levels[number % 5] for number in range(len(engine.blocks))]
     for placements in [[level] * len(engine.blocks) for level in levels] + [mixed]:
-        engine.place(placements, rows_at_once=64, host=len(set(placements)) > 1, held=held)
+        engine.place(placements, rows_at_once=64, host="both" if len(set(placements)) > 1 else "neither", held=held)
         for _turn in range(2):
             for a, b in zip(gradients(engine, model, batch), truth, strict=True):
                 assert (a - b).norm() <= 5e-3 * b.norm()

@@ -11,7 +11,7 @@ from torch import nn
 
 from afina.engine.block import Block, Placement, Positions, Saved
 from afina.engine.families import final_norm, make_block
-from afina.engine.head import Ends
+from afina.engine.head import Ends, Host
 from afina.engine.offload import Offload
 from afina.engine.plan import Plan, choose
 from afina.engine.products import Copies, Scratch
@@ -61,8 +61,10 @@ class Engine:
         self.place(plan.placements, rows_at_once=plan.rows_at_once, host=plan.host)
         return plan
 
-    def place(self, placements: list[Placement], *, rows_at_once: int = 0, host: bool = False, held: int = 0) -> None:
-        """Say layer by layer what waits where, how the widest products are cut, and whether both ends leave the GPU.
+    def place(
+        self, placements: list[Placement], *, rows_at_once: int = 0, host: Host = "neither", held: int = 0
+    ) -> None:
+        """Say layer by layer what waits where, how the widest products are cut, and which ends leave the GPU.
 
         held: so many of the last layers with four-bit weights keep them in the precision that is computed in too.
         """
@@ -74,8 +76,7 @@ class Engine:
             for product in block.products:
                 product.hold()
         self._copies = None
-        if host and not self.ends.host:
-            self.ends.to_host()
+        self.ends.leave(host)
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -158,4 +159,7 @@ def _ends(embedding: nn.Parameter, head: Any, norm: Any, dtype: torch.dtype) -> 
     ours = [part.detach() if part.dtype == dtype else part.detach().to(dtype) for part in (embedding, head.weight)]
     bias = None if head.bias is None else head.bias.detach().to(dtype)
     learnt = tuple(part for part in (embedding, None if tied else head.weight, head.bias) if part is not None)
-    return Ends(ours[0], ours[0] if tied else ours[1], bias, norm, learnt if embedding.requires_grad else ())
+    shared = (embedding,) if tied else (embedding, head.weight)
+    return Ends(
+        ours[0], ours[0] if tied else ours[1], bias, norm, learnt if embedding.requires_grad else (), shared=shared
+    )

@@ -7,7 +7,7 @@ in parts of the vocabulary, twice: for the sum of exponentials, then for the gra
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,13 +19,16 @@ LOGITS_AT_ONCE = 2**27
 """Elements of one chunk of logits: 1,024 rows of a 128k vocabulary, 0.5 GiB in fp32."""
 VOCABULARY_AT_ONCE = 8192
 """Rows of a head that waits in the computer's memory, on the GPU at a time."""
+Host = Literal["neither", "embedding", "both"]
+"""Which ends wait in the computer's memory."""
 
 
 @dataclass(eq=False)
 class Ends:
     """embedding, weight (the head's): (vocabulary, hidden), the same tensor where they are tied. bias: of the head.
 
-    `learnt`: the parameters behind embedding, head and bias, where they learn; a tied one stands once.
+    `learnt`: the parameters behind embedding, head and bias, where they learn; a tied one stands once. `passes_by`: the
+    head waits in the computer's memory. `shared`: the model's own embedding and head.
     """
 
     embedding: torch.Tensor
@@ -33,22 +36,30 @@ class Ends:
     bias: torch.Tensor | None
     norm: Norm
     learnt: tuple[nn.Parameter, ...] = ()
+    passes_by: bool = False
+    shared: tuple[nn.Parameter, ...] = ()
 
     @property
     def tied(self) -> bool:
         """Whether embedding and head are one."""
         return self.embedding.data_ptr() == self.weight.data_ptr()
 
-    @property
-    def host(self) -> bool:
-        """Whether they wait in the computer's memory."""
-        return self.weight.device != self.norm.weight.device
+    def leave(self, which: Host) -> None:
+        """Move an end, or both, into the computer's memory for good; they are frozen then.
 
-    def to_host(self) -> None:
-        """Leave the GPU. Both ends are frozen then."""
-        tied, device = self.tied, self.embedding.device
-        self.embedding = _pinned(self.embedding) if device.type == "cuda" else self.embedding.clone()
-        self.weight = self.embedding if tied else _pinned(self.weight) if device.type == "cuda" else self.weight.clone()
+        The transformers model shares them, so it no longer runs on the GPU itself.
+        """
+        if which == "neither" or self.learnt:
+            return
+        tied = self.tied
+        if tied and which == "embedding":
+            raise ValueError("tied ends leave together")
+        self.embedding = _pinned(self.embedding)
+        if which == "both":
+            self.weight = self.embedding if tied else _pinned(self.weight)
+            self.passes_by = True
+        for parameter, ours in zip(self.shared, (self.embedding, self.weight), strict=False):
+            parameter.data = ours
 
     def refresh(self) -> None:
         """Take over what has learnt in another precision."""
@@ -64,14 +75,11 @@ class Ends:
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """(tokens, hidden) of ids (tokens,)."""
-        if not self.host:
+        if self.embedding.device == ids.device:
             return nn.functional.embedding(ids, self.embedding)
-        device = self.norm.weight.device
-        if device.type == "cuda":
-            from afina.engine import movers
+        from afina.engine import movers
 
-            return movers.gather_rows(self.embedding, ids)
-        return nn.functional.embedding(ids, self.embedding)
+        return movers.gather_rows(self.embedding, ids)
 
     def loss(self, hidden: torch.Tensor, batch: Targeted, extra: int | None) -> tuple[torch.Tensor, Any]:
         """Summed loss at the predicting rows; with `extra`, also what `gradients` needs.
@@ -80,9 +88,9 @@ class Ends:
         """
         rows = hidden[batch.predicting]
         if extra is None:
-            return (self._by_vocabulary if self.host else self._by_rows)(rows, batch.targets, None)[0], None
+            return (self._by_vocabulary if self.passes_by else self._by_rows)(rows, batch.targets, None)[0], None
         d_rows = torch.empty_like(rows)
-        total, found = (self._by_vocabulary if self.host else self._by_rows)(rows, batch.targets, d_rows)
+        total, found = (self._by_vocabulary if self.passes_by else self._by_rows)(rows, batch.targets, d_rows)
         wide = hidden.new_zeros(hidden.shape[0], hidden.shape[1] + extra)
         wide[:, : hidden.shape[1]].index_copy_(0, batch.predicting, d_rows)
         return total, (wide, found)
@@ -158,29 +166,36 @@ class Ends:
         return (log_sum - truth).sum(), []
 
     def _passing(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-        """First row, rows and bias of each part of the head, on the device; the next is fetched meanwhile."""
+        """First row, rows and bias of each part of the head, on the device, in one of two places filled in turn."""
         device, count = self.norm.weight.device, self.weight.shape[0]
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-        def fetch(first: int) -> torch.Tensor:
-            part = self.weight[first : first + VOCABULARY_AT_ONCE]
-            if stream is None:
-                return part
-            with torch.cuda.stream(stream):
-                return part.to(device, non_blocking=True)
-
-        coming = fetch(0)
-        for first in range(0, count, VOCABULARY_AT_ONCE):
-            part = coming
-            if stream is not None:
-                torch.cuda.current_stream(device).wait_stream(stream)
-                part.record_stream(torch.cuda.current_stream(device))
+        starts = range(0, count, VOCABULARY_AT_ONCE)
+        if device.type != "cuda":
+            for first in starts:
+                part = self.weight[first : first + VOCABULARY_AT_ONCE]
+                yield first, part, None if self.bias is None else self.bias[first : first + part.shape[0]]
+            return
+        compute, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        places = self.weight.new_empty(2, min(VOCABULARY_AT_ONCE, count), self.weight.shape[1], device=device)
+        for number, first in enumerate(starts):
+            if number == 0:
+                self._fetch(places[0], 0, copying, compute)
+            compute.wait_stream(copying)
             if first + VOCABULARY_AT_ONCE < count:
-                coming = fetch(first + VOCABULARY_AT_ONCE)
+                self._fetch(places[(number + 1) % 2], first + VOCABULARY_AT_ONCE, copying, compute)
+            part = places[number % 2][: min(VOCABULARY_AT_ONCE, count - first)]
             yield first, part, None if self.bias is None else self.bias[first : first + part.shape[0]]
+
+    def _fetch(self, place: torch.Tensor, first: int, copying: Any, compute: Any) -> None:
+        """Begin to fill a place, once what was asked of it so far is computed."""
+        copying.wait_stream(compute)
+        part = self.weight[first : first + VOCABULARY_AT_ONCE]
+        with torch.cuda.stream(copying):
+            place[: part.shape[0]].copy_(part, non_blocking=True)
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_cuda:
+        return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 

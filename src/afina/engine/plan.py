@@ -5,15 +5,15 @@ model leave the GPU. Two rates are measured on the spot, that of products and th
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import combinations, product
 from typing import TYPE_CHECKING
 
 import torch
 
 from afina.engine.block import HERE, Placement
-from afina.engine.head import LOGITS_AT_ONCE, VOCABULARY_AT_ONCE
+from afina.engine.head import LOGITS_AT_ONCE, VOCABULARY_AT_ONCE, Host
 
 if TYPE_CHECKING:
     from afina.engine.block import Block
@@ -50,7 +50,7 @@ class Plan:
     tokens: int
     placements: list[Placement]
     rows_at_once: int
-    host: bool
+    host: Host
     bytes: int
     microseconds: float
 
@@ -66,6 +66,9 @@ class Rates:
 def choose(engine: "Engine", tokens: int, least: int, free_bytes: int, rates: Rates | None = None) -> Plan:
     """The plan with the least time per token of those that fit into `free_bytes`; the smallest where none fits."""
     rates = rates or measure(engine)
+    whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0), rates)
+    if whole.bytes <= free_bytes:
+        return whole
     plans = list(_candidates(engine, tokens, least, rates))
     fitting = [plan for plan in plans if plan.bytes <= free_bytes]
     if not fitting:
@@ -74,25 +77,37 @@ def choose(engine: "Engine", tokens: int, least: int, free_bytes: int, rates: Ra
 
 
 def _candidates(engine: "Engine", tokens: int, least: int, rates: Rates) -> Iterator[Plan]:
-    layers, levels = len(engine.blocks), ladder(frozenset(engine.blocks[0].saves(1)))
+    layers, rungs = len(engine.blocks), ladder(frozenset(engine.blocks[0].saves(1)))
     on_gpu = engine.device.type == "cuda"
-    if not on_gpu:  # nothing can wait anywhere else
-        levels = [level for level in levels if not level.away]
+    usable = [number for number, rung in enumerate(rungs) if on_gpu or not rung.away]
+    mixes = {mix for low, high in combinations(usable, 2) for mix in _mixes((low, high), layers, len(rungs))}
+    if on_gpu:  # some layers wait, as many as copies have time for; some are made again
+        mixes |= set(_mixes((0, 1, 2), layers, len(rungs)))
+    hosts: list[Host] = ["neither"]
+    if on_gpu and not engine.ends.learnt:
+        hosts = ["neither", "both"] if engine.ends.tied else ["neither", "embedding", "both"]
     while True:
-        for host in (False, True) if on_gpu and not engine.ends.learnt else (False,):
-            for low, high in pairwise(levels):
-                for count in range(layers + 1):
-                    placements = spread(high, count, low, layers)
-                    yield count_up(engine, Plan(tokens, placements, 0, host, 0, 0.0), rates)
+        for host in hosts:
+            for mix in mixes:
+                yield count_up(engine, Plan(tokens, spread(rungs, mix), 0, host, 0, 0.0), rates)
         if tokens // 2 < least:
             return
         tokens //= 2
 
 
-def spread(some: Placement, count: int, others: Placement, layers: int) -> list[Placement]:
-    """`count` of the layers, evenly spread so that copies have time, from the first on."""
-    chosen = [(n + 1) * count // layers > n * count // layers for n in range(layers)]
-    return [some if here else others for here in reversed(chosen)]
+def _mixes(chosen: tuple[int, ...], layers: int, rungs: int) -> Iterator[tuple[int, ...]]:
+    """How many layers stand on each rung, in every way that uses the chosen ones alone."""
+    for upper in product(range(layers + 1), repeat=len(chosen) - 1):
+        if sum(upper) <= layers:
+            counts = dict(zip(chosen, (layers - sum(upper), *upper), strict=True))
+            yield tuple(counts.get(rung, 0) for rung in range(rungs))
+
+
+def spread(rungs: Sequence[Placement], counts: Sequence[int]) -> list[Placement]:
+    """So many layers on each rung, evenly mixed, so that copies have time; the first layers on the higher rungs."""
+    layers = sum(counts)
+    places = sorted(((position + 0.5) / count, -rung) for rung, count in enumerate(counts) for position in range(count))
+    return [rungs[-rung] for _place, rung in places][:layers]
 
 
 def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
@@ -107,29 +122,28 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
         kept += sum(sizes.values()) - away - sum(sizes[name] for name in placement.again)
         moved += away
         again += sum(_made_again(name, block) for name in placement.again) * tokens
-    lows = sum(product.r for product in block.products) * element * len(engine.blocks)
-    widest = max(product.n for product in block.products)
+    lows = sum(part.r for part in block.products) * element * len(engine.blocks)
+    widest = max(part.n for part in block.products)
     waiting = {name for placement in plan.placements for name in placement.away}
     cut = all(placement.again for placement in plan.placements) and tokens > ROWS_AT_ONCE and "gate_up" in sizes
     rows = ROWS_AT_ONCE if cut else tokens
     hidden = block.products[0].k
     work = rows * (2 * widest + 2 * block.last.k) + tokens * (2 * block.attention.columns + 6 * hidden)
-    work += 2 * sum(size // element for name, size in sizes.items() if name in waiting)
+    work += sum(size // element for name, size in sizes.items() if name in waiting)
     vocabulary = ends.weight.shape[0]
-    if plan.host:
+    saved = element * hidden * vocabulary * {"neither": 0, "embedding": 1, "both": 1 if ends.tied else 2}[plan.host]
+    head = min(tokens * vocabulary, LOGITS_AT_ONCE) * (4 + element)
+    if plan.host == "both":
         head = tokens * (VOCABULARY_AT_ONCE * (8 + element) + 4 * hidden) + 2 * VOCABULARY_AT_ONCE * hidden * element
-        saved = element * hidden * vocabulary * (1 if ends.tied else 2)
-    else:
-        head, saved = min(tokens * vocabulary, LOGITS_AT_ONCE) * (4 + element), 0
     needed = kept + tokens * lows + max(work * element, head + 2 * tokens * hidden * element) - saved
     passes = 3 if ends.learnt else 2
-    base = sum(product.n * product.k for product in block.products) * len(engine.blocks) * tokens
+    base = sum(part.n * part.k for part in block.products) * len(engine.blocks) * tokens
     of_head = vocabulary * hidden * tokens
     forward = (base + of_head) / rates.products
     backward = ((passes - 1) * (base + of_head) + again) / rates.products
     copying = moved / rates.copies
     microseconds = max(forward, copying) + max(backward, copying) + (OFTEN - 1) * 2 * copying
-    if plan.host:
+    if plan.host == "both":
         microseconds += 2 * vocabulary * hidden * element / rates.copies
     launching = LAYER_US * len(engine.blocks)
     microseconds = max(microseconds, launching) + OVERHEAD * launching
@@ -138,17 +152,17 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
 
 def _made_again(name: str, block: "Block") -> int:
     """Multiply-adds for a token."""
-    product = block.products[{"gate_up": -2, "z": 0, "qkv": 0, "h": 1}[name]]
-    return product.n * product.k
+    made_by = block.products[{"gate_up": -2, "z": 0, "qkv": 0, "h": 1}[name]]
+    return made_by.n * made_by.k
 
 
 def measure(engine: "Engine") -> Rates:
     """Some milliseconds of the widest product, and of a copy to pinned memory; off a GPU no rates are needed."""
     if engine.device.type != "cuda":
         return Rates(1.0, 1.0)
-    product = max(engine.blocks[0].products, key=lambda product: product.n * product.k)
-    weight = torch.zeros(product.n, product.k, dtype=engine.dtype, device=engine.device)
-    x = torch.zeros(2048, product.k, dtype=engine.dtype, device=engine.device)
+    widest = max(engine.blocks[0].products, key=lambda product: product.n * product.k)
+    weight = torch.zeros(widest.n, widest.k, dtype=engine.dtype, device=engine.device)
+    x = torch.zeros(2048, widest.k, dtype=engine.dtype, device=engine.device)
     host = torch.empty(2**25, dtype=torch.uint8, pin_memory=True)
     here = torch.empty(2**25, dtype=torch.uint8, device=engine.device)
 

@@ -15,7 +15,7 @@ made anyway (16 of 4096: 0.4% of its arithmetic). The transformers model's param
 there is one copy of each weight. Weights of four bits are turned into such a buffer for each use, or kept as one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -95,7 +95,7 @@ class Product:
     learnt: list[Learnt] = field(default_factory=list)
     scales: torch.Tensor = field(default_factory=lambda: torch.ones(()))
     dropout: float = 0.0
-    _copies: "Copies | None" = None
+    _fill: "Replayed | None" = None
 
     def copies(self, wide: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
         """From, to, factor: what puts the adapters, and weights that learn in another precision, into a buffer."""
@@ -134,16 +134,25 @@ class Product:
             return self.wide
         wide, written = self.scratch.get(self, self.n + self.r, self.k + self.r, self.like)
         if not written:
+            if self._fill is None:
+                self._fill = Replayed(wide.device, self._filling(wide))
+            self._fill()
+        return wide
+
+    def _filling(self, wide: torch.Tensor) -> Callable[[], None]:
+        """What writes weights and adapters into a buffer whose place does not change."""
+        copies, used = Copies(self.copies(wide)), self.adapters[-1].columns.stop if self.adapters else 0
+
+        def fill() -> None:
             for rows, weight in self.packed:
                 weight.fill(wide[rows, : self.k])
             if self.r:
                 wide[:, self.k :].zero_()
-                if self._copies is None:
-                    self._copies = Copies(self.copies(wide))
-                self._copies.run()
-                if self.adapters[-1].columns.stop < self.r:
-                    wide[self.n + self.adapters[-1].columns.stop :].zero_()
-        return wide
+                copies.run()
+            if used < self.r:
+                wide[self.n + used :].zero_()
+
+        return fill
 
     def forward(
         self,
@@ -257,6 +266,25 @@ class Copies:
             return
         sources, targets, factors = zip(*self._all, strict=True)
         torch._foreach_copy_(list(targets), torch._foreach_mul(list(sources), list(factors)))
+
+
+class Replayed:
+    """A few kernels over places that do not change, launched as one: on a GPU they are recorded at the second call."""
+
+    def __init__(self, device: torch.device, work: Callable[[], None]) -> None:
+        self._work, self._calls = work, 0
+        self._graph = torch.cuda.CUDAGraph() if device.type == "cuda" else None
+
+    def __call__(self) -> None:
+        """Do the work."""
+        self._calls += 1
+        if self._graph is None or self._calls == 1:  # the first call compiles what is to be recorded
+            self._work()
+            return
+        if self._calls == 2:
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._work()
+        self._graph.replay()
 
 
 def make_product(linears: Sequence[nn.Module], scratch: Scratch, dtype: torch.dtype) -> Product:
