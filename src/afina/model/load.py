@@ -10,6 +10,7 @@ from torch import nn
 from afina.errors import AfinaError, ModelError, ResourceError
 from afina.language import _
 from afina.model.foreign import check_weights, checked_config, quantised_as, read_config
+from afina.model.mxfp4 import pack_experts, packed_experts, unpack_experts
 from afina.model.quantize import HELD, dequantised, held_in, made_exact, settings
 from afina.recipe.schema import Model
 
@@ -68,6 +69,7 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
     try:
         config = _configuration(source, wanted.revision)
         family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        stated = _take_experts(config)
         if Path(source).is_dir():
             check_weights(Path(source))
         # Said aloud, because a config may ask for a kernel from the hub, which is code. Soft-capped scores and sinks
@@ -78,7 +80,7 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
         if quantised:  # while it is loaded, so that the plain weights are never there all at once
             dtype = choose_hardware(wanted).dtype if plain else dtype  # the numbers of training
             where["device_map"] = {"": hardware.device.index or 0 if hardware.device.type == "cuda" else "cpu"}
-        model, loading = family.from_pretrained(
+        model, loading = (_with_packed(family) if stated else family).from_pretrained(
             source,
             config=config,
             dtype=dtype,
@@ -96,6 +98,10 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
         shown = ", ".join([*missing[:3], *(["..."] if len(missing) > 3 else [])])
         reason = _("{count} of its weights are missing: {names}").format(count=len(missing), names=shown)
         raise _unloadable(source, reason)
+    if stated:
+        model.__class__, model.config.quantization_config = family, stated
+        if plain or wanted.experts == "unpacked":
+            unpack(model, hardware.dtype)
     if quantised:
         return (dequantised(model, hardware.dtype) if plain else made_exact(model)).eval()
     loaded: nn.Module = model.to(hardware.device).eval()
@@ -123,6 +129,41 @@ def _configuration(source: str, revision: str | None) -> Any:
     if (quantised := quantised_as(given, source)) is not None:
         config.quantization_config = quantised
     return config
+
+
+def _take_experts(config: Any) -> dict[str, Any] | None:
+    """What the configuration says of experts in MXFP4, taken out of it: transformers would unpack them, or fetch
+    kernels from the hub. Raises ModelError for an architecture whose experts are not known here."""
+    if held_in(config) != "mxfp4":
+        return None
+    if config.model_type != "gpt_oss":
+        raise ModelError(_("MXFP4 is read of gpt-oss only, not of {name}.").format(name=config.model_type))
+    stated: dict[str, Any] = config.quantization_config
+    del config.quantization_config
+    return stated
+
+
+def _with_packed(family: Any) -> Any:
+    """The same class, whose experts are made packed, to be filled by what the checkpoint holds."""
+
+    def start(self: Any, config: Any) -> None:
+        family.__init__(self, config)
+        pack_experts(self)
+
+    return type(family.__name__, (family,), {"__init__": start})
+
+
+def unpack(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Put transformers' own experts in the place of packed ones, holding the same numbers in `dtype`."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    if packed_experts(model):
+        config: Any = model.config
+        with torch.device("meta"):
+            unpack_experts(model, lambda: GptOssExperts(config), dtype)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    return model
 
 
 def _unloadable(source: str, reason: str) -> ModelError:

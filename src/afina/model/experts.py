@@ -1,0 +1,103 @@
+"""Adapters on a mixture's experts and router: PEFT's adapters of single parameters, on packed experts too.
+
+PEFT adds B A to the whole parameter of all experts; beside packed experts the low-rank products are computed apart, on
+the tokens each expert sees. Names and files are PEFT's either way. Door to PEFT.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from afina.model.mxfp4 import MATRICES, PackedExperts, packed_experts
+from afina.model.quantize import without_foreign_kernels
+
+with without_foreign_kernels():
+    from peft.tuners.lora.layer import ParamWrapper
+
+
+def expert_parameters(model: nn.Module) -> list[str]:
+    """Ends of the names of all matrices of experts: parameters of three dimensions; empty without a mixture."""
+    found = {tail_of(name) for name, parameter in model.named_parameters() if parameter.ndim == 3}
+    found |= {tail_of(f"{name}.{matrix}") for name, _module in packed_experts(model) for matrix in MATRICES}
+    return sorted(found)
+
+
+def router_parameters(model: nn.Module) -> list[str]:
+    """Ends of the names of all routers' matrices that are no linear layers (those are targets like any other)."""
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return sorted(
+        {
+            tail_of(name)
+            for name, parameter in model.named_parameters()
+            if parameter.ndim == 2 and ".router." in name and name.rpartition(".")[0] not in linear
+        }
+    )
+
+
+def tail_of(name: str) -> str:
+    """A parameter's name behind the number of its layer: model.layers.3.mlp.experts.down_proj to mlp.experts.down_proj."""
+    parts = name.split(".")
+    numbered = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbered[-1] + 1 :]) if numbered else name
+
+
+class PackedAdapter(ParamWrapper):
+    """PEFT's adapter of one matrix of packed experts: hands A and B to the experts instead of adding B A."""
+
+    def get_param(self) -> Any:
+        """Shape, type and device of the matrix, of which no plain numbers exist."""
+        base = self.get_base_layer()
+        bias = getattr(base, f"{self.parameter_name}_bias")
+        return bias.new_zeros(()).expand(base.shape_of(self.parameter_name))
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: Sequence[str]) -> Iterator[None]:
+        base = self.get_base_layer()
+        pairs = [self._pair(name) for name in active_adapters if name in self.lora_A]
+        base.low_rank[self.parameter_name] = pairs
+        try:
+            yield
+        finally:
+            del base.low_rank[self.parameter_name]
+
+    def _pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A (experts, rank, in) and B (experts, out, rank), of PEFT's (experts * rank, in) and (out, rank * experts)."""
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        a = a.view(self.num_experts, -1, a.shape[-1])
+        return a, b.view(b.shape[0], -1, self.num_experts).permute(2, 0, 1), self.scaling[name]
+
+
+@contextmanager
+def stand_ins(model: nn.Module) -> Iterator[None]:
+    """Inside the block PEFT finds a parameter, without storage, where a matrix is packed; its adapters fit it after."""
+    packed = packed_experts(model)
+    for _name, module in packed:
+        for matrix in MATRICES:
+            shape = module.shape_of(matrix)
+            bias = getattr(module, f"{matrix}_bias")
+            stand_in = nn.Parameter(bias.detach().new_zeros(()).expand(shape), requires_grad=False)
+            module.register_parameter(matrix, stand_in)
+    try:
+        yield
+    finally:
+        for _name, module in packed:
+            for matrix in MATRICES:
+                delattr(module, matrix)
+        for wrapper in list(model.modules()):
+            if isinstance(wrapper, ParamWrapper) and isinstance(wrapper.get_base_layer(), PackedExperts):
+                wrapper.__class__ = PackedAdapter
+
+
+def adapts_packed(model: nn.Module) -> bool:
+    """Whether adapters lie on packed experts."""
+    return any(isinstance(module, PackedAdapter) for module in model.modules())
+
+
+def plain_adapters(model: nn.Module) -> None:
+    """After experts were unpacked: their adapters are PEFT's own again."""
+    for wrapper in list(model.modules()):
+        if isinstance(wrapper, PackedAdapter) and not isinstance(wrapper.get_base_layer(), PackedExperts):
+            wrapper.__class__ = ParamWrapper

@@ -1,0 +1,162 @@
+"""Experts whose matrices stay packed in MXFP4, four bits a weight, while adapters learn beside them (gpt-oss).
+
+The format (OCP Microscaling 1.0): 32 neighbours of a row share one byte, the exponent of a power of two biased by 127;
+each is four bits, a sign, two bits of exponent, one of mantissa. Two lie in a byte, the first in the lower half. A
+product unpacks one expert's matrix, uses it and lets it go, forward and backward: what autograd keeps is the bytes
+that are there anyway. Knows nothing of files, nor of PEFT.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+GROUP = 32
+"""Weights that share an exponent."""
+BIAS = 127
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+MATRICES = ("gate_up_proj", "down_proj")
+
+LowRank = tuple[torch.Tensor, torch.Tensor, float]
+"""A: (experts, rank, in), B: (experts, out, rank), and the factor of B A."""
+
+
+def dequantise(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers: blocks (..., groups, 16) uint8 and scales (..., groups) uint8 to (..., groups * 32) of `dtype`.
+
+    Exact in bf16 and fp32. In fp16 what lies beyond its range overflows, as everywhere else.
+    """
+    pairs = torch.tensor([[VALUES[byte & 15], VALUES[byte >> 4]] for byte in range(256)], device=blocks.device)
+    powers = torch.where(scales == 0, 0x00400000, scales.int() << 23).view(torch.float32)
+    found = F.embedding(blocks.int(), pairs.to(dtype)).flatten(-2)
+    if dtype == torch.float16:
+        return (found.float() * powers[..., None]).to(dtype).flatten(-2)
+    return (found * powers[..., None].to(dtype)).flatten(-2)
+
+
+def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks and scales of a matrix (..., columns), rounded to the nearest, ties to even mantissas.
+
+    The exponent is the largest weight's, less 2, so that it falls below 8; what lies above 6 becomes 6 (section 6.3 of
+    the specification).
+    """
+    groups = weight.float().unflatten(-1, (-1, GROUP))
+    largest = groups.abs().amax(-1)
+    exponents = torch.where(largest > 0, torch.frexp(largest).exponent - 3, -BIAS).clamp(-BIAS, BIAS)
+    scaled = torch.ldexp(groups, -exponents[..., None])
+    bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=weight.device)
+    size = scaled.abs().contiguous()
+    down, up = torch.bucketize(size, bounds), torch.bucketize(size, bounds, right=True)
+    code = torch.where(down % 2 == 0, down, up) + 8 * torch.signbit(scaled)
+    packed = (code[..., 0::2] + (code[..., 1::2] << 4)).to(torch.uint8)
+    return packed, (exponents + BIAS).to(torch.uint8)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T of one packed matrix W (out, in), which does not learn."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(blocks, scales)
+        return x @ dequantise(blocks, scales, x.dtype).t()
+
+    @staticmethod
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        blocks, scales = ctx.saved_tensors
+        return d_out @ dequantise(blocks, scales, d_out.dtype), None, None
+
+
+class PackedExperts(nn.Module):
+    """gpt-oss's experts, with what transformers' module of the same place is given and gives back.
+
+    `NAME_blocks`: (experts, rows, columns / 32, 16), `NAME_scales`: (experts, rows, columns / 32), as checkpoints have
+    them; rows are what a matrix gives, columns what it takes. While a low-rank pair stands in `low_rank` under the name
+    of a matrix, it is added to that matrix.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.num_experts, self.alpha, self.limit = experts.num_experts, experts.alpha, experts.limit
+        self.is_transposed = True
+        self.low_rank: dict[str, list[LowRank]] = {}
+        for name in MATRICES:
+            count, columns, rows = getattr(experts, name).shape
+            device = getattr(experts, name).device
+            for part, shape in (("blocks", (columns // GROUP, GROUP // 2)), ("scales", (columns // GROUP,))):
+                self.register_buffer(
+                    f"{name}_{part}", torch.zeros(count, rows, *shape, dtype=torch.uint8, device=device)
+                )
+            self.register_parameter(f"{name}_bias", getattr(experts, f"{name}_bias"))
+
+    def shape_of(self, name: str) -> tuple[int, int, int]:
+        """(experts, in, out) of a matrix, as transformers lays it out unpacked."""
+        count, rows, groups = getattr(self, f"{name}_scales").shape
+        return int(count), int(groups) * GROUP, int(rows)
+
+    def matrix(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One matrix of all experts unpacked, (experts, in, out)."""
+        blocks, scales = getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales")
+        return dequantise(blocks, scales, dtype).transpose(1, 2).contiguous()
+
+    def forward(
+        self, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states (tokens, width); router_indices, routing_weights (tokens, chosen). Returns (tokens, width)."""
+        tokens, chosen = router_indices.shape
+        which = router_indices.flatten()
+        order = which.argsort(stable=True)
+        counts = torch.bincount(which, minlength=self.num_experts).tolist()
+        kind = hidden_states.device.type
+        mixed = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if mixed else hidden_states.dtype
+        rows = hidden_states.to(dtype)[order // chosen]
+        outputs, start = [], 0
+        with torch.autocast(kind, enabled=False) if mixed else nullcontext():
+            for expert, count in enumerate(counts):
+                if count:
+                    outputs.append(self._one(expert, rows[start : start + count]))
+                    start += count
+        weighted = torch.cat(outputs) * routing_weights.flatten()[order, None]
+        whole = torch.empty_like(weighted).index_copy(0, order, weighted)
+        return whole.view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
+
+    def _one(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        gate_up = self._product("gate_up_proj", expert, x)
+        gate = gate_up[..., ::2].clamp(max=self.limit)
+        up = gate_up[..., 1::2].clamp(min=-self.limit, max=self.limit)
+        return self._product("down_proj", expert, (up + 1) * gate * torch.sigmoid(gate * self.alpha))
+
+    def _product(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        blocks, scales = getattr(self, f"{name}_blocks")[expert], getattr(self, f"{name}_scales")[expert]
+        out: torch.Tensor = _Product.apply(x, blocks, scales)  # type: ignore[no-untyped-call]
+        for a, b, factor in self.low_rank.get(name, ()):
+            out = out + (x @ a[expert].to(x.dtype).t()) @ b[expert].to(x.dtype).t() * factor
+        return out + getattr(self, f"{name}_bias")[expert].to(x.dtype)
+
+
+def pack_experts(model: nn.Module) -> nn.Module:
+    """Put `PackedExperts` in the place of every module of experts of a gpt-oss model, empty, to be loaded."""
+    for name, module in list(model.named_modules()):
+        if name.endswith(".mlp.experts"):
+            model.get_submodule(name.rpartition(".")[0]).experts = PackedExperts(module)
+    return model
+
+
+def packed_experts(model: nn.Module) -> list[tuple[str, PackedExperts]]:
+    """Where experts are held packed, by name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, PackedExperts)]
+
+
+@torch.no_grad()
+def unpack_experts(model: nn.Module, make: Callable[[], Any], dtype: torch.dtype) -> None:
+    """Put plain experts in the place of packed ones, holding the same numbers; `make` gives an empty one."""
+    for name, packed in packed_experts(model):
+        plain = make()
+        for matrix in MATRICES:
+            setattr(plain, matrix, nn.Parameter(packed.matrix(matrix, dtype), requires_grad=False))
+            setattr(plain, f"{matrix}_bias", getattr(packed, f"{matrix}_bias"))
+        parent, _dot, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, plain)
