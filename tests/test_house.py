@@ -28,7 +28,7 @@ DOORS = {
     # Models come in through load; generate, attention and tokenizer hold what only transformers can name.
     "transformers": ("model/load.py", "model/generate.py", "engine/attention.py", "data/tokenizer.py"),
     "tokenizers": ("data/tokenizer.py",),
-    "peft": ("model/attach.py",),
+    "peft": ("model/attach.py", "model/experts.py"),
     "bitsandbytes": ("model/quantize.py",),
     "safetensors": ("export/gguf.py", "export/weights.py", "train/checkpoint.py"),
     "gguf": ("export/gguf.py", "model/gguf_file.py"),

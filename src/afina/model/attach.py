@@ -11,6 +11,8 @@ from torch import nn
 
 from afina.errors import AfinaError, ModelError
 from afina.language import _
+from afina.model.experts import adapts_packed, mixture_targets, plain_adapters, refuse_packed, stand_ins
+from afina.model.load import unpack
 from afina.model.quantize import is_quantised, without_foreign_kernels
 from afina.recipe.schema import Full, Lora
 
@@ -30,6 +32,7 @@ def attach(model: nn.Module, method: Lora | Full, *, seed: int) -> nn.Module:
                 _("A quantised base cannot learn itself: method full needs plain weights."),
                 hint=_("Take method lora, or a checkpoint of plain weights."),
             )
+        refuse_packed(model)
         return model.float().requires_grad_(True)
     targets = method.targets
     if targets != "all-linear":
@@ -39,11 +42,12 @@ def attach(model: nn.Module, method: Lora | Full, *, seed: int) -> nn.Module:
         lora_alpha=method.alpha,  # type: ignore[arg-type]
         lora_dropout=method.dropout,
         target_modules=targets,
+        target_parameters=mixture_targets(model, method),
         bias=method.bias,
         use_rslora=method.rslora,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), stand_ins(model):
         torch.manual_seed(seed)
         adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
     return adapted
@@ -57,7 +61,8 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
             hint=_("It needs adapter_config.json and adapter_model.safetensors."),
         )
     try:
-        adapted: nn.Module = PeftModel.from_pretrained(model, folder)  # type: ignore[arg-type]
+        with stand_ins(model):
+            adapted: nn.Module = PeftModel.from_pretrained(model, folder)  # type: ignore[arg-type]
         there = load_peft_weights(str(folder), device="cpu").keys()
     except AfinaError:
         raise
@@ -108,9 +113,15 @@ def _refusals_told() -> Iterator[None]:
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """The same function without adapters: base weights with the low-rank products added, in fp32."""
+    """The same function without adapters: base weights with the low-rank products added, in fp32.
+
+    Experts in MXFP4 stay as they are, unless they have adapters themselves.
+    """
     if not isinstance(model, PeftModel):
         return model
+    if adapts_packed(model):
+        unpack(model, torch.float32)
+        plain_adapters(model)
     whole: nn.Module = model.float().merge_and_unload(safe_merge=True)  # type: ignore[operator]
     return whole
 

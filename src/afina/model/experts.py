@@ -11,11 +11,44 @@ from typing import Any
 import torch
 from torch import nn
 
+from afina.errors import ModelError
+from afina.language import _
 from afina.model.mxfp4 import MATRICES, PackedExperts, packed_experts
 from afina.model.quantize import without_foreign_kernels
+from afina.recipe.schema import Lora
 
 with without_foreign_kernels():
     from peft.tuners.lora.layer import ParamWrapper
+
+
+def mixture_targets(model: nn.Module, method: Lora) -> list[str] | None:
+    """The parameters that get adapters beside the linear layers, as the recipe wants them.
+
+    Raises ModelError where the model has none, or where PEFT cannot put such adapters on them.
+    """
+    wanted = []
+    for key, asked, found in (
+        ("method.experts", method.experts, expert_parameters(model) if method.experts else []),
+        ("method.router", method.router, router_parameters(model) if method.router else []),
+    ):
+        if asked and not found:
+            raise ModelError(
+                _("{key} is true, but the model has none that adapters could lie on.").format(key=key),
+                hint=_("Leave it out: all-linear means every linear layer already."),
+            )
+        wanted += found
+    if wanted and method.dropout:
+        raise ModelError(_("Adapters on experts or a router know no dropout."), hint=_("Set method.dropout to 0."))
+    return wanted or None
+
+
+def refuse_packed(model: nn.Module) -> None:
+    """Raises ModelError where experts are packed, whose weights cannot learn themselves."""
+    if packed_experts(model):
+        raise ModelError(
+            _("Experts packed in MXFP4 cannot learn themselves: method full needs plain weights."),
+            hint=_("Set model.experts to unpacked, or take method lora."),
+        )
 
 
 def expert_parameters(model: nn.Module) -> list[str]:
@@ -38,7 +71,7 @@ def router_parameters(model: nn.Module) -> list[str]:
 
 
 def tail_of(name: str) -> str:
-    """A parameter's name behind the number of its layer: model.layers.3.mlp.experts.down_proj to mlp.experts.down_proj."""
+    """A parameter's name behind the number of its layer: of model.layers.3.mlp.router.weight, mlp.router.weight."""
     parts = name.split(".")
     numbered = [place for place, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbered[-1] + 1 :]) if numbered else name
@@ -64,7 +97,7 @@ class PackedAdapter(ParamWrapper):
             del base.low_rank[self.parameter_name]
 
     def _pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """A (experts, rank, in) and B (experts, out, rank), of PEFT's (experts * rank, in) and (out, rank * experts)."""
+        """A (experts, rank, in), B (experts, out, rank); PEFT's are (experts * rank, in), (out, rank * experts)."""
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         a = a.view(self.num_experts, -1, a.shape[-1])
         return a, b.view(b.shape[0], -1, self.num_experts).permute(2, 0, 1), self.scaling[name]

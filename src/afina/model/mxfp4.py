@@ -121,7 +121,8 @@ class PackedExperts(nn.Module):
                     start += count
         weighted = torch.cat(outputs) * routing_weights.flatten()[order, None]
         whole = torch.empty_like(weighted).index_copy(0, order, weighted)
-        return whole.view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
+        summed: torch.Tensor = whole.view(tokens, chosen, -1).sum(1)
+        return summed.type_as(hidden_states)
 
     def _one(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         gate_up = self._product("gate_up_proj", expert, x)
@@ -134,7 +135,8 @@ class PackedExperts(nn.Module):
         out: torch.Tensor = _Product.apply(x, blocks, scales)  # type: ignore[no-untyped-call]
         for a, b, factor in self.low_rank.get(name, ()):
             out = out + (x @ a[expert].to(x.dtype).t()) @ b[expert].to(x.dtype).t() * factor
-        return out + getattr(self, f"{name}_bias")[expert].to(x.dtype)
+        bias: torch.Tensor = getattr(self, f"{name}_bias")[expert]
+        return out + bias.to(x.dtype)
 
 
 def pack_experts(model: nn.Module) -> nn.Module:

@@ -20,6 +20,10 @@ class Lora(Section):
     """Share of the adapter's inputs dropped while training."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Which linear layers get an adapter; the head never does."""
+    experts: bool = False
+    """Every matrix of a mixture's experts gets an adapter too (gpt-oss); packed ones stay packed."""
+    router: bool = False
+    """What chooses the experts gets an adapter too."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases learn too."""
     rslora: bool = False
