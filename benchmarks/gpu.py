@@ -88,6 +88,14 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     )  # fmt: skip
     if options.get("profile"):
         profile(whole)
+    if options.get("python"):
+        import cProfile
+        import pstats
+
+        with cProfile.Profile() as spent:
+            whole()
+            torch.cuda.synchronize()
+        pstats.Stats(spent).sort_stats("tottime").print_stats(28)
     return result
 
 
@@ -165,7 +173,7 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
     samples, length = work["samples"], work["length"]
     count = samples * length
     learning_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    standing = torch.cuda.memory_allocated() + 3 * learning_bytes  # gradients and two moments are still to come
+    standing = torch.cuda.memory_allocated() + 2 * learning_bytes  # AdamW's two moments are still to come
     free = int((options.get("gib", work["gib"])) * 2**30) - standing
     rates = measure(engine)
     plan = choose(engine, count, count, free, rates)

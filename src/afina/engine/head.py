@@ -40,6 +40,11 @@ class Ends:
     shared: tuple[nn.Parameter, ...] = ()
 
     @property
+    def logits_at_once(self) -> int:
+        """Elements of a chunk of logits: a head that learns sums a gradient as large as itself chunk by chunk."""
+        return LOGITS_AT_ONCE * (2 if self.learnt else 1)
+
+    @property
     def tied(self) -> bool:
         """Whether embedding and head are one."""
         return self.embedding.data_ptr() == self.weight.data_ptr()
@@ -117,7 +122,7 @@ class Ends:
         of_head = torch.zeros(self.weight.shape, dtype=wide, device=rows.device) if learns else None
         of_bias = torch.zeros(self.weight.shape[0], dtype=wide, device=rows.device) if learns else None
         of_norm: list[torch.Tensor] = []
-        step = max(1, LOGITS_AT_ONCE // self.weight.shape[0])
+        step = max(1, self.logits_at_once // self.weight.shape[0])
         for start in range(0, rows.shape[0], step):
             chunk = rows[start : start + step]
             normed = norm(chunk, self.norm, torch.empty_like(chunk))

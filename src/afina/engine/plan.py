@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from afina.engine.block import HERE, Placement
-from afina.engine.head import LOGITS_AT_ONCE, VOCABULARY_AT_ONCE, Host
+from afina.engine.head import VOCABULARY_AT_ONCE, Host
 
 if TYPE_CHECKING:
     from afina.engine.block import Block
@@ -64,7 +64,10 @@ class Rates:
 
 
 def choose(engine: "Engine", tokens: int, least: int, free_bytes: int, rates: Rates | None = None) -> Plan:
-    """The plan with the least time per token of those that fit into `free_bytes`; the smallest where none fits."""
+    """The plan with the least time per token of those that fit into `free_bytes`; the smallest where none fits.
+
+    In `free_bytes` there is no room for gradients yet: they come to be while saved tensors go.
+    """
     rates = rates or measure(engine)
     whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0), rates)
     if whole.bytes <= free_bytes:
@@ -122,7 +125,8 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
         kept += sum(sizes.values()) - away - sum(sizes[name] for name in placement.again)
         moved += away
         again += sum(_made_again(name, block) for name in placement.again) * tokens
-    lows = sum(part.r for part in block.products) * element * len(engine.blocks)
+    layers = len(engine.blocks)
+    lows = sum(part.r for part in block.products) * element * layers
     widest = max(part.n for part in block.products)
     waiting = {name for placement in plan.placements for name in placement.away}
     cut = all(placement.again for placement in plan.placements) and tokens > ROWS_AT_ONCE and "gate_up" in sizes
@@ -132,12 +136,17 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
     work += sum(size // element for name, size in sizes.items() if name in waiting)
     vocabulary = ends.weight.shape[0]
     saved = element * hidden * vocabulary * {"neither": 0, "embedding": 1, "both": 1 if ends.tied else 2}[plan.host]
-    head = min(tokens * vocabulary, LOGITS_AT_ONCE) * (4 + element)
+    head = min(tokens * vocabulary, ends.logits_at_once) * (4 + element) + (
+        4 * vocabulary * hidden if ends.learnt else 0
+    )
     if plan.host == "both":
         head = tokens * (VOCABULARY_AT_ONCE * (8 + element) + 4 * hidden) + 2 * VOCABULARY_AT_ONCE * hidden * element
-    needed = kept + tokens * lows + max(work * element, head + 2 * tokens * hidden * element) - saved
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in engine.parameters)
+    first = kept + max(work * element + gradients / layers, head + 2 * tokens * hidden * element)
+    last = kept / layers + work * element + gradients
+    needed = tokens * lows + max(first, last) - saved
     passes = 3 if ends.learnt else 2
-    base = sum(part.n * part.k for part in block.products) * len(engine.blocks) * tokens
+    base = sum(part.n * part.k for part in block.products) * layers * tokens
     of_head = vocabulary * hidden * tokens
     forward = (base + of_head) / rates.products
     backward = ((passes - 1) * (base + of_head) + again) / rates.products
@@ -145,7 +154,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
     microseconds = max(forward, copying) + max(backward, copying) + (OFTEN - 1) * 2 * copying
     if plan.host == "both":
         microseconds += 2 * vocabulary * hidden * element / rates.copies
-    launching = LAYER_US * len(engine.blocks)
+    launching = LAYER_US * layers
     microseconds = max(microseconds, launching) + OVERHEAD * launching
     return replace(plan, rows_at_once=rows if cut else 0, bytes=int(needed), microseconds=microseconds)
 

@@ -227,12 +227,17 @@ class Product:
             for adapter in self.adapters:
                 up = wide_product(wide_dy[:, adapter.rows].t(), low[:, adapter.columns])
                 found += [lows[adapter.columns].to(adapter.a.dtype), up.to(adapter.b.dtype)]
-        for learnt in self.learnt:
-            dy = wide_dy[:, learnt.rows]
-            exact = learnt.weight.element_size() > 2
-            found.append((wide_product if exact else torch.mm)(dy.t(), x).to(learnt.weight.dtype))
-            if learnt.bias is not None:
-                found.append(dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(learnt.bias.dtype))
+        if self.learnt:  # one product for all of them: small ones alone leave most of a GPU idle
+            exact = self.learnt[0].weight.element_size() > 2
+            dy = wide_dy[:, : self.n]
+            of_weights = (wide_product if exact else torch.mm)(dy.t(), x)
+            sums = None
+            if self.bias is not None:
+                sums = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+            for learnt in self.learnt:
+                found.append(of_weights[learnt.rows].to(learnt.weight.dtype))
+                if learnt.bias is not None and sums is not None:
+                    found.append(sums[learnt.rows].to(learnt.bias.dtype))
         return found
 
 

@@ -55,8 +55,8 @@ BACKWARD_WORK = 3
 
 USABLE = 0.92
 """Of the memory that is free on a GPU; the rest is for what fragments and for other programs' sudden needs."""
-ADAPTER_BYTES = 12
-"""A learning parameter's gradient and two moments, in fp32."""
+STANDING = 3
+"""Beside what learns: its two moments, and the gradients of the micro-batches before."""
 PROOF_TOKENS = 512
 """On so many tokens of the first step the fused engine is compared with the reference."""
 
@@ -293,8 +293,8 @@ def _choose_engine(
         )
     if hardware.device.type == "cuda":
         torch.cuda.empty_cache()
-        learnt = sum(parameter.numel() for parameter in engine.parameters)
-        free = int(torch.cuda.mem_get_info(hardware.device)[0] * USABLE) - ADAPTER_BYTES * learnt
+        learnt = sum(parameter.numel() * parameter.element_size() for parameter in engine.parameters)
+        free = int(torch.cuda.mem_get_info(hardware.device)[0] * USABLE) - STANDING * learnt
         room.tokens = engine.plan(room.tokens, recipe.model.max_length, free).tokens
     return engine.summed_loss, _(
         "fused blocks; on the first batch loss and gradients are the reference's to {loss:.0e} and {gradient:.0e}"
