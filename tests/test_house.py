@@ -34,6 +34,8 @@ DOORS = {
     "gguf": ("export/gguf.py", "model/gguf_file.py"),
     "xllamacpp": ("model/llamacpp.py",),
     "zstandard": ("data/lines.py",),
+    "pyarrow": ("data/parquet.py",),
+    "huggingface_hub": ("data/hub.py",),
     "ruamel": ("recipe/document.py",),
     # The schema is pydantic's; the report re-reads a task and must know what refuses it.
     "pydantic": ("recipe/", "evaluate/report.py"),

@@ -10,7 +10,8 @@ import pytest
 from rapidfuzz import fuzz, process
 
 from afina.data.conversation import Sample
-from afina.data.read import BUNDLED_SETS, read
+from afina.data.files import BUNDLED_SETS
+from afina.data.read import read
 from afina.data.template import Renderer, audit
 from afina.data.tokenizer import load_tokenizer
 from afina.recipe.place import BUNDLED

@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from afina.data.conversation import Message
+from afina.data.files import BUNDLED_SETS, find
 from afina.data.problem import SHOWN, BadRows
-from afina.data.read import BUNDLED_SETS, Reading, find, read
+from afina.data.read import Reading, read
 from afina.errors import DataError
 from afina.recipe.schema import Data, Mapping
 
@@ -175,7 +176,7 @@ def test_an_array_with_bad_elements_and_one_that_breaks_off(tmp_path):
     for text, expected in (
         (f"[{good}\n{good}]", (2, "missing")),
         (f"[{good},\n]", (1, "comma too many")),
-        (f"[{good}]\n\n[{good}]", (1, "text after the end")),
+        (f"[{good}]\n\n[{good}]", (3, "text after the end")),
         (f"[\n{good}", (2, "missing")),
     ):
         line, reason = problems_of(tmp_path, text, "train.json")[-1]
@@ -361,10 +362,10 @@ def test_missing_empty_and_unreadable_files_say_what_to_do(tmp_path):
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    def refuse(_file: Path) -> bytes:
+    def refuse(_file: Path, _mode: str) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     (tmp_path / "train.jsonl").touch()
     with pytest.raises(DataError, match="cannot be read: Permission denied"):
         read("train.jsonl", data(), tmp_path)

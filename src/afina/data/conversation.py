@@ -5,6 +5,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 ROLES = ("system", "user", "assistant")
+DOCUMENT, PASSAGE = "document", "passage"
+"""The one message of a sample of plain text, all of it learnt: a whole text, or a part that others follow."""
 
 
 @dataclass(frozen=True, slots=True)

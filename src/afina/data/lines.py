@@ -15,13 +15,13 @@ from typing import IO, Any, NamedTuple
 from afina.errors import DataError, ResourceError
 from afina.language import _
 
-ROW_BYTES = 2**24
-"""No row is read beyond this: 16 MiB of JSON may already become half a gigabyte of Python objects."""
+ROW_BYTES = 2**23
+"""No row is read beyond this: 8 MiB of brackets already become 250 MB of Python objects."""
 CHUNK = 2**20
 """Bytes read at once."""
 RATIO = 250
 """Compressed files that grow more than this are bombs: text shrinks 3 to 20 times, machine logs seldom 100 times."""
-FREE_BYTES = 2**26
+FREE_BYTES = 2**22
 """So much may come out of a compressed file before its ratio is looked at."""
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 PACKED = 2**11

@@ -1,106 +1,313 @@
-"""JSON text to records, each with the line it begins at. Knows nothing of what a record means.
+"""Files to rows, in constant memory: each with its value, its line, its byte and its raw text. Knows no dialect.
 
-A fault inside a record that is otherwise readable (a key given twice, NaN) makes that record bad and no other. A
-fault that hides where the next record begins ends the document; in JSON Lines the next line is the next record.
+A fault inside a row that is otherwise readable (a key given twice, NaN) makes that row bad and no other. A fault that
+hides where the next row begins ends the file; in JSON Lines the next line is the next row.
 """
 
+import codecs
+import gc
+import io
 import json
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import IO, Any
 
+from afina.data.lines import CHUNK, ROW_BYTES, lines, open_raw
+from afina.errors import DataError
 from afina.language import _
 
-_SPACE = re.compile(r"[ \t\r\n]*")
-"""What JSON calls white space. Python's strip() knows more, and str.splitlines() would cut a record at U+2028."""
+SPACE = re.compile(r"[ \t\r\n]*")
+"""What JSON calls white space. Python's strip() knows more, and str.splitlines() would cut a row at U+2028."""
+_BLANK = b" \t\r\n"
+COMPRESSED = (".gz", ".zst", ".zstd")
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+"""What the end of a name says; `format_of` looks at the first lines too."""
 
 
 class BadRow(ValueError):
-    """A record that cannot be used; its text is the reason. `line` where it is known and not the record's own."""
+    """A row that cannot be used; its text is the reason. `line` where it is known and not the row's own."""
 
     def __init__(self, reason: str, line: int | None = None) -> None:
         super().__init__(reason)
         self.line = line
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Row:
-    """A record: its value, what `*` matched on the way to it, its line (from 1), and its fault if it has one."""
+    """One row of a file.
+
+    `line` (from 1) and `offset` (bytes, from 0) are where it begins, of Parquet its number and 0; in a file that is not
+    UTF-8, `offset` and `raw` are those of the same text in UTF-8. `keys`: what `*` matched on the way to it. `fault`:
+    why it cannot be used, or "".
+    """
 
     value: Any
-    keys: tuple[str, ...]
     line: int
+    offset: int = 0
+    raw: bytes = b""
     fault: str = ""
+    keys: tuple[str, ...] = ()
 
 
-def rows(text: str, *, lines: bool, path: str) -> Iterator[Row]:
-    """The records of a text in order.
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a file is read. `path`: keys joined by dots that lead to the rows of a document, `*` for any key.
 
-    lines: the text is JSON Lines; else it is so where its first lines say so, and one document otherwise. path: keys
-    joined by dots that lead to the records of a document (or of each line); `*` stands for any key.
+    `columns`: the names of a table's columns, where its first line does not say them. `encoding`: of the text.
     """
-    steps = path.split(".") if path else []
-    if lines or (not steps and _is_lines(text)):
-        yield from _of_lines(text, steps)
-    elif _SPACE.fullmatch(text) is None:
-        yield from _of_document(text, steps)
+
+    path: str = ""
+    columns: tuple[str, ...] = ()
+    encoding: str = "utf-8"
+
+    @property
+    def steps(self) -> list[str]:
+        """The keys of `path`."""
+        return self.path.split(".") if self.path else []
 
 
-def _is_lines(text: str) -> bool:
-    """Whether a text that begins with an object has one to itself on one of its first two lines that are not blank."""
-    position = _skip_space(text, 0)
-    if text[position : position + 1] != "{":
-        return False
-    for _attempt in range(2):
-        position = _skip_space(text, position)
-        end = text.find("\n", position)
-        line = text[position : end if end >= 0 else len(text)]
-        if line.startswith("{") and isinstance(_parse(_Decoder(), line, 1).value, dict):
-            return True
-        position = end if end >= 0 else len(text)
-    return False
+def ending_of(path: Path) -> str:
+    """The ending of a name that says what is inside, that of the compression left out."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSED), "")
 
 
-def _of_lines(text: str, steps: list[str]) -> Iterator[Row]:
-    decoder = _Decoder()
-    for number, line in enumerate(text.split("\n"), start=1):
-        if _SPACE.fullmatch(line) is not None:
-            continue
-        row = _parse(decoder, line, number)
-        if row.fault or not steps:
-            yield row
-        else:
-            for found in _Document(line).find(steps):
-                yield Row(found.value, found.keys, number, found.fault)
+def format_of(path: Path, shape: Shape) -> str:
+    """jsonl, json, csv, parquet or text: what the name says, and of JSON and text what the first lines say."""
+    named = FORMATS.get(ending_of(path), "json")
+    if named in ("json", "text") and not (named == "json" and shape.path) and _begins_as_lines(path, shape):
+        return "jsonl"
+    return named
 
 
-def _of_document(text: str, steps: list[str]) -> Iterator[Row]:
-    document = _Document(text)
-    if not steps and text[_skip_space(text, 0)] != "[":
-        reason = _("neither JSON Lines nor a JSON array; a document of another shape needs data.mapping.rows")
-        yield Row(None, (), 1, reason)
-        return
-    yield from document.find(steps)
+def rows(path: Path, shape: Shape, form: str | None = None) -> Iterator[Row]:
+    """The rows of a file in order. Raises DataError where the file as a whole cannot be read."""
+    form = form or format_of(path, shape)
+    if form == "parquet":
+        from afina.data.parquet import parquet_rows
+
+        return parquet_rows(path)
+    if form == "csv":
+        from afina.data.table import table_rows
+
+        return table_rows(path, shape)
+    if form == "text":
+        from afina.data.passages import passages
+
+        return passages(path, shape)
+    if form == "json":
+        from afina.data.document import document_rows
+
+        return document_rows(path, shape)
+    return line_rows(path, shape)
 
 
-def _parse(decoder: "_Decoder", line: str, number: int) -> Row:
-    """One line as one record."""
+def line_rows(path: Path, shape: Shape) -> Iterator[Row]:
+    """The rows of JSON Lines; where `shape` has a path, those that it leads to in each line."""
+    decoder = Decoder()
+    with open_text(path, shape.encoding) as file:
+        for number, offset, raw, whole in lines(file):
+            if not raw.strip(_BLANK):
+                continue
+            if not whole:
+                yield Row(None, number, offset, raw, too_long())
+                return
+            row = decoder.line(decoded(path, raw, number, offset), number, offset, raw)
+            if row.fault or not shape.path:
+                yield row
+            else:
+                from afina.data.document import Document
+
+                for found in Document(io.BytesIO(raw)).find(shape.steps):
+                    yield Row(found.value, number, offset, raw, found.fault, found.keys)
+
+
+def too_long() -> str:
+    """The fault of a row that is not read to its end."""
+    return _("over {limit} MiB long; nothing after it was read").format(limit=ROW_BYTES >> 20)
+
+
+def decoded(path: Path, raw: bytes, number: int, offset: int) -> str:
+    """A line as text. Raises DataError: that is no matter of one row, the file is of another encoding."""
     try:
-        value = decoder.whole(line)
-    except json.JSONDecodeError as error:
-        fault = _("not valid JSON at column {column}: {reason}").format(column=error.colno, reason=error.msg)
-    except RecursionError:
-        fault = _("nested too deeply")
-    except ValueError as error:
-        fault = _("not valid JSON: {reason}").format(reason=error)
-    else:
-        return Row(value, (), number, decoder.fault())
-    decoder.fault()  # what was noticed before the text broke off belongs to this line alone
-    return Row(None, (), number, fault)
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise undecodable(path, raw[error.start], offset + error.start, number, "utf-8") from error
 
 
-class _Decoder:
+def undecodable(path: Path, byte: int, position: int, line: int, encoding: str) -> DataError:
+    """The error of a byte that the encoding does not know."""
+    with path.open("rb") as file:
+        wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return DataError(
+        _("Byte {byte:#04x} at position {position} is not {encoding}.").format(
+            byte=byte, position=position, encoding=encoding
+        ),
+        file=path,
+        line=line,
+        hint=_("The file begins as UTF-16 does: data.encoding: [utf-16].")
+        if wide
+        else _("Convert the file to UTF-8, or name its encoding: data.encoding: [utf-8, latin-1]."),
+    )
+
+
+def encoding_of(path: Path, encodings: Sequence[str]) -> str:
+    """The first of the encodings that fits the whole file. Raises DataError when none does, or one is unknown.
+
+    A single one is not tried here: reading the file will say where it does not fit.
+    """
+    if not encodings:
+        raise DataError(_("data.encoding names no encoding."), hint=_("Write data.encoding: [utf-8]."))
+    for encoding in encodings:
+        _known(encoding)
+    if len(encodings) == 1:
+        return encodings[0]
+    failure: DataError | None = None
+    for encoding in encodings:
+        try:
+            with open_raw(path) as raw:
+                file = _Transcoded(path, raw, encoding)
+                while file.read(CHUNK):
+                    pass
+        except DataError as error:
+            if not isinstance(error.__cause__, UnicodeError):
+                raise
+            failure = failure or error
+        else:
+            return encoding
+    raise failure or DataError(_("data.encoding names no encoding."), hint=_("Write data.encoding: [utf-8]."))
+
+
+def _known(encoding: str) -> None:
+    try:
+        b"a".decode(encoding)
+    except UnicodeDecodeError:
+        return
+    except (LookupError, ValueError) as error:
+        raise DataError(
+            _("There is no encoding called {name}.").format(name=encoding),
+            hint=_("Name one that Python knows in data.encoding, such as utf-8, latin-1 or utf-16."),
+        ) from error
+
+
+def open_text(path: Path, encoding: str) -> IO[bytes]:
+    """The text of a file as bytes of UTF-8, without a byte order mark; undecompressed and untranscoded as needed."""
+    file = open_raw(path)
+    if encoding.lower() not in ("utf-8", "utf8"):
+        return io.BufferedReader(_Transcoded(path, file, encoding), CHUNK)
+    return io.BufferedReader(_Marked(file), CHUNK)
+
+
+class _Marked(io.RawIOBase):
+    """A file of UTF-8 whose byte order mark, if it has one, reads as three spaces: all places stay what they are."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        head = file.read(3)
+        self._head = b"   " if head == codecs.BOM_UTF8 else head
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content, self._head = self._head or self._file.read(len(buffer)), b""
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Transcoded(io.RawIOBase):
+    """A file of another encoding as UTF-8. Raises DataError at the first byte that the encoding does not know."""
+
+    def __init__(self, path: Path, file: IO[bytes], encoding: str) -> None:
+        self._path, self._file, self._encoding = path, file, encoding
+        name = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
+        self._decoder = codecs.getincrementaldecoder(name)()
+        self._made, self._read, self._lines, self._ended = b"", 0, 1, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._made and not self._ended:
+            chunk = self._file.read(CHUNK)
+            self._ended = not chunk
+            self._made = self._decode(chunk)
+        content, self._made = self._made[: len(buffer)], self._made[len(buffer) :]
+        buffer[: len(content)] = content
+        return len(content)
+
+    def _decode(self, chunk: bytes) -> bytes:
+        held = self._decoder.getstate()[0]
+        try:
+            made = self._decoder.decode(chunk, final=self._ended)
+        except UnicodeError as error:
+            start = error.start if isinstance(error, UnicodeDecodeError) else 0
+            before = (held + chunk)[:start]
+            byte = (held + chunk)[start : start + 1] or b"\0"
+            position, line = self._read - len(held) + start, self._lines + before.count(b"\n")
+            raise undecodable(self._path, byte[0], position, line, self._encoding) from error
+        self._read += len(chunk)
+        self._lines += made.count("\n")
+        return made.encode("utf-8", "surrogatepass")
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _begins_as_lines(path: Path, shape: Shape) -> bool:
+    """Whether a file that begins with an object has one to itself on one of its first two lines that are not blank."""
+    decoder = Decoder()
+    seen: list[Any] = []
+    with open_text(path, shape.encoding) as file:
+        for number, offset, raw, whole in lines(file):
+            if not (raw := raw.strip(_BLANK)):
+                continue
+            if not whole or (not seen and not raw.startswith(b"{")):
+                return False
+            try:
+                seen.append(decoder.line(raw.decode("utf-8"), number, offset, raw).value if raw[:1] == b"{" else None)
+            except UnicodeDecodeError:  # no matter here: reading the line will say so
+                seen.append(None)
+            if len(seen) == 2:
+                break
+    found = [value for value in seen if isinstance(value, dict)]
+    return bool(found) and not (len(seen) == 1 and is_columns(found[0]))
+
+
+def is_columns(value: dict[str, Any]) -> bool:
+    """Whether an object is a table by its columns: lists alone, and none of them a list of objects."""
+    return bool(value) and all(
+        isinstance(column, list) and not any(isinstance(one, dict) for one in column[:1]) for column in value.values()
+    )
+
+
+def _uncollected(function: Callable[[str], Any], text: str) -> Any:
+    """The function's value, no garbage looked for meanwhile: millions of new objects make that take three times."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return function(text)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+class Decoder:
     """Python's JSON decoder, which also notices what is JSON to Python alone."""
 
     def __init__(self) -> None:
@@ -108,12 +315,29 @@ class _Decoder:
         self._json = json.JSONDecoder(
             parse_constant=self._constant, parse_float=self._float, object_pairs_hook=self._object
         )
-        self.whole: Callable[[str], Any] = self._json.decode
+        self._whole: Callable[[str], Any] = self._json.decode
         self.at: Callable[[str, int], tuple[Any, int]] = self._json.raw_decode
+
+    def line(self, text: str, number: int, offset: int, raw: bytes) -> Row:
+        """One line as one row."""
+        try:
+            value = self._whole(text) if len(text) < CHUNK else _uncollected(self._whole, text)
+        except json.JSONDecodeError as error:
+            fault = _("not valid JSON at column {column}: {reason}").format(column=error.colno, reason=error.msg)
+        except RecursionError:
+            fault = _("nested too deeply")
+        except ValueError as error:
+            fault = _("not valid JSON: {reason}").format(reason=error)
+        else:
+            return Row(value, number, offset, raw, self.fault())
+        self.fault()  # what was noticed before the text broke off belongs to this line alone
+        return Row(None, number, offset, raw, fault)
 
     def fault(self) -> str:
         """The first fault since the last call; "" for none."""
-        found = self._faults[0] if self._faults else ""
+        if not self._faults:
+            return ""
+        found = self._faults[0]
         self._faults.clear()
         return found
 
@@ -129,108 +353,7 @@ class _Decoder:
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) != len(pairs):
-            names = [name for name, _value in pairs]
-            double = next(name for name in names if names.count(name) > 1)
+            seen: set[str] = set()
+            double = next(name for name, _value in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
             self._faults.append(_("the key “{key}” is given twice").format(key=double[:40]))
         return value
-
-
-class _Document:
-    """A JSON text read from place to place, so that every record has its line and only records are decoded."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._decoder = _Decoder()
-        self._line, self._counted = 1, 0
-
-    def find(self, steps: list[str]) -> Iterator[Row]:
-        """The records that `steps` lead to; where the text stops being readable, one bad row says so."""
-        try:
-            end = yield from self._walk(0, steps, ())
-            if _skip_space(self._text, end) != len(self._text):
-                self._stop(end, _("there is text after the end"))
-        except BadRow as reason:
-            yield Row(None, (), reason.line or 1, str(reason))
-
-    def _walk(self, position: int, steps: list[str], keys: tuple[str, ...]) -> Generator[Row, None, int]:
-        """Records below the value at `position`; returns where it ends."""
-        position = _skip_space(self._text, position)
-        if steps:
-            return (yield from self._members(position, steps, keys))
-        if self._text[position : position + 1] == "[":
-            return (yield from self._elements(position, keys))
-        line = self._line_of(position)
-        value, position = self._value(position)
-        yield Row(value, keys, line, self._decoder.fault())
-        return position
-
-    def _elements(self, position: int, keys: tuple[str, ...]) -> Generator[Row, None, int]:
-        position = _skip_space(self._text, position + 1)
-        while self._text[position : position + 1] != "]":
-            line = self._line_of(position)
-            value, position = self._value(position)
-            yield Row(value, keys, line, self._decoder.fault())
-            position = self._next(position, "]")
-        return position + 1
-
-    def _members(self, position: int, steps: list[str], keys: tuple[str, ...]) -> Generator[Row, None, int]:
-        """Go into the members of an object that the first step names."""
-        step, *rest = steps
-        if self._text[position : position + 1] != "{":
-            self._stop(position, _("data.mapping.rows leads nowhere at “{step}”").format(step=step))
-        begin, found = position, False
-        position = _skip_space(self._text, position + 1)
-        while self._text[position : position + 1] != "}":
-            key, position = self._value(position)
-            position = _skip_space(self._text, position)
-            if not isinstance(key, str) or self._text[position : position + 1] != ":":
-                self._stop(position, _("a key and : are missing"))
-            position = _skip_space(self._text, position + 1)
-            if step in ("*", key):
-                found = True
-                position = yield from self._walk(position, rest, (*keys, key) if step == "*" else keys)
-            else:
-                _skipped, position = self._value(position)
-                self._decoder.fault()
-            position = self._next(position, "}")
-        if not found:
-            self._stop(begin, _("data.mapping.rows leads nowhere at “{step}”").format(step=step))
-        return position + 1
-
-    def _value(self, position: int) -> tuple[Any, int]:
-        try:
-            return self._decoder.at(self._text, position)
-        except json.JSONDecodeError as error:
-            raise BadRow(
-                _("not valid JSON from column {column} on: {reason}").format(column=error.colno, reason=error.msg),
-                error.lineno,
-            ) from None
-        except RecursionError:
-            self._stop(position, _("nested too deeply"))
-        except ValueError as error:
-            self._stop(position, _("not valid JSON: {reason}").format(reason=error))
-
-    def _next(self, position: int, closing: str) -> int:
-        """Where the next member begins, or the closing bracket."""
-        position = _skip_space(self._text, position)
-        if self._text[position : position + 1] == ",":
-            after = _skip_space(self._text, position + 1)
-            if self._text[after : after + 1] != closing:
-                return after
-        elif self._text[position : position + 1] == closing:
-            return position
-        self._stop(position, _("a comma too many, or a comma or {closing} is missing").format(closing=closing))
-
-    def _stop(self, position: int, reason: str) -> NoReturn:
-        raise BadRow(reason, self._line_of(position))
-
-    def _line_of(self, position: int) -> int:
-        if position < self._counted:
-            return self._text.count("\n", 0, position) + 1
-        self._line, self._counted = self._line + self._text.count("\n", self._counted, position), position
-        return self._line
-
-
-def _skip_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
-    return match.end() if match else position

@@ -24,15 +24,20 @@ class Data(Section):
     """The examples."""
 
     train: Annotated[Sources, Field(examples=["data/train.jsonl"])]
-    """Files to learn from: paths, patterns such as data/*.jsonl, or a bundled set such as afina/sentiment/train."""
+    """Files to learn from: paths, folders, patterns such as data/*.jsonl, a bundled set such as afina/sentiment/train,
+    or one of the hub such as hub:openai/gsm8k/main/train."""
     validation: Share | Sources = 0.1
     """A share of the training samples, or files of their own; its loss is followed during training."""
-    dialect: Literal["auto", "messages", "alpaca", "mapping"] = "auto"
-    """The shape of a row; auto recognises it from the keys of the first row and says what it found."""
+    dialect: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text", "mapping"
+    ] = "auto"
+    """The shape of a row; auto recognises it from the keys of a file's first row and says what it found."""
     mapping: Mapping | None = Field(
         default=None, examples=[{"user": "{{ row.question }}", "assistant": "{{ row.answer }}"}]
     )
-    """Needed for rows that are neither chat messages nor Alpaca."""
+    """Needed for rows of a shape of their own."""
+    columns: list[str] | None = Field(default=None, examples=[["question", "answer"]])
+    """Names of the columns of a CSV or TSV file whose first line does not name them."""
     encoding: list[str] = ["utf-8"]
     """Encodings tried in this order, file by file; what was needed is reported."""
     system: str | None = Field(default=None, examples=["You answer in one word."])

@@ -1,0 +1,117 @@
+"""Files made to harm: each ends in one typed error, soon, with the process alive and its memory bounded."""
+
+import gzip
+import io
+import json
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from afina.data.lines import FREE_BYTES, ROW_BYTES
+from afina.data.read import read
+from afina.errors import DataError
+from afina.recipe.schema import Data, Mapping
+
+pyarrow = pytest.importorskip("pyarrow", reason='install "afina[parquet]" to read Parquet files')
+zstandard = pytest.importorskip("zstandard", reason='install "afina[zstd]" to read Zstandard files')
+MOST = 40 * ROW_BYTES
+"""Bytes that any of them may take: 320 MiB."""
+
+
+def peak() -> int:
+    """The most bytes that this process has held so far."""
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else held * 1024
+
+
+def sparse(start: bytes, size: int = 2**30) -> Callable[[Path], None]:
+    """A file of a gigabyte that takes no room on the disk."""
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            file.write(start)
+            file.truncate(size)
+
+    return write
+
+
+def holding(content: bytes) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(content) and None
+
+
+def parquet(columns: dict[str, object], **options: object) -> Callable[[Path], None]:
+    from pyarrow import parquet as writer
+
+    return lambda path: writer.write_table(pyarrow.table(columns), path, **options)
+
+
+def one_text_a_million_times(path: Path) -> None:
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 10**6, pyarrow.int32()), ["x" * 2**20])
+    parquet({"text": text})(path)
+
+
+def torn_parquet(path: Path) -> None:
+    sink = io.BytesIO()
+    from pyarrow import parquet as writer
+
+    writer.write_table(pyarrow.table({"text": ["a"] * 100}), sink)
+    content = bytearray(sink.getvalue())
+    content[8:40] = bytes(32)
+    path.write_bytes(content)
+
+
+HOSTILE: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "depth in lines": ("a.jsonl", holding(b'{"text": ' + b"[" * 100_000)),
+    "depth in a document": ("a.json", holding(b"[" * 100_000 + b"]" * 100_000)),
+    "depth of objects": ("a.json", holding(b'{"a":' * 100_000)),
+    "a line of a gigabyte": ("a.jsonl", sparse(b'{"text": "')),
+    "a string of a gigabyte": ("a.json", sparse(b'[{"text": "')),
+    "a key of a gigabyte": ("a.json", sparse(b'{"')),
+    "a text of a gigabyte": ("a.txt", sparse(b"Once ")),
+    "a cell of a gigabyte": ("a.csv", sparse(b'text\n"')),
+    "a header of a gigabyte": ("a.csv", sparse(b"text")),
+    "a cell of many lines": ("a.csv", holding(b'text\n"' + b"a\n" * ROW_BYTES)),
+    "columns without end": ("a.csv", holding(b"," * ROW_BYTES)),
+    "cells without end": ("a.csv", holding(b"text\n" + b"," * (ROW_BYTES - 9))),
+    "empty lists": ("a.jsonl", holding(b"[" + b"[]," * (ROW_BYTES // 3 - 9) + b"[]]")),
+    "brackets that close nothing": ("a.json", holding(b"[" + b"{}," * (ROW_BYTES // 3) + b"]]")),
+    "nothing but nul": ("a.jsonl", sparse(b"")),
+    "nul in text": ("a.jsonl", holding(b'{"text": "a\x00b"}')),
+    "nul in a table": ("a.csv", holding(b"te\x00xt,text\na\n")),
+    "lone surrogates as keys": ("a.jsonl", holding(b'{"\\ud800": "\\udfff", "id": "\\ud800"}')),
+    "a lone surrogate as text": ("a.jsonl", holding(b'{"id": "\\udc00", "text": "\\ud800"}')),
+    "a gzip bomb": ("a.jsonl.gz", holding(gzip.compress(b"\n" * (FREE_BYTES + 2**21)))),
+    "a gzip bomb of one row": ("a.json.gz", holding(gzip.compress(b'["' + b"a" * (FREE_BYTES + 2**21)))),
+    "a Zstandard bomb": ("a.json.zst", holding(zstandard.compress(b" " * (FREE_BYTES + 2**21)))),
+    "a Zstandard bomb in a table": ("a.csv.zst", holding(zstandard.compress(b"\n" * (FREE_BYTES + 2**21)))),
+    "a Parquet bomb": ("a.parquet", parquet({"text": ["x" * 2**23]}, compression="zstd")),
+    "a Parquet bomb of many rows": ("a.parquet", one_text_a_million_times),
+    "torn Parquet": ("a.parquet", torn_parquet),
+    "Parquet in name": ("a.parquet", holding(b"PAR1" + bytes(100) + b"PAR1")),
+    "a page of an error": ("a.json", holding(b"<!DOCTYPE html><html>404</html>")),
+    "many keys given twice": ("a.jsonl", holding(b"{" + b'"a":1,' * 10**5 + b'"a":1}')),
+    "a number of many digits": ("a.jsonl", holding(b'{"text": ' + b"1" * 10**6 + b"}")),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_one_error(tmp_path, name):
+    file, write = HOSTILE[name]
+    write(tmp_path / file)
+    before = peak()
+    with pytest.raises(DataError) as raised:
+        read(file, Data(train=file), tmp_path)
+    assert peak() - before < MOST
+    assert raised.value.hint
+    assert raised.value.file == str(tmp_path / file)
+
+
+def test_a_hostile_value_beside_the_rows_is_passed_over(tmp_path):
+    """What data.mapping does not ask for may be larger than any row."""
+    big = {"beside": ["x" * 1000] * (2 * ROW_BYTES // 1000), "rows": [{"q": "a", "a": "b"}]}
+    (tmp_path / "a.json").write_text(json.dumps(big))
+    mapping = Mapping(rows="rows", user="{{ row.q }}", assistant="{{ row.a }}")
+    assert len(read("a.json", Data(train="a.json", mapping=mapping), tmp_path).samples) == 1
