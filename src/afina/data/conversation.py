@@ -36,6 +36,11 @@ class Sample:
         return self.messages[-1].content
 
     @property
+    def is_text(self) -> bool:
+        """Whether this is plain text to be learnt whole, with nobody asking."""
+        return self.messages[0].role in (DOCUMENT, PASSAGE)
+
+    @property
     def where(self) -> str:
         """`file:line`."""
         return f"{self.file}:{self.line}"

@@ -19,7 +19,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from afina.data.conversation import Message, Sample
+from afina.data.conversation import DOCUMENT, PASSAGE, Message, Sample
 from afina.data.problem import BadRows, Problem
 from afina.data.tokenizer import Refusal, Tokenizer
 from afina.errors import DataError
@@ -112,7 +112,8 @@ class Renderer:
         hint = ""
         for sample in samples:
             try:
-                pieces.append(self._pieces(sample.messages, self.learn))
+                whole = self._text(sample.messages[0]) if sample.is_text else self._pieces(sample.messages, self.learn)
+                pieces.append(whole)
             except (DataError, Refusal) as error:
                 problems.append(Problem(sample.file, sample.line, error.message))
                 hint = hint or error.hint
@@ -132,6 +133,11 @@ class Renderer:
     def answer(self, messages: Sequence[Message], answer: str) -> Rendered:
         """Ids of messages followed by this answer, of which only the answer and its end of turn are learnt."""
         return self._encode([self._pieces([*messages, Message("assistant", answer)], "last")])[0]
+
+    def _text(self, message: Message) -> list[_Piece]:
+        """Plain text, all of it learnt, and where the text ends its end too. No template has a part in it."""
+        end = self.tokenizer.hf.eos_token_id if message.role == DOCUMENT else None
+        return [_Piece(message.content, True), *([] if end is None else [_Piece("", True, int(end))])]
 
     def _pieces(self, messages: Sequence[Message], learn: str) -> list[_Piece]:
         """A conversation cut up. Every answer is cut out, learnt or not: ids must not depend on what is learnt."""
@@ -340,16 +346,17 @@ def audit(
     """
     problems: list[tuple[Sample, str]] = []
     for sample, row in zip(samples, rendered, strict=True):
-        problems += [(sample, reason) for reason in _faults(row, tokenizer, max_length)]
+        ends = sample.messages[0].role != PASSAGE
+        problems += [(sample, reason) for reason in _faults(row, tokenizer, max_length, ends=ends)]
     return problems
 
 
-def _faults(row: Rendered, tokenizer: Tokenizer, max_length: int) -> Iterator[str]:
+def _faults(row: Rendered, tokenizer: Tokenizer, max_length: int, *, ends: bool) -> Iterator[str]:
     learnt = np.flatnonzero(row.learnt[1:]) + 1  # the first token is never predicted
     bos = tokenizer.hf.bos_token_id
     if learnt.size == 0:
         yield _("nothing is learnt")
-    elif int(row.ids[learnt[-1]]) not in tokenizer.end_ids:
+    elif ends and int(row.ids[learnt[-1]]) not in tokenizer.end_ids:
         yield _("the end of turn is not learnt, so the model would never stop")
     if row.ids.size > max_length:
         yield _("{count} tokens exceed model.max_length ({limit})").format(count=row.ids.size, limit=max_length)

@@ -9,7 +9,7 @@ from afina import durable
 from afina.artifact import Artifact, open_artifact, parent, seal, sha256
 from afina.console import Console, duration
 from afina.data.read import Reading, read
-from afina.errors import RecipeError
+from afina.errors import DataError, RecipeError
 from afina.evaluate.tasks import Asked, System, ask, prepare, work
 from afina.language import _
 from afina.model.load import load_model
@@ -59,6 +59,14 @@ def evaluate_run(run: Path, out: Path, console: Console) -> Artifact:
 def questions(recipe: Recipe, folder: Path) -> tuple[list[Reading], list[Asked]]:
     """What each task's data holds, and what will be asked of it. Raises DataError."""
     readings = [read(task.data, recipe.data, folder) for task in recipe.tasks]
+    for sample in (sample for reading in readings for sample in reading.samples):
+        if sample.is_text:
+            raise DataError(
+                _("This is plain text: there is nothing to ask, and nothing to compare an answer with."),
+                file=sample.file,
+                line=sample.line,
+                hint=_("Name questions with answers in the task's data."),
+            )
     return readings, [
         prepare(task, reading.samples, recipe.seed) for task, reading in zip(recipe.tasks, readings, strict=True)
     ]
