@@ -208,8 +208,7 @@ def test_declared_dependencies_are_the_imported_ones():
     asked = project["dependencies"] + [item for name in extras.keys() - {"dev"} for item in extras[name]]
     names = {re.split(r"[<>=\[; ]", item)[0].replace("-", "_").removesuffix(".yaml") for item in asked}
     comes_along = {"pydantic_core", "triton"}  # pydantic's and torch's own
-    only_pinned = {"huggingface_hub"}  # transformers' way to the hub; its two majors do not mix with every transformers
-    assert names - only_pinned == set(DOORS) - comes_along
+    assert names == set(DOORS) - comes_along
 
 
 @each_file
