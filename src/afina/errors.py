@@ -19,6 +19,7 @@ class AfinaError(Exception):
     """A failure the user can act on.
 
     `message` is one sentence saying what happened; `hint` the next step; `file`, `line` and `column` (from 1) where.
+    `key` is the recipe's key that is to be changed, which only who has read the file can find the place of.
     """
 
     exit_status = 1
@@ -31,6 +32,7 @@ class AfinaError(Exception):
         file: Path | str | None = None,
         line: int | None = None,
         column: int | None = None,
+        key: tuple[str | int, ...] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -38,6 +40,7 @@ class AfinaError(Exception):
         self.file = str(file) if file is not None else None
         self.line = line
         self.column = column
+        self.key = key
 
     @property
     def where(self) -> str:

@@ -10,7 +10,7 @@ from small import CPU, llama, perturb_adapters
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from afina.errors import ModelError
+from afina.errors import ModelError, RecipeError
 from afina.model.attach import attach, learning, load_adapter, merged, save_adapter
 from afina.model.load import load_model
 from afina.recipe.schema import Full, Lora
@@ -52,10 +52,10 @@ def test_named_targets_alone_get_adapters():
 
 
 def test_a_target_there_is_not_is_named_with_those_there_are():
-    with pytest.raises(ModelError, match="qproj") as caught:
+    with pytest.raises(RecipeError, match="qproj") as caught:
         attach(llama(), Lora(targets=["v_proj", "qproj"]), seed=0)
     assert caught.value.hint == "It has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj."
-    with pytest.raises(ModelError):  # half a name is none
+    with pytest.raises(RecipeError):  # half a name is none
         attach(llama(), Lora(targets=["proj"]), seed=0)
 
 

@@ -126,8 +126,13 @@ def test_values(written: str, key: str, value: object) -> None:
             20,
             'takes auto, bf16, fp16 or fp32, not the text "bf61". Did you mean bf16?',
         ),
-        (LEAST + "method: {name: lara}\n", 4, 16, 'takes lora or full, not the text "lara". Did you mean lora?'),
-        (LEAST + "method: {name: [lora]}\n", 4, 16, "method.name takes lora or full"),
+        (
+            LEAST + "method: {name: lara}\n",
+            4,
+            16,
+            'takes lora, full, prompt-tuning or prefix-tuning, not the text "lara". Did you mean lora?',
+        ),
+        (LEAST + "method: {name: [lora]}\n", 4, 16, "method.name takes lora, full, prompt-tuning or prefix-tuning"),
         (LEAST + "method: {targets: linear}\n", 4, 19, "all-linear"),
         (LEAST + "export: {formats: [q8]}\n", 4, 20, "Did you mean q8_0?"),
         # bounds

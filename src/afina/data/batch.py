@@ -56,13 +56,14 @@ class Batch:
 
 
 def micro_batches(
-    rendered: Sequence[Rendered], samples: Sequence[int], *, budget: int, packing: bool, pad_id: int
+    rendered: Sequence[Rendered], samples: Sequence[int], *, budget: int, packing: bool, pad_id: int, extra: int = 0
 ) -> list[Batch]:
     """Lay out `samples` (indices into `rendered`) in as few micro-batches of at most `budget` tokens as best fit finds.
 
-    A sample longer than the budget gets a micro-batch of its own. Padding counts against the budget.
+    A sample longer than the budget gets a micro-batch of its own. Padding counts against the budget, and so do
+    `extra` virtual tokens that the model puts before each sample.
     """
-    lengths = {index: int(rendered[index].ids.size) for index in samples}
+    lengths = {index: int(rendered[index].ids.size) + extra for index in samples}
     if packing:
         return [_packed(rendered, group) for group in _best_fit(samples, lengths, budget)]
     return [_padded(rendered, group, pad_id) for group in _by_length(samples, lengths, budget)]

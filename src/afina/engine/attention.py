@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from afina.model.virtual import is_prefix
+
 NAME = "afina_packed"
 
 
@@ -29,6 +31,7 @@ def covers(model: nn.Module) -> bool:
         getattr(model, "_supports_attention_backend", False)
         and not getattr(config, "attn_logit_softcapping", None)
         and config.model_type not in {"gpt_oss"}
+        and not is_prefix(model)
     )
 
 

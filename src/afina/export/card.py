@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from afina.console import duration, size
-from afina.recipe.schema import Recipe
+from afina.recipe.schema import Full, Lora, Recipe
 
 
 def model_card(recipe: Recipe, facts: dict[str, Any], versions: dict[str, str]) -> str:
@@ -29,7 +29,7 @@ def model_card(recipe: Recipe, facts: dict[str, Any], versions: dict[str, str]) 
         ),
         (
             "Steps",
-            f"{training['steps']} of {recipe.training.batch_size} samples, {_epochs(recipe, training):.3g} epochs",
+            f"{training['steps']} of {_batch(recipe)}, {_epochs(recipe, training):.3g} epochs",
         ),
         ("Tokens", f"{training['tokens']:,}, of which {training['learnt_tokens']:,} learnt"),
         ("Learning rate", f"{recipe.training.learning_rate:g}, {recipe.training.schedule}"),
@@ -58,7 +58,7 @@ def model_card(recipe: Recipe, facts: dict[str, Any], versions: dict[str, str]) 
             "## Use",
             "",
             "```python",
-            *_use(recipe.model.base, adapter),
+            *_use(recipe, adapter),
             "```",
             "",
         ]
@@ -71,32 +71,56 @@ def _hub_base(recipe: Recipe) -> list[str]:
     return [f"base_model: {recipe.model.base}"] if named else []
 
 
+def _batch(recipe: Recipe) -> str:
+    training = recipe.training
+    return f"{training.batch_size} samples" if training.batch_tokens is None else f"{training.batch_tokens:,} tokens"
+
+
 def _epochs(recipe: Recipe, training: dict[str, Any]) -> float:
-    return (
-        recipe.training.epochs
-        if recipe.training.steps is None
-        else (training["steps"] * recipe.training.batch_size / training["samples"])
-    )
+    """Passes over the data."""
+    if recipe.training.steps is None:
+        return recipe.training.epochs
+    if recipe.training.batch_tokens is None:
+        return float(training["steps"] * recipe.training.batch_size / training["samples"])
+    return float(training["tokens"] / max(1, training["tokens_per_epoch"]))
 
 
-def _use(base: str, adapter: bool) -> list[str]:
+def _use(recipe: Recipe, adapter: bool) -> list[str]:
     """How transformers and PEFT open it, without Afina."""
+    base, held = recipe.model.base, recipe.model.quantization if adapter else "none"
     opened = repr("adapter") if not adapter else repr(base)
     bundled = ["from importlib.resources import files", ""] if base == "afina/tiny" and adapter else []
     if bundled:
         opened = 'files("afina") / "bundled" / "tiny"'
+    quantised = {
+        "int8": "BitsAndBytesConfig(load_in_8bit=True)",
+        "none": "",
+    }.get(
+        held,
+        f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{held}", '
+        f"bnb_4bit_use_double_quant={recipe.model.double_quantization})",
+    )
+    names = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if quantised else [])]
     return [
         *bundled,
         *(["from peft import PeftModel"] if adapter else []),
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {', '.join(names)}",
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({opened})",
+        *([f"held = {quantised}"] if quantised else []),
+        f"model = AutoModelForCausalLM.from_pretrained({opened}{', quantization_config=held' if quantised else ''})",
         *(['model = PeftModel.from_pretrained(model, "adapter")'] if adapter else []),
         'tokenizer = AutoTokenizer.from_pretrained("adapter")',
     ]
 
 
 def _method(recipe: Recipe) -> str:
-    if recipe.method.name == "full":
-        return "full fine-tuning"
-    return f"LoRA, rank {recipe.method.rank}, alpha {recipe.method.alpha:g}, targets {recipe.method.targets}"
+    method, held = recipe.method, recipe.model.quantization
+    if isinstance(method, Full):
+        return "full fine-tuning" if method.layers is None else f"full fine-tuning of layers {method.layers}"
+    if not isinstance(method, Lora):
+        return f"{method.name}, {method.virtual_tokens} virtual tokens"
+    kinds = [name for name, on in (("rsLoRA", method.rslora), ("DoRA", method.dora)) if on]
+    kinds += [] if method.init == "default" else [f"{method.init} start"]
+    kinds += [] if held == "none" else [f"base in {held}"]
+    said = "".join(f", {kind}" for kind in kinds)
+    return f"LoRA, rank {method.rank}, alpha {method.alpha:g}, targets {method.targets}{said}"

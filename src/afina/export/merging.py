@@ -17,6 +17,8 @@ from afina.language import _
 
 ROWS = 8
 """Rows of each module that are compared, evenly spread."""
+LENGTHS = ".lora_magnitude_vector"
+"""What DoRA's row lengths are called."""
 CLOSE = 1e-4
 """What the merged rows may differ by from base plus change, as a share of the largest weight: in F32 it is 1e-7."""
 
@@ -40,8 +42,8 @@ def expected_changes(model: nn.Module) -> list[Change]:
     for name, module in model.named_modules():
         if not (hasattr(module, "lora_A") and len(module.lora_A)):
             continue
-        added = module.get_delta_weight("default").float()  # type: ignore[operator]
         weight = module.get_base_layer().weight  # type: ignore[operator]
+        added = _added(module, weight)
         rows = torch.linspace(0, weight.shape[0] - 1, min(ROWS, weight.shape[0])).long()
         share = float(added.norm() / weight.float().norm().clamp(min=1e-30))
         base = weight[rows.to(weight.device)].float().cpu()
@@ -49,10 +51,22 @@ def expected_changes(model: nn.Module) -> list[Change]:
     return changes
 
 
+def _added(module: Any, weight: torch.Tensor) -> torch.Tensor:
+    """What the adapter adds to a weight (rows, columns). With DoRA every row of their sum has a learnt length."""
+    low: torch.Tensor = module.get_delta_weight("default").float()
+    if "default" not in module.lora_magnitude_vector:
+        return low
+    whole = weight.float() + low.to(weight.device)
+    lengths = module.lora_magnitude_vector["default"].weight.float().to(weight.device)
+    turned: torch.Tensor = whole * (lengths / whole.norm(dim=1))[:, None] - weight.float()
+    return turned
+
+
 def prove_merge(changes: list[Change], adapter: Path, merged: Path) -> dict[str, Any]:
     """Compare the merged model's files with base and adapter. Returns the facts; raises ProofError on a difference."""
     tensors = tensors_of(adapter)
-    used = {f"{change.module}.lora_{side}" for change in changes for side in "AB"}
+    sides = ("lora_A", "lora_B", *(["lora_magnitude_vector"] if any(LENGTHS in name for name in tensors) else []))
+    used = {f"{change.module}.{side}" for change in changes for side in sides}
     there = {_plain(name).removesuffix(".weight") for name in tensors if ".lora_" in name}
     if used != there or len(there) != sum(".lora_" in name for name in tensors):
         raise ProofError(

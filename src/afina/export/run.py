@@ -27,7 +27,8 @@ from afina.export.mixes import FORMATS as GGUF
 from afina.export.ollama import modelfile
 from afina.language import _
 from afina.model.attach import merged, save_whole
-from afina.train.reopen import Tuned, check_unchanged, reopen
+from afina.recipe.schema import PrefixTuning, PromptTuning, Recipe
+from afina.train.reopen import Tuned, check_unchanged, recipe_of, reopen
 
 QUESTIONS = 16
 """Held-out prompts that the model and each GGUF file are both asked."""
@@ -67,6 +68,7 @@ def export_run(run: Path, out: Path, formats: Sequence[str], console: Console) -
     """
     formats = _wanted(run, formats)
     check_unchanged(open_artifact(run, "run"))
+    _refuse_virtual(recipe_of(open_artifact(run, "run"))[0])
     tuned = reopen(run, "fp32")
     with durable.new_folder(out) as folder:
         export = Export(tuned, folder, console, pose(tuned.model, tuned.renderer, _held_out(tuned)))
@@ -118,6 +120,18 @@ def _wanted(run: Path, formats: Sequence[str]) -> list[str]:
     if set(found) & set(AROUND) and not set(found) & set(GGUF):
         found.insert(0, "q8_0")
     return found
+
+
+def _refuse_virtual(recipe: Recipe) -> None:
+    if isinstance(recipe.method, PromptTuning | PrefixTuning):
+        raise RecipeError(
+            _("What {method} learns lies outside the weights: neither GGUF nor a merged model can hold it.").format(
+                method=recipe.method.name
+            ),
+            hint=_(
+                "afina chat opens the run folder, and so do transformers with PEFT (adapter/). For files, take lora."
+            ),
+        )
 
 
 def _held_out(tuned: Tuned) -> list[Sample]:

@@ -1,56 +1,135 @@
 """A method is surgery on the model, never a second loop: what is attached, and which parameters learn. Door to PEFT."""
 
+import copy
 import os
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from afina.errors import AfinaError, ModelError
+from afina.errors import AfinaError, ModelError, RecipeError
 from afina.language import _
+from afina.model.beginnings import begin_with_loss, doubled_alpha, since, start_of
 from afina.model.experts import adapts_packed, mixture_targets, plain_adapters, refuse_packed, stand_ins
 from afina.model.load import unpack
 from afina.model.quantize import is_quantised, without_foreign_kernels
-from afina.recipe.schema import Full, Lora
+from afina.model.targets import check_modules, chosen, in_layers, layer_numbers
+from afina.recipe.schema import Full, Lora, Method, PrefixTuning, PromptTuning
 
 with without_foreign_kernels():  # PEFT imports bitsandbytes where it is installed
-    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    from peft import (
+        LoraConfig,
+        PeftModel,
+        PrefixTuningConfig,
+        PromptTuningConfig,
+        PromptTuningInit,
+        get_peft_model,
+        get_peft_model_state_dict,
+    )
     from peft.utils import load_peft_weights
 
+BEGINNINGS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa", "loftq": True}
+"""What PEFT calls them; LoftQ's own is not used, as it takes every adapter's scale for 1."""
+PlainBase = Callable[[], nn.Module]
 
-def attach(model: nn.Module, method: Lora | Full, *, seed: int) -> nn.Module:
+
+def attach(
+    model: nn.Module, method: Method, *, seed: int, text_ids: Sequence[int] = (), plain: PlainBase | None = None
+) -> nn.Module:
     """Make `model` ready to learn by `method`; what learns is held in fp32.
 
-    Raises ModelError when a target names no linear layer, listing the names there are.
+    `text_ids`: the tokens that virtual ones begin as; `plain` loads the base unquantised, which loftq compares with.
+    Raises RecipeError where the method names what the model has not, listing what there is.
     """
     if isinstance(method, Full):
-        if is_quantised(model):
-            raise ModelError(
-                _("A quantised base cannot learn itself: method full needs plain weights."),
-                hint=_("Take method lora, or a checkpoint of plain weights."),
-            )
-        refuse_packed(model)
+        return _attach_full(model, method)
+    if isinstance(method, Lora) and method.init in ("pissa", "loftq"):
+        _check_beginning(model, method.init)
+    config = _lora(model, method) if isinstance(method, Lora) else _virtual(method)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), stand_ins(model):
+        warnings.simplefilter("ignore")  # of tied weights that learn, and of what transformers deprecates
+        torch.manual_seed(seed)
+        adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    if isinstance(method, PromptTuning) and text_ids:
+        _begin_as(adapted, text_ids)
+    if isinstance(method, Lora) and method.init == "pissa":
+        adapted.afina_start = start_of(adapted)
+    if isinstance(method, Lora) and method.init == "loftq" and plain is not None:
+        begin_with_loss(adapted, plain)
+    found: nn.Module = adapted
+    return found
+
+
+def _attach_full(model: nn.Module, method: Full) -> nn.Module:
+    if is_quantised(model):
+        raise ModelError(
+            _("A quantised base cannot learn itself: method full needs plain weights."),
+            hint=_("Take method lora, or a checkpoint of plain weights."),
+        )
+    refuse_packed(model)
+    if method.layers is None:
         return model.float().requires_grad_(True)
-    targets = method.targets
-    if targets != "all-linear":
-        _check_targets(model, targets)
-    config = LoraConfig(
+    model.requires_grad_(False)
+    for parameter in in_layers(model, layer_numbers(model, method.layers)):
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return model
+
+
+def _check_beginning(model: nn.Module, init: str) -> None:
+    if init == "pissa" and is_quantised(model):
+        raise RecipeError(
+            _("method.init: pissa takes its adapters out of plain weights, and this base is quantised."),
+            hint=_("Take loftq, or a base of plain weights."),
+            key=("method", "init"),
+        )
+    if init == "loftq" and not is_quantised(model):
+        raise RecipeError(
+            _("method.init: loftq begins with what quantising the base loses, and this base is not quantised."),
+            hint=_("Set model.quantization to nf4, or take another init."),
+            key=("method", "init"),
+        )
+
+
+def _lora(model: nn.Module, method: Lora) -> LoraConfig:
+    check_modules(model, method.modules_to_save)
+    config: Any = model.config
+    return LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,  # type: ignore[arg-type]
         lora_dropout=method.dropout,
-        target_modules=targets,
+        target_modules=chosen(model, method),
         target_parameters=mixture_targets(model, method),
         bias=method.bias,
         use_rslora=method.rslora,
+        use_dora=method.dora,
+        init_lora_weights=BEGINNINGS[method.init],  # type: ignore[arg-type]
+        modules_to_save=method.modules_to_save or None,
+        ensure_weight_tying=bool(method.modules_to_save and config.tie_word_embeddings),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]), stand_ins(model):
-        torch.manual_seed(seed)
-        adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
-    return adapted
+
+
+def _virtual(method: PromptTuning | PrefixTuning) -> PromptTuningConfig | PrefixTuningConfig:
+    count = method.virtual_tokens
+    if isinstance(method, PrefixTuning):
+        return PrefixTuningConfig(num_virtual_tokens=count, task_type="CAUSAL_LM")
+    return PromptTuningConfig(
+        num_virtual_tokens=count, prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB, task_type="CAUSAL_LM"
+    )
+
+
+@torch.no_grad()
+def _begin_as(model: Any, ids: Sequence[int]) -> None:
+    """The virtual tokens' embeddings are those of `ids`, repeated or cut to their number."""
+    weight = model.prompt_encoder["default"].embedding.weight
+    repeated = [ids[place % len(ids)] for place in range(weight.shape[0])]
+    weight.copy_(model.get_base_model().get_input_embeddings()(torch.tensor(repeated, device=weight.device)))
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
@@ -61,7 +140,8 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
             hint=_("It needs adapter_config.json and adapter_model.safetensors."),
         )
     try:
-        with stand_ins(model):
+        with stand_ins(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             adapted: nn.Module = PeftModel.from_pretrained(model, folder)  # type: ignore[arg-type]
         there = load_peft_weights(str(folder), device="cpu").keys()
     except AfinaError:
@@ -86,13 +166,28 @@ def _misfit(folder: Path, reason: str) -> ModelError:
 
 def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     """Write what was attached in PEFT's format, naming `base`; a fully tuned model is written whole. Raises OSError."""
-    if isinstance(model, PeftModel):
-        model.peft_config["default"].base_model_name_or_path = base
-        with _refusals_told():  # "auto" would look the base up on the hub
-            model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run folder has a true one
-    else:
+    if not isinstance(model, PeftModel):
         save_whole(model, folder)
+        return
+    config: Any = model.peft_config["default"]
+    config.base_model_name_or_path = base
+    start, state = getattr(model, "afina_start", None), None
+    try:
+        if start is not None:  # PiSSA changed the base: what is saved is the difference to the base as it was
+            model.peft_config["default"] = _doubled(config)
+            state = since(start, model.state_dict())
+        with _refusals_told():  # "auto" would look the base up on the hub
+            model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
+    finally:
+        model.peft_config["default"] = config
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run folder has a true one
+
+
+def _doubled(config: Any) -> Any:
+    wide = copy.deepcopy(config)
+    wide.r, wide.lora_alpha = 2 * config.r, doubled_alpha(config.lora_alpha, config.use_rslora)
+    wide.init_lora_weights = True
+    return wide
 
 
 def save_whole(model: nn.Module, folder: Path) -> None:
@@ -126,17 +221,12 @@ def merged(model: nn.Module) -> nn.Module:
     return whole
 
 
+def recompute(model: nn.Module) -> None:
+    """Keep only what enters each layer while learning, and compute the rest again in the backward."""
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and tensors of what learns."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _check_targets(model: nn.Module, targets: list[str]) -> None:
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    known = sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            raise ModelError(
-                _("method.targets: the model has no linear layer called {name}.").format(name=target),
-                hint=_("It has {names}.").format(names=", ".join(known)),
-            )

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, StoppingCriteria
 
 from afina.errors import ModelError
 from afina.language import _
+from afina.model.virtual import prompted
 
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 SAMPLED = {**PLAIN, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
@@ -84,13 +85,13 @@ def generate(
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        output = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+        whole, inputs, known = prompted(model, ids.to(device), mask.to(device))
+        output = whole.generate(  # type: ignore[operator]
+            **inputs,
             generation_config=settings,
             stopping_criteria=[_Watcher(on_token)] if on_token else None,
         )
-    return [_until_end(row[width:].tolist(), end_ids) for row in output]
+    return [_until_end(row[known:].tolist(), end_ids) for row in output]
 
 
 def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:

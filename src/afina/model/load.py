@@ -12,6 +12,7 @@ from afina.language import _
 from afina.model.foreign import check_weights, checked_config, quantised_as, read_config
 from afina.model.mxfp4 import pack_experts, packed_experts, unpack_experts
 from afina.model.quantize import HELD, dequantised, held_in, made_exact, settings
+from afina.model.virtual import virtual_tokens
 from afina.recipe.schema import Model
 
 PLAIN = Model()
@@ -174,9 +175,9 @@ def _unloadable(source: str, reason: str) -> ModelError:
 
 
 def limit_of(model: nn.Module) -> int | None:
-    """The longest context the model was made for, in tokens."""
+    """The longest context the model was made for, in tokens, virtual ones left out."""
     limit: Any = getattr(model.config, "max_position_embeddings", None)
-    return int(limit) if limit else None
+    return int(limit) - virtual_tokens(model) if limit else None
 
 
 def cache_bytes(model: nn.Module) -> int:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from afina.model.virtual import lay
+
 
 class Targeted(Protocol):
     """What the loss needs of a batch; `data/batch.py` explains the fields and their shapes."""
@@ -28,33 +30,26 @@ class Targeted(Protocol):
     def targets(self) -> torch.Tensor: ...
 
 
-def target_logits(model: nn.Module, batch: Targeted) -> torch.Tensor:
-    """Logits (targets, vocabulary), at least fp32, at the places that predict a target."""
-    width = batch.input_ids.shape[1]
-    if batch.lengths is not None:
-        columns, rows = batch.predicting, slice(0, 1)
+def target_logits(model: nn.Module, batch: Targeted, noise: float = 0.0) -> torch.Tensor:
+    """Logits (targets, vocabulary), at least fp32, at the places that predict a target. `noise`: NEFTune's alpha."""
+    laid = lay(model, batch, noise)
+    if laid.lengths is not None:
+        columns, rows = laid.predicting, slice(0, 1)
     else:
-        columns, rows = torch.unique(batch.predicting % width), slice(None)
-    output = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
-        use_cache=False,
-        logits_to_keep=columns,
-        packed_lengths=batch.lengths,
-    )
+        columns, rows = torch.unique(laid.predicting % laid.width), slice(None)
+    output = laid.model(**laid.inputs, use_cache=False, logits_to_keep=columns, packed_lengths=laid.lengths)
     logits: torch.Tensor = output.logits[rows].to(torch.promote_types(output.logits.dtype, torch.float32))
-    if batch.lengths is not None:
+    if laid.lengths is not None:
         return logits[0]
-    kept = torch.searchsorted(columns, batch.predicting % width)
-    return logits[batch.predicting // width, kept]
+    kept = torch.searchsorted(columns, laid.predicting % laid.width)
+    return logits[laid.predicting // laid.width, kept]
 
 
-def token_losses(model: nn.Module, batch: Targeted) -> torch.Tensor:
+def token_losses(model: nn.Module, batch: Targeted, noise: float = 0.0) -> torch.Tensor:
     """Negative log-likelihood of each target, (targets,) fp32, in nats."""
-    return F.cross_entropy(target_logits(model, batch), batch.targets, reduction="none")
+    return F.cross_entropy(target_logits(model, batch, noise), batch.targets, reduction="none")
 
 
-def summed_loss(model: nn.Module, batch: Targeted) -> torch.Tensor:
+def summed_loss(model: nn.Module, batch: Targeted, noise: float = 0.0) -> torch.Tensor:
     """Sum of `token_losses`; the loop divides by the number of targets of the whole step."""
-    return token_losses(model, batch).sum()
+    return token_losses(model, batch, noise).sum()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from afina.language import _
 from afina.recipe.problem import Path
-from afina.recipe.schema import Lora, Recipe
+from afina.recipe.schema import Full, Lora, PrefixTuning, PromptTuning, Recipe
 
 
 class Fault(NamedTuple):
@@ -121,12 +121,14 @@ def warmup_fits_the_run(recipe: Recipe) -> Iterator[Fault]:
 def micro_batch_holds_a_sample(recipe: Recipe) -> Iterator[Fault]:
     """The longest sample must fit into what is computed at once."""
     tokens, longest = recipe.training.micro_batch_tokens, recipe.model.max_length
+    if isinstance(recipe.method, PromptTuning | PrefixTuning):
+        longest += recipe.method.virtual_tokens
     if tokens is not None and tokens < longest:
         message = _("{tokens} tokens cannot hold a sample of {longest}, which model.max_length allows. Raise it.")
         yield Fault(
             ("training", "micro_batch_tokens"),
             message.format(tokens=tokens, longest=longest),
-            (("model", "max_length"),),
+            (("model", "max_length"), ("method", "virtual_tokens")),
         )
 
 
@@ -150,11 +152,38 @@ def targets_are_named(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(("method", "targets", number), _("Each layer is named once, and none is empty."))
 
 
-def a_quantised_base_is_frozen(recipe: Recipe) -> Iterator[Fault]:
-    """Weights of four or eight bits cannot learn."""
-    if recipe.model.quantization != "none" and recipe.method.name == "full":
+def the_base_suits_the_method(recipe: Recipe) -> Iterator[Fault]:
+    """Weights of four or eight bits cannot learn; PiSSA begins with plain weights, LoftQ with quantised ones."""
+    method, held, path = recipe.method, recipe.model.quantization, ("model", "quantization")
+    if held != "none" and isinstance(method, Full):
         message = _("A quantised base cannot learn itself: take method lora, or quantization: none.")
-        yield Fault(("model", "quantization"), message, (("method", "name"),))
+        yield Fault(path, message, (("method", "name"),))
+    if held != "none" and isinstance(method, Lora) and method.init == "pissa":
+        message = _("pissa takes its adapters out of plain weights, and this base is quantised. Take loftq.")
+        yield Fault(("method", "init"), message, (path,))
+    if held == "none" and isinstance(method, Lora) and method.init == "loftq":
+        message = _("loftq begins with what quantising the base loses. Set model.quantization to nf4.")
+        yield Fault(("method", "init"), message, (path,))
+
+
+def virtual_tokens_stay_outside_the_weights(recipe: Recipe) -> Iterator[Fault]:
+    """What stands before a conversation cannot be merged, so no file of weights can hold it."""
+    if isinstance(recipe.method, PromptTuning | PrefixTuning) and recipe.export.formats:
+        message = _(
+            "What {method} learns lies outside the weights, so neither GGUF nor a merged model can hold it; "
+            "afina chat and transformers with PEFT open its run folder. Write formats: []"
+        )
+        yield Fault(("export", "formats"), message.format(method=recipe.method.name), (("method", "name"),))
+    if isinstance(recipe.method, PrefixTuning) and recipe.training.gradient_checkpointing:
+        message = _("prefix-tuning keeps keys and values, which computing layers again would lose. Leave this out.")
+        yield Fault(("training", "gradient_checkpointing"), message, (("method", "name"),))
+
+
+def the_optimizer_suits_the_method(recipe: Recipe) -> Iterator[Fault]:
+    """Muon makes the steps of a whole weight matrix orthogonal; adapters are factors of one."""
+    if recipe.training.optimizer == "muon" and not isinstance(recipe.method, Full):
+        message = _("muon is for whole matrices, that is for method full. Take adamw.")
+        yield Fault(("training", "optimizer"), message, (("method", "name"),))
 
 
 RULES: tuple[Rule, ...] = (
@@ -169,7 +198,9 @@ RULES: tuple[Rule, ...] = (
     micro_batch_holds_a_sample,
     formats_differ,
     targets_are_named,
-    a_quantised_base_is_frozen,
+    the_base_suits_the_method,
+    virtual_tokens_stay_outside_the_weights,
+    the_optimizer_suits_the_method,
 )
 
 

@@ -19,7 +19,7 @@ from afina.errors import OutputError, RecipeError
 from afina.language import _, chosen
 from afina.recipe.document import inline
 from afina.recipe.explain import Due, due_of, example, methods, nearest
-from afina.recipe.schema import Full, Lora, Recipe, Section
+from afina.recipe.schema import Full, Lora, PrefixTuning, PromptTuning, Recipe, Section
 
 WIDTH = 100
 """Columns of a comment."""
@@ -155,7 +155,8 @@ def _inner(wanted: Due) -> type[Section] | None:
 
 
 def _chosen(inner: type[Section], values: Values) -> type[Section]:
-    return Full if inner is Lora and values.get("name") == "full" else inner
+    methods: dict[str, type[Section]] = {"full": Full, "prompt-tuning": PromptTuning, "prefix-tuning": PrefixTuning}
+    return methods.get(values.get("name", ""), inner) if inner is Lora else inner
 
 
 def _help(section: type[BaseModel], key: str, inner: type[Section] | None) -> str:

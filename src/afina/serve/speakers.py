@@ -98,10 +98,12 @@ class ModelSpeaker:
     @contextmanager
     def _adapters(self) -> Iterator[None]:
         """The adapters as wanted; a model without any is its own base."""
-        disable = None if self.adapted else getattr(self.model, "disable_adapter", None)
+        from afina.model.virtual import without
+
+        disabled = not self.adapted and hasattr(self.model, "disable_adapter")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that will change
-            with disable() if disable else nullcontext():
+            with without(self.model) if disabled else nullcontext():
                 yield
 
 

@@ -56,7 +56,7 @@ def snapshot(state: State) -> dict[str, torch.Tensor]:
     for name, parameter in state.learning.items():
         tensors[f"{name}|weight"] = parameter.detach()
         for key, value in state.optimizer.state[parameter].items():
-            tensors[f"{name}|{key}"] = value
+            tensors[f"{name}|{key}"] = torch.as_tensor(value)  # bitsandbytes counts steps in a plain number
     return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
@@ -142,12 +142,17 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
     targets: dict[str, torch.Tensor] = {}
     for name, parameter in state.learning.items():
         targets[f"{name}|weight"] = parameter
-        targets |= {f"{name}|{key}": value for key, value in state.optimizer.state[parameter].items()}
+        memory = state.optimizer.state[parameter]
+        targets |= {f"{name}|{key}": torch.as_tensor(value) for key, value in memory.items()}
     if {name: (t.shape, t.dtype) for name, t in tensors.items()} != {n: (t.shape, t.dtype) for n, t in targets.items()}:
         raise Damaged(_("other weights learn now than when it was saved"))
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
+    for name, parameter in state.learning.items():
+        memory = state.optimizer.state[parameter]
+        counts = [key for key, value in memory.items() if not isinstance(value, torch.Tensor)]
+        memory |= {key: int(tensors[f"{name}|{key}"]) for key in counts}
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(checkpoint.facts["scaler"])
     state.watch = Watch()

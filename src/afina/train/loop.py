@@ -61,7 +61,7 @@ def train(
             started = time.perf_counter()
             rate = learning_rate(training, state.step, steps)
             for group in state.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["rate"]
             batches, loss = _compute(model, make_step, state, seed, hardware, loss_fn, follower)
             state.scaler.unscale_(state.optimizer)
             norm = nn.utils.clip_grad_norm_(state.learning.values(), training.clip_norm or math.inf)

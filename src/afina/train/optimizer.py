@@ -1,29 +1,167 @@
-"""AdamW over what learns: matrices decay, vectors do not."""
+"""What steps: groups of what learns (what decays, what learns faster), and the optimiser the recipe names.
+
+Every optimiser's memory is there from the start, zero, so that memory fails early or not at all, and a checkpoint finds
+a place for each tensor it holds.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from afina.model.quantize import bitsandbytes
 from afina.recipe.schema import Training
 
+BETAS = (0.9, 0.999)
+LION_BETAS = (0.9, 0.99)
+Parameters = Mapping[str, nn.Parameter]
+Groups = list[dict[str, Any]]
 
-def make_optimizer(parameters: list[nn.Parameter], training: Training) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, 2017, arXiv:1711.05101), fused; the loop sets the rate of every step."""
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": training.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=training.learning_rate,
-        betas=(training.betas[0], training.betas[1]),
-        fused=True,
-    )
-    for parameter in parameters:  # as AdamW would at its first step; here, so that memory fails early or not at all
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        }
+
+class Lion(torch.optim.Optimizer):
+    """The sign of a mean of gradient and momentum (Chen et al., 2023, arXiv:2302.06675), weights decayed apart."""
+
+    def __init__(self, groups: Groups, lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of every parameter that has a gradient."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            (first, second), rate = group["betas"], group["lr"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                momentum = self.state[parameter]["exp_avg"]
+                parameter.mul_(1 - rate * group["weight_decay"])
+                parameter.add_(torch.lerp(parameter.grad, momentum, first).sign_(), alpha=-rate)
+                momentum.lerp_(parameter.grad, 1 - second)
+        return loss
+
+
+class Beside(torch.optim.Optimizer):
+    """Several optimisers of different parameters as one: their groups and their state are shared with it."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        self.param_groups = [group for part in parts for group in part.param_groups]
+        self.state = defaultdict(dict)
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of each part."""
+        loss = closure() if closure is not None else None
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+def make_optimizer(
+    learning: Parameters, training: Training, *, faster: float = 1.0, outside: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The optimiser of `training` over what learns; the loop sets the rate of every step.
+
+    `faster`: how many times the rate the second low-rank matrices learn at (LoRA+). `outside`: embeddings and head,
+    which muon leaves to AdamW as it does vectors. Raises ResourceError where bitsandbytes is needed and missing.
+    """
+    rate, betas = training.learning_rate, tuple(training.betas or BETAS)
+    groups = _groups(learning, training.weight_decay, faster)
+    optimizer: torch.optim.Optimizer
+    match training.optimizer:
+        case "adamw":
+            return _adamw(groups, rate, betas)
+        case "lion":
+            optimizer = Lion(groups, rate, tuple(training.betas or LION_BETAS))  # type: ignore[arg-type]
+            _fill(optimizer, _one_moment("exp_avg"))
+        case "adafactor":
+            optimizer = torch.optim.Adafactor(groups, lr=rate)
+            _fill(optimizer, _factors)
+        case "muon":
+            optimizer = _muon(groups, rate, betas, {id(parameter) for parameter in outside})
+        case _:
+            optimizer = _eight_bits(groups, rate, betas, paged=training.optimizer.startswith("paged"))
     return optimizer
+
+
+def _groups(learning: Parameters, decay: float, faster: float) -> Groups:
+    """Matrices decay, vectors (biases, norms, DoRA's lengths) do not; with LoRA+, B has groups of its own."""
+    found: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in learning.items():
+        ratio = faster if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
+        found[decay if parameter.ndim >= 2 else 0.0, ratio].append(parameter)
+    return [{"params": found[key], "weight_decay": key[0], "rate": key[1]} for key in found]
+
+
+def _adamw(groups: Groups, rate: float, betas: Any) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter, 2017, arXiv:1711.05101), fused."""
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+    _fill(optimizer, _two_moments)
+    return optimizer
+
+
+def _muon(groups: Groups, rate: float, betas: Any, outside: set[int]) -> torch.optim.Optimizer:
+    """Muon (Jordan, 2024; scaled to AdamW's step as by Liu et al., 2025, arXiv:2502.16982) for hidden matrices."""
+    matrices, rest = [], []
+    for group in groups:
+        inner = [p for p in group["params"] if p.ndim == 2 and id(p) not in outside]
+        others = [p for p in group["params"] if p.ndim != 2 or id(p) in outside]
+        matrices += [{**group, "params": inner}] if inner else []
+        rest += [{**group, "params": others}] if others else []
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        parts.append(torch.optim.Muon(matrices, lr=rate, adjust_lr_fn="match_rms_adamw"))
+    if rest:
+        parts.append(torch.optim.AdamW(rest, lr=rate, betas=betas, fused=True))
+    both = Beside(parts)
+    for part in parts:
+        _fill(part, _one_moment("momentum_buffer") if isinstance(part, torch.optim.Muon) else _two_moments)
+    return both
+
+
+def _eight_bits(groups: Groups, rate: float, betas: Any, *, paged: bool) -> torch.optim.Optimizer:
+    """AdamW with moments in eight bits, a scale for 256 of them (Dettmers et al., 2021, arXiv:2110.02861)."""
+    package: Any = bitsandbytes().optim
+    kind = package.PagedAdamW8bit if paged and torch.cuda.is_available() else package.AdamW8bit
+    optimizer: Any = kind(groups, lr=rate, betas=betas)
+    for place, group in enumerate(optimizer.param_groups):
+        for number, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, place, number)
+    found: torch.optim.Optimizer = optimizer
+    return found
+
+
+def _fill(optimizer: torch.optim.Optimizer, start: Callable[[nn.Parameter], dict[str, torch.Tensor]]) -> None:
+    """Memory as the optimiser would make it at its first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = start(parameter)
+
+
+def _two_moments(parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+    }
+
+
+def _one_moment(name: str) -> Callable[[nn.Parameter], dict[str, torch.Tensor]]:
+    return lambda parameter: {name: torch.zeros_like(parameter, memory_format=torch.preserve_format)}
+
+
+def _factors(parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    """Adafactor's: means of rows and columns for a matrix (Shazeer & Stern, 2018, arXiv:1804.04235)."""
+    step = torch.zeros((), dtype=torch.float32)
+    if parameter.ndim < 2:
+        return {"step": step, "variance": torch.zeros_like(parameter)}
+    *above, rows, columns = parameter.shape
+    return {
+        "step": step,
+        "row_var": parameter.new_zeros(*above, rows, 1),
+        "col_var": parameter.new_zeros(*above, 1, columns),
+    }

@@ -15,6 +15,7 @@ from afina.errors import AfinaError, ModelError
 from afina.language import _
 from afina.model.attach import load_adapter
 from afina.model.load import Hardware, choose_hardware, load_model
+from afina.model.virtual import without
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe
 
@@ -38,7 +39,7 @@ class Tuned:
 @contextmanager
 def untuned(model: nn.Module) -> Iterator[None]:
     """Inside the block the adapter is out of the way."""
-    with model.disable_adapter():  # type: ignore[operator]
+    with without(model):
         yield
 
 

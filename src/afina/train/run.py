@@ -4,9 +4,10 @@ Knows nothing of evaluation, export or where the folder will finally lie.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from afina.artifact import parent, sha256
 from afina.console import Console
 from afina.data.batch import Batch, micro_batches
 from afina.data.conversation import Sample
-from afina.data.order import Order
+from afina.data.order import order_of
 from afina.data.read import read
 from afina.data.split import split
 from afina.data.template import Rendered, Renderer, audit
@@ -27,17 +28,18 @@ from afina.engine.attention import covers, packed_attention
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
 from afina.engine.proof import prove
-from afina.errors import DataError, Interrupted, RecipeError
+from afina.errors import DataError, Interrupted
 from afina.language import _
-from afina.model.attach import attach, learning, save_adapter
-from afina.model.load import Hardware, choose_hardware, limit_of, load_model
+from afina.model.attach import save_adapter
+from afina.model.load import Hardware, choose_hardware
 from afina.model.loss import summed_loss
-from afina.model.quantize import quantisation, weights_in
+from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
-from afina.recipe.schema import Recipe
+from afina.recipe.schema import Recipe, Training
 from afina.train.keeper import Keeper
 from afina.train.loop import LossFunction, accumulate, mean_loss, train
 from afina.train.memory import Room
+from afina.train.opening import open_model, why_padded, why_reference
 from afina.train.record import Record
 from afina.train.resume import CHECKPOINTS
 from afina.train.resume import begin as enter
@@ -134,30 +136,7 @@ def train_run(
     renderer = Renderer(tokenizer, recipe.data.learn)
     examples = prepare(recipe, folder, renderer, console)
     _say_data(examples, console)
-    model = load_model(source, hardware, recipe.model)
-    limit = limit_of(model)
-    if limit is not None and recipe.model.max_length > limit:
-        raise RecipeError(
-            _("model.max_length is {wanted}, but the model was made for {limit} tokens.").format(
-                wanted=recipe.model.max_length, limit=limit
-            ),
-            hint=_("Set model.max_length to {limit} or less.").format(limit=limit),
-        )
-    model = attach(model, recipe.method, seed=recipe.seed)
-    trainable = sum(parameter.numel() for _name, parameter in learning(model))
-    total = sum(weights_in(parameter) for parameter in model.parameters())
-    kind = quantisation(model)
-    console.line(
-        _("Model     {base}, {total:.1f} M parameters, {trainable:.2f} M learn ({method}), on {hardware}").format(
-            base=recipe.model.base,
-            total=total / 1e6,
-            trainable=trainable / 1e6,
-            method=recipe.method.name
-            if kind is None
-            else _("{method} on {kind}").format(method=recipe.method.name, kind=kind),
-            hardware=hardware,
-        )
-    )
+    model, counts = open_model(recipe, source, hardware, tokenizer, console)
     parents = [*([base] if base else []), *examples.files]
     run = enter(place, recipe, parents, examples.train + examples.validation)
     measured = _run_loop(model, recipe, examples, hardware, tokenizer.pad_id, place, run, console)
@@ -180,8 +159,8 @@ def train_run(
         },
         "training": {
             "samples": len(examples.train),
-            "trainable_parameters": trainable,
-            "parameters": total,
+            "tokens_per_epoch": examples.tokens,
+            **counts,
             **measured["training"],
         },
     }
@@ -200,14 +179,15 @@ def _run_loop(
     """Drive train(), from the newest checkpoint where there is one; returns what was measured."""
     training = recipe.training
     packing = training.packing and covers(model)
-    order = Order(len(examples.train), training.batch_size, training.epochs, recipe.seed)
+    order = order_of([row.ids.size for row in examples.train], training, recipe.seed)
     steps = training.steps or order.steps
-    if training.steps is not None:
-        order = Order(len(examples.train), training.batch_size, _epochs_for(steps, order), recipe.seed)
-    room = Room(training.micro_batch_tokens or max(recipe.model.max_length, MICRO_BATCH_TOKENS[hardware.device.type]))
+    extra = virtual_tokens(model)
+    room = Room(
+        training.micro_batch_tokens or max(recipe.model.max_length + extra, MICRO_BATCH_TOKENS[hardware.device.type])
+    )
 
     def lay_out(rows: Sequence[Rendered], samples: Sequence[int]) -> list[Batch]:
-        return micro_batches(rows, samples, budget=room.tokens, packing=packing, pad_id=pad_id)
+        return micro_batches(rows, samples, budget=room.tokens, packing=packing, pad_id=pad_id, extra=extra)
 
     def work(step: int) -> int:
         return BACKWARD_WORK * sum(examples.train[index].ids.size for index in order.step(step))
@@ -235,7 +215,7 @@ def _run_loop(
         measure_work=held_out,
         validate_after=validate_after,
         where=lambda sample: examples.origin[sample].where,
-        surroundings=surroundings(str(hardware), "reference" if loss_fn is summed_loss else "fused"),
+        surroundings=surroundings(str(hardware), "reference" if isinstance(loss_fn, partial) else "fused"),
     )
     record, stop = Record(place), Stop()
     total = sum(work(step) for step in range(steps)) + held_out * len(validate_after)
@@ -245,11 +225,11 @@ def _run_loop(
         console.progress(_("Training"), total) as progress,
         packed_attention(model, packing),
     ):
-        state = begin(model, training, hardware)
+        state = begin(model, training, hardware, recipe.method)
         session = Session(plan, console, progress, record, keeper, stop, room)
         session.go_on(state)
         try:
-            longest = heapq.nlargest(training.batch_size, range(len(examples.train)), _length_in(examples.train))
+            longest = _longest(examples.train, training)
             session.try_memory(lambda: lay_out(examples.train, longest), once, state)
             train(
                 model,
@@ -277,18 +257,21 @@ def _choose_engine(
     The fused engine proves itself on that batch against the reference; on a mismatch the reference trains. On a GPU it
     plans what fits: `room` shrinks to that.
     """
+    plain = partial(summed_loss, noise=recipe.training.neftune_alpha or 0.0)
     if recipe.training.engine == "reference":
-        return summed_loss, _("reference (transformers + PEFT), as the recipe asks")
+        return plain, _("reference (transformers + PEFT), as the recipe asks")
+    if first is None and recipe.training.packing:
+        return plain, _("reference (transformers + PEFT), padded: {reason}").format(reason=why_padded(model))
     if first is None:
-        return summed_loss, _("reference (transformers + PEFT), as batches are padded")
-    if reason := why_not(model):
-        return summed_loss, _("reference (transformers + PEFT) with packed attention: {reason}").format(reason=reason)
+        return plain, _("reference (transformers + PEFT), as batches are padded")
+    if reason := why_reference(model, recipe) or why_not(model):
+        return plain, _("reference (transformers + PEFT) with packed attention: {reason}").format(reason=reason)
     engine, batch = Engine(model, hardware.dtype), first.to(hardware.device)
     model.train()
     proof = prove(engine, model, batch, hardware.autocast(), engine.parameters)
     if not proof.holds:
         reason = _("on the first batch the fused loss differs by {loss:.1e}, its gradients by {gradient:.1e}")
-        return summed_loss, _("reference (transformers + PEFT) with packed attention: {reason}").format(
+        return plain, _("reference (transformers + PEFT) with packed attention: {reason}").format(
             reason=reason.format(loss=proof.loss, gradient=proof.gradient)
         )
     if hardware.device.type == "cuda":
@@ -363,8 +346,11 @@ def _listed(problems: Sequence[tuple[Sample, str]]) -> list[str]:
     return [*shown, _("... and {count} more").format(count=more)] if more else shown
 
 
-def _length_in(rows: Sequence[Rendered]) -> Callable[[int], int]:
-    return lambda index: int(rows[index].ids.size)
+def _longest(rows: Sequence[Rendered], training: Training) -> list[int]:
+    """The longest samples, as many as a step may hold: they fill the largest micro-batch there can be."""
+    lengths = [int(row.ids.size) for row in rows]
+    count = training.batch_size if training.batch_tokens is None else 1 + training.batch_tokens // min(lengths)
+    return heapq.nlargest(count, range(len(rows)), lengths.__getitem__)
 
 
 def _few(rows: Sequence[Rendered], samples: Sequence[int]) -> list[int]:
@@ -376,11 +362,6 @@ def _few(rows: Sequence[Rendered], samples: Sequence[int]) -> list[int]:
             break
         chosen.append(index)
     return chosen
-
-
-def _epochs_for(steps: int, order: Order) -> float:
-    """So many passes that `steps` steps are full ones."""
-    return steps * order.batch_size / order.samples
 
 
 def _validation_steps(steps: int, times: int) -> frozenset[int]:

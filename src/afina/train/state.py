@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from afina.data.batch import Batch
 from afina.errors import ResourceError
 from afina.language import _
 from afina.model.load import Hardware
-from afina.recipe.schema import Training
+from afina.recipe.schema import Lora, Method, Training
 from afina.train.optimizer import make_optimizer
 from afina.train.watch import Rejection, Watch
 
@@ -28,11 +29,15 @@ class State:
     validated: int = 0
 
 
-def begin(model: nn.Module, training: Training, hardware: Hardware) -> State:
+def begin(model: nn.Module, training: Training, hardware: Hardware, method: Method | None = None) -> State:
     """The state before the first step: in fp16 the loss is scaled so that small gradients do not vanish."""
     learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
-    return State(learning, make_optimizer(list(learning.values()), training), scaler)
+    whole: Any = model
+    ends = [end for end in (whole.get_input_embeddings(), whole.get_output_embeddings()) if end is not None]
+    outside = [parameter for end in ends for parameter in end.parameters()]
+    faster = method.lora_plus_ratio if isinstance(method, Lora) else 1.0
+    return State(learning, make_optimizer(learning, training, faster=faster, outside=outside), scaler)
 
 
 @dataclass(frozen=True)

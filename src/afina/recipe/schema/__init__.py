@@ -11,7 +11,7 @@ from pydantic import Field
 from afina.recipe.schema.chat import Chat
 from afina.recipe.schema.data import Data, Mapping
 from afina.recipe.schema.export import Export
-from afina.recipe.schema.method import Full, Lora, Method
+from afina.recipe.schema.method import Full, Lora, Method, PrefixTuning, PromptTuning
 from afina.recipe.schema.model import Model
 from afina.recipe.schema.section import Section, Share, Sources, one_line
 from afina.recipe.schema.task import Task
@@ -26,6 +26,8 @@ __all__ = [
     "Mapping",
     "Method",
     "Model",
+    "PrefixTuning",
+    "PromptTuning",
     "Recipe",
     "Section",
     "Share",
@@ -60,7 +62,7 @@ class Recipe(Section):
 
 def sections() -> tuple[type[Section], ...]:
     """Every section of the schema, the recipe itself first, in the order they are written."""
-    return (Recipe, Model, Data, Mapping, Lora, Full, Training, Task, Export, Chat)
+    return (Recipe, Model, Data, Mapping, Lora, Full, PromptTuning, PrefixTuning, Training, Task, Export, Chat)
 
 
 def help_texts() -> list[str]:

@@ -6,6 +6,10 @@ from pydantic import Discriminator, Field, Tag
 
 from afina.recipe.schema.section import Section, Share
 
+Layers = Annotated[list[int], Field(min_length=1, examples=[[-4, -3, -2, -1]])]
+"""Numbers of decoder layers."""
+VirtualTokens = Annotated[int, Field(ge=1, le=4096)]
+
 
 class Lora(Section):
     """Low-rank adapters on frozen weights (Hu et al., 2021, arXiv:2106.09685)."""
@@ -19,15 +23,27 @@ class Lora(Section):
     dropout: Share = 0.0
     """Share of the adapter's inputs dropped while training."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Which linear layers get an adapter; the head never does."""
+    """Which linear layers get an adapter: all but the head, or those of these names, such as q_proj, or patterns of
+    whole names, such as `*.mlp.*`."""
     experts: bool = False
     """Every matrix of a mixture's experts gets an adapter too (gpt-oss); packed ones stay packed."""
     router: bool = False
     """What chooses the experts gets an adapter too."""
+    layers: Layers | None = None
+    """Only these decoder layers get adapters, counted from 0, or from the end with -1 as the last."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases learn too."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023, arXiv:2312.03732)."""
+    dora: bool = False
+    """Learn each row's length apart from its direction (Liu et al., 2024, arXiv:2402.09353)."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "loftq"] = "default"
+    """How adapters begin. pissa: as the base's largest singular parts (arXiv:2404.02948). loftq: as what quantising the
+    base loses (arXiv:2310.08659). The others: adding nothing."""
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
+    """The second matrix learns at this many times the learning rate (LoRA+, arXiv:2402.12354, which advises 16)."""
+    modules_to_save: Annotated[list[str], Field(examples=[["embed_tokens", "lm_head"]])] = []
+    """Modules that learn whole, beside the adapters."""
 
 
 class Full(Section):
@@ -35,6 +51,28 @@ class Full(Section):
 
     name: Literal["full"]
     """The method."""
+    layers: Layers | None = None
+    """Only these decoder layers learn, counted from 0, or from the end with -1 as the last."""
+
+
+class PromptTuning(Section):
+    """Virtual tokens before every conversation learn, and nothing else (Lester et al., 2021, arXiv:2104.08691)."""
+
+    name: Literal["prompt-tuning"]
+    """The method."""
+    virtual_tokens: VirtualTokens = 20
+    """How many. They come on top of max_length."""
+    text: str | None = Field(default=None, examples=["Tell positive, neutral and negative reviews apart."])
+    """They begin as the tokens of this text, repeated or cut; unset: as tokens drawn from the vocabulary."""
+
+
+class PrefixTuning(Section):
+    """Keys and values before every conversation learn, in each layer (Li & Liang, 2021, arXiv:2101.00190)."""
+
+    name: Literal["prefix-tuning"]
+    """The method."""
+    virtual_tokens: VirtualTokens = 20
+    """How many. They come on top of max_length."""
 
 
 def _method_name(method: Any) -> str | None:
@@ -43,4 +81,10 @@ def _method_name(method: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
-Method = Annotated[Annotated[Lora, Tag("lora")] | Annotated[Full, Tag("full")], Discriminator(_method_name)]
+Method = Annotated[
+    Annotated[Lora, Tag("lora")]
+    | Annotated[Full, Tag("full")]
+    | Annotated[PromptTuning, Tag("prompt-tuning")]
+    | Annotated[PrefixTuning, Tag("prefix-tuning")],
+    Discriminator(_method_name),
+]

@@ -16,6 +16,8 @@ class Training(Section):
     """Stop after this many optimiser steps instead."""
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 16
     """Samples per optimiser step. How they are cut into micro-batches changes memory and speed, never the result."""
+    batch_tokens: Annotated[int, Field(ge=1, le=2**30)] | None = Field(default=None, examples=[32768])
+    """Tokens per optimiser step instead: samples are dealt out until the next would exceed this."""
     packing: bool = True
     """Lay samples end to end without padding; attention stays inside each sample."""
     micro_batch_tokens: Annotated[int, Field(ge=8, le=2**28)] | None = Field(default=None, examples=[4096])
@@ -23,6 +25,15 @@ class Training(Section):
     engine: Literal["auto", "reference"] = "auto"
     """auto: fused blocks, where they cover the model and prove themselves on the first batch; reference: transformers
     and PEFT as they are."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each layer and compute the rest again going back: less memory, a third more time. For the
+    reference; the fused engine chooses by itself what it keeps."""
+    neftune_alpha: Annotated[float, Field(gt=0, le=1000)] | None = Field(default=None, examples=[5.0])
+    """Noise of this size is added to the tokens' embeddings while training (NEFTune, arXiv:2310.05914)."""
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "muon", "adafactor", "lion"] = "adamw"
+    """8bit: moments in eight bits, by bitsandbytes; paged: they move to the computer's memory when the GPU's is short.
+    muon: for full fine-tuning, hidden matrices only, the rest by adamw. lion wants a learning rate 3 to 10 times
+    smaller."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """The peak."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -31,8 +42,10 @@ class Training(Section):
     """Below 1 a share of all steps, from 1 a number of steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled, on matrices only (Loshchilov & Hutter, 2017, arXiv:1711.05101)."""
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """AdamW's decay rates of the first and second moment."""
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = Field(
+        default=None, examples=[[0.9, 0.999]]
+    )
+    """Decay rates of the optimiser's first and second moment; unset: 0.9 and 0.999, of lion 0.9 and 0.99."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this norm; null leaves them."""
     validations: Annotated[int, Field(ge=0, le=10_000)] = 4
