@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from pydantic import ValidationError
 
 from afina import durable
 from afina.artifact import MANIFEST
 from afina.console import duration, size
 from afina.evaluate.plot import NARROW, PALETTE, accuracy_bars, confusion_matrix, loss_curve
-from afina.evaluate.tasks import mark
 from afina.language import _, chosen
 from afina.recipe.document import write as yaml
-from afina.recipe.schema import Task
 
 REPORT = "report.html"
 TEMPLATE = "report.html.jinja"
@@ -208,7 +205,7 @@ def _task(index: int, task: Facts, predictions: Sequence[Facts], wanted: Mapping
     systems = {key: figures for key in ("base", "tuned") if (figures := _system(task, key))}
     base, tuned = (systems.get(key, {}).get("accuracy") for key in ("base", "tuned"))
     records = [record for record in predictions if record.get("task") == name]
-    changes = _changes(records, str(task.get("kind")), _dict(wanted.get(name)).get("field"))
+    changes = _changes(records)
     return {
         "name": name,
         "anchor": f"task-{index + 1}",
@@ -269,12 +266,12 @@ def _labels(systems: Mapping[str, Facts]) -> list[Facts]:
     return rows
 
 
-def _changes(records: Sequence[Facts], kind: str, field: object) -> Facts | None:
+def _changes(records: Sequence[Facts]) -> Facts | None:
     """Sample by sample: what tuning fixed, broke and left, with the first examples of either change."""
     both = [record for record in records if {"expected", "base", "tuned"} <= record.keys()]
     if not both:
         return None
-    base, tuned = (_marks(both, system, kind, field) for system in ("base", "tuned"))
+    base, tuned = (_marks(both, system) for system in ("base", "tuned"))
     outcomes = [_OUTCOMES[pair] for pair in zip(base, tuned, strict=True)]
     counts = Counter(outcomes)
     examples = {
@@ -293,14 +290,9 @@ _OUTCOMES = {(True, True): "kept", (False, True): "fixed", (True, False): "broke
 """(base was right, tuned was right): what that is called."""
 
 
-def _marks(records: Sequence[Facts], system: str, kind: str, field: object) -> list[bool]:
-    """Which answers are right, as the evaluation itself marks them."""
-    expected, answered = ([str(record[key]) for record in records] for key in ("expected", system))
-    try:
-        task = Task.model_validate({"name": "-", "kind": kind, "data": "-", "field": field})
-    except ValidationError:
-        task = Task(name="-", kind="exact", data="-")
-    return mark(task, expected, answered)
+def _marks(records: Sequence[Facts], system: str) -> list[bool]:
+    """Which answers are right, as the evaluation marked them."""
+    return [_dict(record.get("right")).get(system) is True for record in records]
 
 
 def _example(record: Facts) -> Facts:

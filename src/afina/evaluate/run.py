@@ -1,65 +1,134 @@
-"""A finished run, asked: every task of its recipe put to base and tuned, figures and predictions written beside it."""
+"""A finished run, asked: every task of its recipe put to everyone who is to answer, figures and predictions written.
+
+Or a recipe's tasks put to any models without a run.
+"""
 
 import json
-from contextlib import nullcontext
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from afina import durable
 from afina.artifact import Artifact, open_artifact, parent, seal, sha256
-from afina.console import Console, duration
+from afina.console import Console, size
 from afina.data.read import Reading, read
 from afina.errors import DataError, RecipeError
-from afina.evaluate.tasks import Asked, System, ask, prepare, work
+from afina.evaluate.answers import FILE, Answers, Clock
+from afina.evaluate.measure import KINDS, Sitting, prepare
+from afina.evaluate.measure import work as units
+from afina.evaluate.systems.asking import System
+from afina.evaluate.systems.gguf import PromptOf
+from afina.evaluate.systems.opening import Opening
+from afina.evaluate.tasks.kind import Asked, problem_names
 from afina.language import _
-from afina.model.load import load_model
-from afina.recipe.place import model_source
-from afina.recipe.schema import Recipe
-from afina.train.reopen import Tuned, check_unchanged, reopen
+from afina.recipe.schema import Data, Recipe, Task
+from afina.train.reopen import check_unchanged, recipe_of
 
 
-def evaluate_run(run: Path, out: Path, console: Console) -> Artifact:
-    """Write evaluation.json and predictions.jsonl into the new folder `out`. Raises RecipeError without tasks."""
-    check_unchanged(open_artifact(run, "run"))
-    tuned = reopen(run)
-    tasks = tuned.recipe.tasks
-    if not tasks:
+@dataclass(frozen=True)
+class Wanted:
+    """What of a recipe's evaluation is wanted now. `others` are asked beside those that the recipe names."""
+
+    others: Sequence[str] = ()
+    tasks: Sequence[str] = ()
+    limit: int | None = None
+    minutes: float | None = None
+    prompt_of: PromptOf | None = None
+
+
+def evaluate_run(run: Path, out: Path, console: Console, wanted: Wanted = Wanted()) -> Artifact:
+    """Write evaluation.json and predictions.jsonl into the folder `out`, in place of what it held.
+
+    Answers of before, in answers.jsonl beside `out`, are not asked again. Raises RecipeError without tasks.
+    """
+    artifact = open_artifact(run, "run")
+    check_unchanged(artifact)
+    recipe, folder = recipe_of(artifact)
+    if not recipe.tasks:
         raise RecipeError(
             _("The recipe of {run} names no tasks to evaluate.").format(run=run),
             hint=_("Add a tasks: section to the recipe; afina init writes one."),
         )
-    readings, asked = questions(tuned.recipe, tuned.folder)
-    systems = _systems(tuned)
-    results: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
-    total = sum(work(one) for one in asked) * len(systems)
-    with console.progress(_("Evaluating"), total) as progress:
-        for one in asked:
-            result, predictions = ask(
-                one, systems, tuned.renderer, tuned.hardware, lambda done: progress.advance(done, _("asking"))
-            )
-            results.append(result)
-            rows += predictions
-    with durable.new_folder(out) as folder:
-        durable.write_json(folder / "evaluation.json", {"tasks": results})
+    names = [*recipe.evaluation.systems, *wanted.others]
+    parents = [parent(run.name, artifact.digest, "run")]
+    return _evaluate(recipe, folder, run, names, out, console, wanted, parents)
+
+
+def evaluate_models(
+    recipe: Recipe, folder: Path, models: Sequence[str], out: Path, console: Console, wanted: Wanted
+) -> Artifact:
+    """The same without a run: the recipe's tasks put to these models alone."""
+    if not recipe.tasks:
+        raise RecipeError(_("The recipe names no tasks to evaluate."), hint=_("Add a tasks: section to the recipe."))
+    return _evaluate(recipe, folder, None, models, out, console, wanted, [])
+
+
+def _evaluate(
+    recipe: Recipe,
+    folder: Path,
+    run: Path | None,
+    names: Sequence[str],
+    out: Path,
+    console: Console,
+    wanted: Wanted,
+    parents: list[dict[str, str]],
+) -> Artifact:
+    opening = Opening(folder, wanted.prompt_of or _no_template, recipe.evaluation.key_variable)
+    systems = opening.systems(names, run)
+    readings, asked = questions(recipe, folder, wanted)
+    KINDS["judge"].open_judge = partial(_open_judge, opening)  # type: ignore[attr-defined]
+    total = sum(units(one) for one in asked) * len(systems)
+    clock = Clock(wanted.minutes or recipe.evaluation.minutes)
+    with Answers(out.parent / FILE) as answers:
+        with console.progress(_("Evaluating"), max(1, total)) as progress:
+            sitting = Sitting(systems, asked, answers, lambda done: progress.advance(done, _("asking")), clock)
+            sitting.ask()
+        results, rows = sitting.results()
+        for system in systems:
+            _remember_facts(system, results, answers)
+    durable.remove(out)
+    with durable.new_folder(out) as place:
+        durable.write_json(place / "evaluation.json", {"tasks": results})
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-        durable.write_text(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+        durable.write_text(place / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
         data = [parent(file, sha256(file), "data") for reading in readings for file in reading.files]
-        seal(
-            folder,
-            "evaluation",
-            parents=[parent(run.name, tuned.run.digest, "run"), *data],
-            seed=tuned.recipe.seed,
-            hardware=str(tuned.hardware),
-        )
+        seal(place, "evaluation", parents=[*parents, *data], seed=recipe.seed, systems=[_named(one) for one in systems])
     show(results, console)
     return open_artifact(out, "evaluation")
 
 
-def questions(recipe: Recipe, folder: Path) -> tuple[list[Reading], list[Asked]]:
+def questions(recipe: Recipe, folder: Path, wanted: Wanted = Wanted()) -> tuple[list[Reading], list[Asked]]:
     """What each task's data holds, and what will be asked of it. Raises DataError."""
-    readings = [read(task.data, recipe.data, folder) for task in recipe.tasks]
-    for sample in (sample for reading in readings for sample in reading.samples):
+    chosen = [task for task in recipe.tasks if not wanted.tasks or task.name in wanted.tasks]
+    if unknown := set(wanted.tasks) - {task.name for task in recipe.tasks}:
+        raise RecipeError(
+            _("The recipe has no task {name}.").format(name=sorted(unknown)[0]),
+            hint=_("It has {names}.").format(names=", ".join(task.name for task in recipe.tasks)),
+        )
+    readings = [_read(task, recipe, folder) for task in chosen]
+    asked = []
+    for task, reading in zip(chosen, readings, strict=True):
+        if wanted.limit is not None:
+            task = replace_limit(task, wanted.limit)
+        asked.append(prepare(task, reading.samples, recipe.seed, folder))
+    return readings, asked
+
+
+def replace_limit(task: Task, limit: int) -> Task:
+    """The task with at most so many samples."""
+    return task.model_copy(update={"limit": min(limit, task.limit or limit)})
+
+
+def _read(task: Task, recipe: Recipe, folder: Path) -> Reading:
+    if task.data is None:
+        return Reading()
+    data: Data = recipe.data
+    if task.mapping is not None:
+        data = data.model_copy(update={"mapping": task.mapping, "dialect": "mapping"})
+    reading = read(task.data, data, folder)
+    for sample in reading.samples:
         if sample.is_text:
             raise DataError(
                 _("This is plain text: there is nothing to ask, and nothing to compare an answer with."),
@@ -67,33 +136,72 @@ def questions(recipe: Recipe, folder: Path) -> tuple[list[Reading], list[Asked]]
                 line=sample.line,
                 hint=_("Name questions with answers in the task's data."),
             )
-    return readings, [
-        prepare(task, reading.samples, recipe.seed) for task, reading in zip(recipe.tasks, readings, strict=True)
-    ]
+    return reading
+
+
+def _open_judge(opening: Opening, task: Task, folder: Path) -> System:
+    named = replace(opening, key_variable=task.key_variable or opening.key_variable)
+    return named.other(task.judge or "")
+
+
+def _no_template(_llama: Any) -> Any:
+    raise RecipeError(_("A GGUF file can only be asked with a way to its chat template."))
+
+
+def _named(system: System) -> dict[str, str]:
+    return {"name": system.name, "kind": system.kind, "identity": system.identity}
+
+
+def _remember_facts(system: System, results: list[dict[str, Any]], answers: Answers) -> None:
+    """What is known only of a loaded model is told of it also when all its answers were remembered."""
+    facts = answers.facts(system, system.facts())
+    for result in results:
+        result["systems"][system.name] |= facts
 
 
 def show(results: list[dict[str, Any]], console: Console) -> None:
-    """Print base beside tuned, task by task, with intervals and the verdict."""
+    """Print everyone side by side, task by task, with intervals, problems and the verdicts."""
+    names = problem_names()
     for result in results:
-        rows = []
-        for name, figures in result["systems"].items():
-            low, high = figures["interval"]
-            f1 = f"{figures['f1_macro']:.3f}" if "f1_macro" in figures else "-"
-            rows.append(
-                (name, f"{figures['accuracy']:.1%}", f"{low:.1%} - {high:.1%}", f1, duration(figures["seconds"]))
-            )
         console.table(
-            ("", _("accuracy"), _("95% interval"), _("macro F1"), _("time")),
-            rows,
+            ("", shown_measure(result["measure"]), _("95% interval"), _("macro F1"), _("samples/s"), _("size")),
+            [_row(name, figures, result["measure"]) for name, figures in result["systems"].items()],
             title=_("{task}: {count} held-out samples").format(task=result["name"], count=result["samples"]),
         )
-        console.line(result.get("verdict", ""))
+        for name, figures in result["systems"].items():
+            said = [f"{count} {names.get(problem, problem)}" for problem, count in figures["problems"].items()]
+            if figures["unanswered"]:
+                said.append(
+                    _("{count} without an answer: {reason}").format(
+                        count=figures["unanswered"], reason="; ".join(figures["reasons"]) or "-"
+                    )
+                )
+            if figures["unasked"]:
+                said.append(_("{count} not asked, the time was up").format(count=figures["unasked"]))
+            if said:
+                console.line(f"  {name}: {', '.join(said)}")
+        for pair in result["comparisons"]:
+            console.line(pair["verdict"])
         console.event("task", **result)
 
 
-def _systems(tuned: Tuned) -> list[System]:
-    if tuned.recipe.method.name == "full":
-        source = model_source(tuned.recipe.model.base, tuned.folder)
-        before = load_model(source, tuned.hardware, tuned.recipe.model)
-        return [System("base", before, nullcontext), System("tuned", tuned.model, nullcontext)]
-    return [System("base", tuned.model, tuned.base), System("tuned", tuned.model, nullcontext)]
+def _row(name: str, figures: dict[str, Any], measure: str) -> tuple[str, ...]:
+    f1 = f"{figures['f1_macro']:.3f}" if "f1_macro" in figures else "-"
+    speed = f"{figures['samples_per_second']:,.1f}" if figures["samples_per_second"] else "-"
+    weight = size(figures["file_bytes"]) if figures.get("file_bytes") else "-"
+    if figures["value"] is None:
+        return name, _("not measured"), "-", f1, speed, weight
+    low, high = figures["interval"]
+    return name, said(figures["value"], measure), f"{said(low, measure)} - {said(high, measure)}", f1, speed, weight
+
+
+def said(value: float, measure: str) -> str:
+    """A figure as people say it: a share in percent, a perplexity as a number."""
+    return f"{value:.2f}" if measure == "perplexity" else f"{value:.1%}"
+
+
+def shown_measure(measure: str) -> str:
+    """What the main figure is called."""
+    return {"accuracy": _("accuracy"), "perplexity": _("perplexity"), "preference": _("preferred")}.get(
+        measure, measure
+    )

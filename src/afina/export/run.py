@@ -137,7 +137,8 @@ def _refuse_virtual(recipe: Recipe) -> None:
 def _held_out(tuned: Tuned) -> list[Sample]:
     """Samples the model was not trained on where the recipe has some, else the first of its training files."""
     data = tuned.recipe.data
-    source = tuned.recipe.tasks[0].data if tuned.recipe.tasks else data.train
+    asked = next((task for task in tuned.recipe.tasks if task.data is not None and task.mapping is None), None)
+    source = asked.data if asked is not None and asked.data is not None else data.train
     samples: list[Sample] = read(source, data, tuned.folder).samples
     return sorted(samples, key=lambda sample: sample.digest("export"))[:QUESTIONS]
 

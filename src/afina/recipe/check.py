@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from afina.language import _
 from afina.recipe.problem import Path
-from afina.recipe.schema import Full, Lora, PrefixTuning, PromptTuning, Recipe
+from afina.recipe.schema import Full, Lora, PrefixTuning, PromptTuning, Recipe, Task
+from afina.recipe.schema.task import KEYS_OF
 
 
 class Fault(NamedTuple):
@@ -41,7 +42,9 @@ def sources_are_named(recipe: Recipe) -> Iterator[Fault]:
         (("data", "train"), recipe.data.train),
         (("data", "validation"), recipe.data.validation),
     ]
-    named += [(("tasks", number, "data"), task.data) for number, task in enumerate(recipe.tasks)]
+    named += [
+        (("tasks", number, "data"), task.data) for number, task in enumerate(recipe.tasks) if task.data is not None
+    ]
     for path, sources in named:
         if sources == []:
             yield Fault(path, _("This list names no file."))
@@ -69,16 +72,14 @@ def encodings_are_known(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(("data", "encoding", number), message)
 
 
-def labels_suit_their_task(recipe: Recipe) -> Iterator[Fault]:
-    """Labels belong to classification: two or more, all different, none empty."""
+def labels_are_a_choice(recipe: Recipe) -> Iterator[Fault]:
+    """Labels are two or more, all different, none empty."""
     for number, task in enumerate(recipe.tasks):
-        path, read = ("tasks", number, "labels"), (("tasks", number, "kind"),)
+        path = ("tasks", number, "labels")
         if task.labels is None:
             continue
-        if task.kind != "classification":
-            yield Fault(path, _("Labels belong to tasks of kind classification."), read)
-        elif len(set(task.labels)) < 2:
-            yield Fault(path, _("A classification needs at least two different labels."), read)
+        if len(set(task.labels)) < 2:
+            yield Fault(path, _("A classification needs at least two different labels."))
         for position, label in enumerate(task.labels):
             if label in task.labels[:position]:
                 yield Fault((*path, position), _("The label {label} stands twice.").format(label=label))
@@ -86,12 +87,21 @@ def labels_suit_their_task(recipe: Recipe) -> Iterator[Fault]:
                 yield Fault((*path, position), _("A label cannot be empty."))
 
 
-def field_suits_its_task(recipe: Recipe) -> Iterator[Fault]:
-    """A field belongs to json."""
+def task_keys_suit_their_kind(recipe: Recipe) -> Iterator[Fault]:
+    """A key that only some kinds of task read stands in none of the others; what a kind needs is there."""
+    special = {key for keys in KEYS_OF.values() for key in keys}
     for number, task in enumerate(recipe.tasks):
-        if task.field is not None and task.kind != "json":
-            message = _("A field belongs to tasks of kind json.")
-            yield Fault(("tasks", number, "field"), message, (("tasks", number, "kind"),))
+        read = (("tasks", number, "kind"),)
+        for key in sorted((task.model_fields_set & special) - {*KEYS_OF[task.kind]}):
+            kinds = ", ".join(kind for kind, keys in KEYS_OF.items() if key in keys)
+            if getattr(task, key) != Task.model_fields[key].default:
+                message = _("{key} belongs to tasks of kind {kinds}.").format(key=key, kinds=kinds)
+                yield Fault(("tasks", number, key), message, read)
+        if task.data is None and "data" in KEYS_OF[task.kind]:
+            yield Fault(("tasks", number), _("A task of this kind needs data, with held-out samples."), read)
+        for key in ("judge", "harness"):
+            if task.kind == key and not getattr(task, key):
+                yield Fault(("tasks", number), _("A task of kind {kind} needs {key}.").format(kind=key, key=key), read)
 
 
 def task_names_differ(recipe: Recipe) -> Iterator[Fault]:
@@ -191,8 +201,8 @@ RULES: tuple[Rule, ...] = (
     sources_are_named,
     places_are_named,
     encodings_are_known,
-    labels_suit_their_task,
-    field_suits_its_task,
+    labels_are_a_choice,
+    task_keys_suit_their_kind,
     task_names_differ,
     warmup_fits_the_run,
     micro_batch_holds_a_sample,

@@ -57,7 +57,6 @@ ELSEWHERE = {
     "per_device_train_batch_size": "training.batch_size",
     "micro_batch_size": "training.micro_batch_tokens",
     "metrics": "tasks",
-    "evaluation": "tasks",
 }
 """What other tools call our keys: people arrive with these."""
 

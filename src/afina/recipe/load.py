@@ -25,6 +25,9 @@ PLACES: tuple[Path, ...] = (
     ("data", "train"),
     ("data", "validation"),
     ("tasks", "*", "data"),
+    ("tasks", "*", "schema_file"),
+    ("tasks", "*", "judge"),
+    ("evaluation", "systems"),
 )
 """The keys that name files, folders or models: in these alone `${NAME}` is the environment variable NAME."""
 

@@ -14,12 +14,13 @@ from afina.recipe.schema.export import Export
 from afina.recipe.schema.method import Full, Lora, Method, PrefixTuning, PromptTuning
 from afina.recipe.schema.model import Model
 from afina.recipe.schema.section import Section, Share, Sources, one_line
-from afina.recipe.schema.task import Task
+from afina.recipe.schema.task import Evaluation, Task
 from afina.recipe.schema.training import Training
 
 __all__ = [
     "Chat",
     "Data",
+    "Evaluation",
     "Export",
     "Full",
     "Lora",
@@ -52,6 +53,7 @@ class Recipe(Section):
     method: Method = Field(default_factory=Lora)
     training: Training = Field(default_factory=Training)
     tasks: list[Task] = []
+    evaluation: Evaluation = Field(default_factory=Evaluation)
     export: Export = Field(default_factory=Export)
     chat: Chat = Field(default_factory=Chat)
 
@@ -62,7 +64,7 @@ class Recipe(Section):
 
 def sections() -> tuple[type[Section], ...]:
     """Every section of the schema, the recipe itself first, in the order they are written."""
-    return (Recipe, Model, Data, Mapping, Lora, Full, PromptTuning, PrefixTuning, Training, Task, Export, Chat)
+    return (Recipe, Model, Data, Mapping, Lora, Full, PromptTuning, PrefixTuning, Training, Task, Evaluation, Export, Chat)
 
 
 def help_texts() -> list[str]:

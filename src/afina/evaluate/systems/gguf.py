@@ -1,0 +1,116 @@
+"""A GGUF file, asked in real llama.cpp, with the template and tokenizer that lie in the file."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from afina.data.conversation import Message
+from afina.errors import DataError, ModelError
+from afina.evaluate.systems.asking import Answer, Choose, Constraint, Read, Request, Sink, Write
+from afina.model.llamacpp import LlamaCpp, _request
+
+TOP = 40
+"""How many next tokens llama.cpp is asked for when labels are weighed; the whole vocabulary where one is not there."""
+
+PromptOf = Callable[[LlamaCpp], Callable[[Sequence[Message]], list[int]]]
+"""Makes, for an open file, the function from a conversation to the ids of its prompt."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What follows what in a set of token sequences, so that what they share is asked once."""
+
+    paths: list[list[int]]
+    nexts: dict[tuple[int, ...], set[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for path in self.paths:
+            for place, index in enumerate(path):
+                self.nexts.setdefault(tuple(path[:place]), set()).add(index)
+
+
+class Weighing(LlamaCpp):
+    """A GGUF file that can be asked how likely a text is as the answer."""
+
+    def sums(self, prompt: list[int], paths: list[list[int]]) -> list[float]:
+        """The log-probability of each path after the prompt."""
+        tree, known = Tree(paths), {}
+        for prefix, wanted in sorted(tree.nexts.items()):  # neighbours share a beginning, which llama.cpp keeps
+            known[prefix] = self._next([*prompt, *prefix], wanted)
+        return [sum(known[tuple(path[:place])][index] for place, index in enumerate(path)) for path in paths]
+
+    def write(self, prompt: list[int], request: Write) -> dict[str, Any]:
+        """llama.cpp's answer to one request."""
+        body = _request(prompt, request.max_new_tokens, request.temperature, 1.0, request.seed % 2**31, (), False)
+        return self._call("POST", "/completion", body | {"stream": False} | _constraint(request.constraint))
+
+    @cached_property
+    def end(self) -> list[int]:
+        """The token that ends an answer."""
+        name = str(self._call("GET", "/props").get("eos_token", ""))
+        return self.tokenize(name, True)[:1] if name else []
+
+    @cached_property
+    def _harmless(self) -> int:
+        """A token that is whole characters: see LlamaCpp.logprobs."""
+        return self.tokenize("a", False)[-1]
+
+    def _next(self, ids: list[int], wanted: set[int], top: int = TOP) -> dict[int, float]:
+        body = _request(ids, 1, 0.0, 1.0, 0, (), True)
+        body |= {"stream": False, "n_probs": top, "logit_bias": [[self._harmless, 1e9]]}
+        entries = self._call("POST", "/completion", body)["completion_probabilities"][0]["top_logprobs"]
+        found = {int(entry["id"]): float(entry["logprob"]) for entry in entries}
+        if wanted <= found.keys():
+            return found
+        if len(entries) < top:  # llama.cpp leaves out what has no probability at all
+            return {**dict.fromkeys(wanted, -1e3), **found}
+        return self._next(ids, wanted, top * 2**6)
+
+
+@dataclass(frozen=True)
+class GgufAnswering:
+    """An open GGUF file."""
+
+    llama: Weighing
+    prompt: Callable[[Sequence[Message]], list[int]]
+
+    def answer(self, requests: Sequence[Request], sink: Sink) -> None:
+        """See `Answering`."""
+        for place, request in enumerate(requests):
+            began = time.perf_counter()
+            try:
+                found = self._one(request)
+            except (DataError, ModelError) as error:
+                found = Answer(error=error.message)
+            sink(place, Answer(**{**found.dump(), "seconds": time.perf_counter() - began}))
+
+    def _one(self, request: Request) -> Answer:
+        prompt = self.prompt(request.messages)
+        match request:
+            case Write():
+                answer = self.llama.write(prompt, request)
+                ended = str(answer["stop_type"]) == "eos"
+                return Answer(str(answer["content"]).strip(), len(answer["tokens"]), ended)
+            case Choose():
+                paths = [self.llama.tokenize(label, False) + self.llama.end for label in request.labels]
+                sums = self.llama.sums(prompt, paths)
+                means = [total / len(path) for total, path in zip(sums, paths, strict=True)]
+                best = max(range(len(means)), key=means.__getitem__)
+                return Answer(request.labels[best], sum(map(len, paths)), True, scores=means)
+            case Read():
+                path = self.llama.tokenize(request.answer, False) + self.llama.end
+                return Answer("", len(path), True, scores=self.llama.sums(prompt, [path]))
+
+
+def _constraint(constraint: Constraint | None) -> dict[str, Any]:
+    if constraint is None:
+        return {}
+    if constraint.choices:
+        return {
+            "grammar": "root ::= " + " | ".join(json.dumps(text, ensure_ascii=False) for text in constraint.choices)
+        }
+    schema = json.loads(constraint.schema or "{}")
+    return {"json_schema": schema or {"type": "object"}}

@@ -1,0 +1,1 @@
+"""Tasks: what is asked and how answers are marked, one file a kind."""
