@@ -19,6 +19,8 @@ from afina.recipe.schema import Recipe
 
 RUNS = Path("runs")
 """Where run folders go when no place is named."""
+WORKPLACE = ".evaluating"
+"""The folder whose lock says that a run is being evaluated."""
 DERIVED = ("report.html",)
 """Drawn anew from the artifacts by each verb, so no part of what is sealed."""
 
@@ -65,18 +67,47 @@ def train(recipe: str | Path, out: str | Path | None = None, overrides: Sequence
     return place
 
 
-def evaluate(run: str | Path) -> Path:
-    """Put the recipe's tasks to base and tuned; returns the new folder RUN/evaluation. Raises AfinaError."""
-    from afina.evaluate.report import draw
-    from afina.evaluate.run import evaluate_run
+def evaluate(
+    source: str | Path,
+    *others: str,
+    recipe: str | Path | None = None,
+    out: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    minutes: float | None = None,
+) -> Path:
+    """Put a recipe's tasks to everyone named; returns the folder with the figures. Raises AfinaError.
 
-    run = _run_folder(run)
-    place = run / "evaluation"
-    _refuse_existing(place, _("Remove the folder to evaluate again."))
-    console.heading(_("Evaluating {run}").format(run=run))
-    evaluate_run(run, place, console)
-    draw(run)
-    return place
+    `source` is a run, whose recipe says what is asked and of whom, or with `recipe` any model; `others` are asked
+    beside it. What was answered before is not asked again.
+    """
+    from afina.evaluate.report import draw
+    from afina.evaluate.run import Wanted, evaluate_models, evaluate_run
+
+    wanted = Wanted(others, tasks, limit, minutes, _prompts_of)
+    if recipe is None:
+        run = _run_folder(source)
+        console.heading(_("Evaluating {run}").format(run=run))
+        with durable.claim(run / WORKPLACE):
+            evaluate_run(run, run / "evaluation", console, wanted)
+        draw(run)
+        return run / "evaluation"
+    place = Path(out) if out else Path("evaluation")
+    console.heading(_("Evaluating {run}").format(run=", ".join([str(source), *others])))
+    asked = load(Path(recipe))
+    with durable.claim(place / WORKPLACE):
+        evaluate_models(
+            asked, Path(recipe).resolve().parent, [str(source), *others], place / "evaluation", console, wanted
+        )
+    draw(place)
+    return place / "evaluation"
+
+
+def _prompts_of(llama: Any) -> Any:
+    """How an open GGUF file makes a prompt of a conversation: with its own template, as in chat."""
+    from afina.serve.speakers import GgufSpeaker
+
+    return GgufSpeaker("", llama).prompt
 
 
 def export(run: str | Path, formats: Sequence[str] = ()) -> Path:
@@ -111,10 +142,10 @@ def run(recipe: str | Path, out: str | Path | None = None, overrides: Sequence[s
         console.line(_("{path} is trained already.").format(path=place))
     else:
         train(recipe, place, overrides)
-    if wanted.tasks and not (place / "evaluation" / MANIFEST).is_file():
-        evaluate(place)
     if wanted.export.formats and not (place / "export" / MANIFEST).is_file():
         export(place)
+    if wanted.tasks and not (place / "evaluation" / MANIFEST).is_file():
+        evaluate(place)  # last, so that what was exported is asked too
     _say_done(place, time.perf_counter() - started)
     return place
 
@@ -176,13 +207,16 @@ def _say_trained(facts: dict[str, Any], place: Path) -> None:
 
 def _say_done(place: Path, seconds: float) -> None:
     """The last screen: what came out, where it lies, what to try next."""
+    from afina.evaluate.run import said as told
+
     manifest = open_artifact(place, "run").manifest
     exports = open_artifact(place / "export").manifest["exports"] if (place / "export" / MANIFEST).is_file() else []
     rows: list[tuple[str, str]] = []
     for task in _tasks(place):
-        base, tuned = (task["systems"][name] for name in ("base", "tuned"))
-        rows.append((task["name"], f"{base['accuracy']:.1%} → {tuned['accuracy']:.1%}"))
-        rows.append(("", task["verdict"]))
+        measured = [(name, figures) for name, figures in task["systems"].items() if figures["value"] is not None]
+        shown = " → ".join(f"{name} {told(figures['value'], task['measure'])}" for name, figures in measured)
+        rows.append((task["name"], shown))
+        rows += [("", pair["verdict"]) for pair in task["comparisons"][:1]]
     for entry in exports:
         equal = sum(check["equal"] for check in entry["checks"])
         asked = len(entry["checks"])

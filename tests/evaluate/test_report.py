@@ -162,6 +162,7 @@ def sentiment() -> tuple[dict[str, Any], list[dict[str, Any]]]:
             + ENDINGS[number % len(ENDINGS)],
             "expected": label,
             **{name: given[number] for name, given in answers.items()},
+            "right": {name: given[number] == label for name, given in answers.items()},
         }
         for number, label in enumerate(expected)
     ]
@@ -440,6 +441,7 @@ def test_json_answers_are_marked_by_their_field(tmp_path):
         {"task": "intents", "expected": '{"intent": "a", "n": 1}', "base": "no", "tuned": '{"n": 2, "intent": "a"}'},
         {"task": "intents", "expected": '{"intent": "b"}', "base": '{ "intent":"b" }', "tuned": '{"intent": "c"}'},
     ]
+    rows[0]["right"], rows[1]["right"] = {"base": False, "tuned": True}, {"base": True, "tuned": False}
     write_json(run / "evaluation" / "evaluation.json", {"tasks": [task]})
     write_lines(run / "evaluation" / "predictions.jsonl", rows)
     words = parsed(report.draw(run)).words
@@ -450,6 +452,7 @@ def test_json_answers_are_marked_by_their_field(tmp_path):
 def test_examples_are_bounded(tmp_path):
     run = sample_run(tmp_path)
     row = {"task": "sentiment", "where": "a:1", "prompt": "p" * 50_000, "expected": "x", "base": "y", "tuned": "x"}
+    row["right"] = {"base": False, "tuned": True}
     write_lines(run / "evaluation" / "predictions.jsonl", [row] * 400)
     path = report.draw(run)
     assert path.stat().st_size < 250_000

@@ -96,10 +96,13 @@ def test_questions_that_are_gone_leave_nothing(tmp_path):
 
 
 def test_a_context_beside_the_model_limits_questions_not_memory(tmp_path):
-    """A question longer than the model was made for is named before anything is written."""
+    """A question longer than the model was made for is no wrong answer: it is counted, with the reason."""
     lay_out(tmp_path, RECIPE)
     run = afina.train(tmp_path / "recipe.yaml", tmp_path / "run", ["training.steps=1", "export.formats=[]"])
     write_rows(tmp_path / "test.jsonl", [("The soup is great.", "good"), ("The soup " * 300, "good")])
-    with pytest.raises(DataError, match="256") as caught:
-        afina.evaluate(run)
-    assert caught.value.line == 2 and not (run / "evaluation").exists()
+    afina.evaluate(run)
+    tasks = json.loads((run / "evaluation/evaluation.json").read_text())["tasks"]
+    for figures in [figures for task in tasks for figures in task["systems"].values()]:
+        assert (figures["answered"], figures["unanswered"]) == (1, 1) and "256" in figures["reasons"][0]
+    rows = [json.loads(line) for line in (run / "evaluation/predictions.jsonl").open()]
+    assert [set(row.get("unanswered", {})) for row in rows] == [set(), {"base", "tuned"}] * 2

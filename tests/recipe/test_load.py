@@ -91,7 +91,7 @@ def test_values(written: str, key: str, value: object) -> None:
         (LEAST + "training:\n  rank: 1\n", 5, 3, "It belongs under method."),
         (LEAST + "training:\n  lr: 1\n", 5, 3, "Afina calls it training.learning_rate."),
         (LEAST + "method: {name: full, rank: 3}\n", 4, 22, "a method that is not chosen"),
-        (LEAST + "tasks:\n- name: a\n  kind: json\n  dta: x\n", 5, 3, "tasks.0.data is missing"),
+        (LEAST + "tasks:\n- name: a\n  dta: x\n", 5, 3, "tasks.0.kind is missing"),
         (LEAST + "<<: {seed: 1}\n", 4, 1, "is not a key of a recipe"),
         (LEAST + "12: 3\n", 4, 1, "is not a key of a recipe"),
         (LEAST + "name: b\n", 4, 1, "The key name stands twice; the first is on line 1."),

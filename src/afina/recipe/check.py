@@ -99,9 +99,8 @@ def task_keys_suit_their_kind(recipe: Recipe) -> Iterator[Fault]:
                 yield Fault(("tasks", number, key), message, read)
         if task.data is None and "data" in KEYS_OF[task.kind]:
             yield Fault(("tasks", number), _("A task of this kind needs data, with held-out samples."), read)
-        for key in ("judge", "harness"):
-            if task.kind == key and not getattr(task, key):
-                yield Fault(("tasks", number), _("A task of kind {kind} needs {key}.").format(kind=key, key=key), read)
+        if task.kind == "judge" and not task.judge:
+            yield Fault(("tasks", number), _("A task of kind judge needs judge: who judges."), read)
 
 
 def task_names_differ(recipe: Recipe) -> Iterator[Fault]:

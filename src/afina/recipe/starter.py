@@ -58,7 +58,7 @@ USE_CASES: dict[str, dict[str, Any]] = {
                 "labels": ["positiva", "neutra", "negativa"],
             }
         ],
-        "export": {"formats": ["q8_0"]},
+        "export": {"formats": ["q8_0", "q4_k_m"]},
         "chat": {"temperature": 0.0, "max_new_tokens": 16},
     },
     "maths-tutor": _tutor("afina/maths-tutor/train", 0.3),
@@ -187,9 +187,14 @@ def _item(lines: Iterator[str], indent: str) -> Iterator[str]:
         dashed = dashed or live
 
 
+SHOWN = "data"
+"""Stands in the example of a section though it may be left out: few kinds of task do without."""
+
+
 def _commented(key: str, inner: type[Section], indent: str, listed: bool) -> Iterator[str]:
     """An example of a section that is off by default."""
     required: dict[str, Any] = example(Due("section", section=inner))
+    required |= {name: info.examples[0] for name, info in inner.model_fields.items() if name == SHOWN and info.examples}
     yield f"{indent}#{key}:"
     for number, (name, value) in enumerate(required.items()):
         dash = ("  - " if number == 0 else "    ") if listed else "  "

@@ -7,9 +7,7 @@ from pydantic import Field
 from afina.recipe.schema.data import Mapping
 from afina.recipe.schema.section import Section, Sources
 
-Kind = Literal[
-    "classification", "exact", "maths", "json", "code", "similarity", "perplexity", "judge", "forgetting", "harness"
-]
+Kind = Literal["classification", "exact", "maths", "json", "code", "similarity", "perplexity", "judge", "forgetting"]
 
 
 class Task(Section):
@@ -20,9 +18,9 @@ class Task(Section):
     kind: Annotated[Kind, Field(examples=["exact"])]
     """classification: the likeliest of the labels. exact: the text equals the answer. maths: the final number does.
     json: a field does. code: the program passes the tests that stand as the answer. similarity: chrF and ROUGE.
-    perplexity: of the answers. judge: another model prefers. forgetting: general questions. harness: lm-eval's."""
+    perplexity: of the answers. judge: another model prefers. forgetting: general questions."""
     data: Sources | None = Field(default=None, examples=["data/test.jsonl"])
-    """Held-out samples; forgetting and harness bring their own."""
+    """Held-out samples; forgetting brings its own."""
     mapping: Mapping | None = Field(
         default=None, examples=[{"user": "{{ row.question }}", "assistant": "{{ row.answer }}"}]
     )
@@ -53,14 +51,10 @@ class Task(Section):
     """judge: the environment variable with the endpoint's key; the key itself never stands in a recipe."""
     criteria: str | None = Field(default=None, examples=["Which answer explains better?"])
     """judge: what to judge by."""
-    harness: list[str] = []
-    """harness: names of lm-eval's tasks; needs the package lm-eval."""
     limit: Annotated[int, Field(ge=1)] | None = Field(default=None, examples=[200])
     """Ask only this many samples, chosen by the seed."""
     max_new_tokens: Annotated[int, Field(ge=1, le=2**24)] = 128
     """A written answer is cut after this many tokens."""
-    while_training: bool = False
-    """Also ask at every validation, so that its figure is followed and can choose the best checkpoint."""
 
 
 KEYS_OF: dict[str, tuple[str, ...]] = {
@@ -73,9 +67,8 @@ KEYS_OF: dict[str, tuple[str, ...]] = {
     "perplexity": ("data", "mapping"),
     "judge": ("data", "mapping", "judge", "key_variable", "criteria"),
     "forgetting": (),
-    "harness": ("harness",),
 }
-"""The keys that a kind of task reads beside name, kind, limit, max_new_tokens and while_training."""
+"""The keys that a kind of task reads beside name, kind, limit and max_new_tokens."""
 
 
 class Evaluation(Section):
