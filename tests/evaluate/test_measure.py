@@ -68,7 +68,7 @@ def test_label_likelihood_is_that_of_one_by_one_in_float64(renderer, packed, mon
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.ndim > 1 else 1)  # so that the answer depends on the question
     if not packed:
-        monkeypatch.setattr(transformer, "covers", lambda model, longest: False)
+        monkeypatch.setattr(transformer, "covers", lambda model: False)
     samples = [sample(question, CHOICES[number % 4]) for number, question in enumerate(QUESTIONS)]
     wanted = []
     for one in samples:

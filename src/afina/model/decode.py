@@ -16,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 from afina.errors import ModelError
 from afina.language import _
+from afina.model.generate import generate
 from afina.model.load import cache_bytes, limit_of
 
 CACHE_AT_ONCE = {"cpu": 2**28, "cuda": 2**33}
@@ -87,7 +88,9 @@ def write_all(
             room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(row.prompt))
             row.room, row.grammar = room, grammar() if grammar else None
         settings = _Settings(frozenset(end_ids), pad_id, temperature)
-        if _device(model).type == "cuda" and grammar is None and temperature == 0 and _can_be_static(model):
+        if _learns_prompts(model):
+            _write_plain(model, rows, settings, max_new_tokens)
+        elif _device(model).type == "cuda" and grammar is None and temperature == 0 and _can_be_static(model):
             _write_static(model, rows, settings)
         else:
             _write_growing(model, rows, settings)
@@ -216,6 +219,25 @@ def _within(grammar: Grammar | None, width: int) -> torch.Tensor:
     """What a grammar allows, as wide as the logits, which may be wider than the vocabulary."""
     allowed = grammar.allowed() if grammar else torch.ones(width, dtype=torch.bool)
     return nn.functional.pad(allowed[:width], (0, max(0, width - len(allowed))))
+
+
+def _learns_prompts(model: nn.Module) -> bool:
+    """Whether PEFT puts learnt tokens before every prompt: only its own generate knows where."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return bool(getattr(config, "is_prompt_learning", False))
+
+
+def _write_plain(model: nn.Module, rows: list[_Row], settings: _Settings, new: int) -> None:
+    """By the library's own loop, greedily; what it cannot do is refused."""
+    if settings.temperature > 0 or any(row.grammar for row in rows):
+        raise ModelError(
+            _("Learnt prompts can be asked neither with a grammar nor with a temperature."),
+            hint=_("Set constrained to false and temperature to 0, or tune with lora."),
+        )
+    prompts, ends = [row.prompt for row in rows], sorted(settings.end_ids)
+    found = generate(model, prompts, end_ids=ends, pad_id=settings.pad_id, max_new_tokens=new)
+    for row, ids in zip(rows, found, strict=True):
+        row.ids, row.ended = ids[: row.room], len(ids) < min(new, row.room)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -118,7 +118,7 @@ class ModelAnswering:
         sums = [0.0] * len(rows)
         if not rows:
             return sums
-        packing = covers(self.model, max(int(row.ids.size) for row in rows))
+        packing = covers(self.model)
         batches = micro_batches(
             rows,
             range(len(rows)),

@@ -64,7 +64,21 @@ class Recipe(Section):
 
 def sections() -> tuple[type[Section], ...]:
     """Every section of the schema, the recipe itself first, in the order they are written."""
-    return (Recipe, Model, Data, Mapping, Lora, Full, PromptTuning, PrefixTuning, Training, Task, Evaluation, Export, Chat)
+    return (
+        Recipe,
+        Model,
+        Data,
+        Mapping,
+        Lora,
+        Full,
+        PromptTuning,
+        PrefixTuning,
+        Training,
+        Task,
+        Evaluation,
+        Export,
+        Chat,
+    )
 
 
 def help_texts() -> list[str]:
