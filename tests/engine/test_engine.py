@@ -363,9 +363,10 @@ def test_bf16_on_a_gpu_stays_within_bf16_of_the_exact_answer(lengths):
     our_loss = Engine(model).summed_loss(model, batch)
     ours = torch.autograd.grad(our_loss, parameters)
 
-    def errors(found):
-        return [((a.double().cpu() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+    def error(found):
+        return sum((a.double().cpu() - b).square().sum() for a, b in zip(found, exact, strict=True)) ** 0.5
 
     assert our_loss.item() == pytest.approx(exact_loss.item(), rel=1e-2)
-    for name, ours_off, theirs_off in zip(names, errors(ours), errors(theirs), strict=True):
-        assert ours_off <= 1.5 * theirs_off + 2e-3, (name, ours_off, theirs_off)
+    assert 0 < error(ours) <= 1.5 * error(theirs)
+    for name, ours_of, truth in zip(names, ours, exact, strict=True):
+        assert (ours_of.double().cpu() - truth).norm() <= 0.3 * truth.norm(), name
