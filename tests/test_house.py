@@ -42,6 +42,9 @@ DOORS = {
     "zstandard": ("data/lines.py",),
     "pyarrow": ("data/parquet.py",),
     "huggingface_hub": ("data/hub.py",),
+    # The audit's fast parser, and the old encodings as programs really use them.
+    "msgspec": ("data/audit/",),
+    "ftfy": ("data/audit/mojibake.py",),
     "ruamel": ("recipe/document.py",),
     "pydantic": ("recipe/",),
     "pydantic_core": ("recipe/explain.py",),

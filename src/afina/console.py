@@ -73,13 +73,15 @@ class Console:
         else:
             self.side.print(Text.assemble(("!", "yellow"), " ", printable(text)), soft_wrap=True)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
-        """Rows under columns; columns after the first are aligned to the right."""
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "", *, left: int = 1
+    ) -> None:
+        """Rows under columns; columns after the first `left` are aligned to the right."""
         if self.json:
             return
         table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, title_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+            table.add_column(column, justify="left" if index < left else "right", overflow="fold")
         for row in rows:
             table.add_row(*(printable(str(cell)) for cell in row))
         self.screen.print(table)

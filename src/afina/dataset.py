@@ -5,15 +5,84 @@ Each takes a recipe file, or a data source alone, with the same changes as `afin
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from afina import durable
 from afina.artifact import parent, seal, sha256
 from afina.console import console
+from afina.data.audit.finding import Finding, Report
 from afina.data.read import read
 from afina.data.split import Part, deal, parts_of, written
-from afina.errors import OutputError
+from afina.errors import DataError, OutputError
 from afina.language import _
 from afina.recipe.load import load_or_default
+from afina.recipe.place import model_source
+from afina.recipe.schema import Recipe
+
+
+def check(
+    source: str | Path,
+    changes: Sequence[str] = (),
+    *,
+    html: str | Path | None = None,
+    fix: str | Path | None = None,
+    strict: bool = False,
+) -> Report:
+    """Look at every row of a data source, or of all that a recipe names, and tell what is wrong.
+
+    Of a recipe the labels are looked at too, as its model's tokenizer and chat template make them. html: a page to
+    write; fix: a new folder for a repaired copy. Raises DataError when rows cannot be used, with `strict` also when one
+    has a warning.
+    """
+    from afina.data.audit.fix import Mend
+    from afina.data.audit.kinds import Severity
+    from afina.data.audit.run import Audit, of_recipe
+    from afina.data.audit.tell import say, say_changes
+
+    recipe, folder = load_or_default(str(source), changes)
+    data, held_out = of_recipe(recipe)
+    labelled = str(source).endswith((".yaml", ".yml")) or any(change.startswith("model.") for change in changes)
+    mend = Mend()
+
+    def tell(found: Finding) -> None:
+        console.event("finding", **found.facts())
+        if fix is not None:
+            mend.note(found)
+
+    labels, about = _labels(recipe, folder) if labelled else (None, [])
+    report = Audit(data, folder, held_out, labels, tell).run(console)
+    for kind, detail in about:
+        report.add(Finding(kind, Path(source), 0, 0, 0, detail))
+    say(report, console, folder)
+    if html is not None:
+        from afina.data.audit.page import page
+
+        durable.write_text(Path(html), page(report, str(source)))
+        console.line(_("Page      {path}").format(path=html))
+    if fix is not None:
+        say_changes(mend.write(Path(fix), report, data), mend, Path(fix), console)
+    worst = report.worst()
+    if worst is Severity.ERROR or (strict and worst is Severity.WARNING):
+        raise DataError(
+            _("{count} of {rows} rows cannot be used.").format(count=report.rejected, rows=report.rows)
+            if report.rejected
+            else _("There are findings that should be looked at."),
+            hint=_("Mend them, or write a repaired copy with --fix FOLDER."),
+        )
+    return report
+
+
+def _labels(recipe: Recipe, folder: Path) -> tuple[Any, list[tuple[str, str]]]:
+    """What judges labels as this recipe's model will see them, and what is odd about its tokenizer."""
+    from afina.data.audit.labels import Labels, of_tokenizer
+    from afina.data.template import Renderer
+    from afina.data.tokenizer import load_tokenizer
+
+    model = recipe.model
+    tokenizer = load_tokenizer(
+        model_source(model.base, folder), template=model.chat_template, folder=folder, revision=model.revision
+    )
+    return Labels(Renderer(tokenizer, recipe.data.learn), model.max_length), of_tokenizer(tokenizer)
 
 
 def split(

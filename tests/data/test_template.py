@@ -364,7 +364,9 @@ def test_the_audit_finds_each_fault():
     assert found([bos, 5, 6, end], [0, 0, 0, 0]) == ["nothing is learnt"]
     assert found([5], [1]) == ["nothing is learnt"]
     assert found([bos, 5, 6, end], [0, 0, 1, 0]) == ["the end of turn is not learnt, so the model would never stop"]
-    assert found([bos, 5, 6, end], [0, 0, 1, 1], limit=3) == ["4 tokens exceed model.max_length (3)"]
+    assert found([bos, 5, 6, end], [0, 0, 1, 1], limit=3) == [
+        "longer than model.max_length, which cuts the answer: 4 > 3"
+    ]
     assert found([bos, bos, 5, end], [0, 0, 1, 1]) == ["more than one beginning-of-sequence token"]
     assert found([bos, 5, end, bos, 5, end], [0, 1, 1, 0, 1, 1]) == []  # a BOS a turn is how Llama 2 spoke
     assert len(found([bos, bos, 5, 6], [0, 0, 1, 0], limit=3)) == 3

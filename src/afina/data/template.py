@@ -19,6 +19,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from afina.data.audit.kinds import kinds
 from afina.data.conversation import DOCUMENT, PASSAGE, Message, Sample
 from afina.data.problem import BadRows, Problem
 from afina.data.tokenizer import Refusal, Tokenizer
@@ -196,7 +197,7 @@ class Renderer:
 
     def _check_forged(self, text: str, layout: _Layout | None) -> None:
         """Refuse a control token that only the template's own editing put together, as from <|im_/thinkend|>."""
-        if layout is not None and len(self._controls.findall(text)) != layout.control:
+        if layout is not None and len(self.control_pattern.findall(text)) != layout.control:
             raise DataError(
                 _("The chat template makes control tokens out of a message."),
                 hint=_("Take the control tokens out of it, or use another template (model.chat_template)."),
@@ -229,7 +230,7 @@ class Renderer:
             literals = tuple(text[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True))
             for place, match in zip(order, matches, strict=True):
                 leads[place] = self._lead(text[: match.start()], rows, place)
-        return _Layout(order, literals, tuple(leads), len(self._controls.findall(text)))
+        return _Layout(order, literals, tuple(leads), len(self.control_pattern.findall(text)))
 
     def _lead(self, text: str, rows: list[dict[str, str]], place: int) -> int:
         """How many characters the model writes between taking over and the content of answer `place`, after `text`."""
@@ -304,7 +305,8 @@ class Renderer:
         return self.tokenizer.pattern(self.tokenizer.markup)
 
     @cached_property
-    def _controls(self) -> re.Pattern[str]:
+    def control_pattern(self) -> re.Pattern[str]:
+        """The control tokens of this model, wherever they stand."""
         return _any_of(self.tokenizer.control_tokens)
 
     @cached_property
@@ -347,18 +349,21 @@ def audit(
     problems: list[tuple[Sample, str]] = []
     for sample, row in zip(samples, rendered, strict=True):
         ends = sample.messages[0].role != PASSAGE
-        problems += [(sample, reason) for reason in _faults(row, tokenizer, max_length, ends=ends)]
+        for kind, detail in faults(row, tokenizer, max_length, ends=ends):
+            sentence = kinds()[kind].sentence
+            problems.append((sample, f"{sentence}: {detail}" if detail else sentence))
     return problems
 
 
-def _faults(row: Rendered, tokenizer: Tokenizer, max_length: int, *, ends: bool) -> Iterator[str]:
+def faults(row: Rendered, tokenizer: Tokenizer, max_length: int, *, ends: bool = True) -> Iterator[tuple[str, str]]:
+    """Class (audit/kinds.py) and detail of what is wrong with the labels of a sample. ends: it has an end to learn."""
     learnt = np.flatnonzero(row.learnt[1:]) + 1  # the first token is never predicted
     bos = tokenizer.hf.bos_token_id
     if learnt.size == 0:
-        yield _("nothing is learnt")
+        yield "nothing-learnt", ""
     elif ends and int(row.ids[learnt[-1]]) not in tokenizer.end_ids:
-        yield _("the end of turn is not learnt, so the model would never stop")
+        yield "end-not-learnt", ""
     if row.ids.size > max_length:
-        yield _("{count} tokens exceed model.max_length ({limit})").format(count=row.ids.size, limit=max_length)
+        yield "over-context", f"{row.ids.size} > {max_length}"
     if bos is not None and row.ids[:2].tolist() == [bos, bos]:
-        yield _("more than one beginning-of-sequence token")
+        yield "double-bos", ""

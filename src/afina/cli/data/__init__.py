@@ -2,12 +2,15 @@
 
 import typer
 
-from afina.cli.data import split
+from afina.cli.data import check, split
 from afina.language import _
 
 app = typer.Typer(
     help=_("Look at a data set, check it and split it, before anything is trained on it."),
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("check", help=_("Look at every row and name what is wrong: class, file, line, reason, advice."))(
+    check.command
 )
 app.command("split", help=_("Deal the rows out to files: training, validation, test."))(split.command)

@@ -1,0 +1,78 @@
+"""A file as blocks of some thousand rows: the raw lines of JSON Lines, and of all else the rows as they are read."""
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from afina.data.lines import CHUNK, ROW_BYTES, open_raw
+from afina.data.rows import Row, Shape, open_text, rows
+
+ROWS = 2000
+"""Rows of a block where they come one by one."""
+
+
+@dataclass(slots=True)
+class Block:
+    """Rows in order. `raws`: the text of each; `begins`: its first byte; `lines`: its line; `rows`: as the reader made
+    them, None where the raw text is all there is. `cut`: the last one is longer than a row may be. `size`: bytes taken.
+    """
+
+    raws: list[bytes]
+    lines: list[int]
+    begins: list[int]
+    rows: list[Row] | None = None
+    cut: bool = False
+    size: int = 0
+
+
+def line_blocks(path: Path, encoding: str) -> Iterator[Block]:
+    """JSON Lines, unparsed. A line over ROW_BYTES comes cut and is the last."""
+    with open_text(path, encoding) as file:
+        number, offset, rest = 1, _mark(path, encoding), b""
+        while chunk := file.read(CHUNK):
+            if len(rest) > ROW_BYTES:
+                break
+            if b"\n" not in chunk:
+                rest += chunk
+                continue
+            raws = chunk.split(b"\n")
+            raws[0] = rest + raws[0]
+            rest = raws.pop()
+            block = _block(raws, number, offset)
+            yield block
+            number, offset = number + len(raws), offset + block.size
+        if rest:
+            block = _block([rest[:ROW_BYTES]], number, offset)
+            block.cut = len(rest) > ROW_BYTES
+            block.size = len(rest)
+            yield block
+
+
+def _mark(path: Path, encoding: str) -> int:
+    """Bytes of the mark that a file of UTF-8 may begin with; it is no part of its first row."""
+    with open_raw(path) as file:
+        marked = encoding.lower() in ("utf-8", "utf8") and file.read(3) == codecs.BOM_UTF8
+    return 3 if marked else 0
+
+
+def _block(raws: list[bytes], number: int, offset: int) -> Block:
+    begins, at = [], offset
+    for raw in raws:
+        begins.append(at)
+        at += len(raw) + 1
+    return Block(raws, list(range(number, number + len(raws))), begins, size=at - offset)
+
+
+def row_blocks(path: Path, shape: Shape, form: str) -> Iterator[Block]:
+    """Rows of any other form, as data/rows.py reads them."""
+    source = rows(path, shape, form)
+    at = 0
+    while taken := list(islice(source, ROWS)):
+        last = taken[-1]
+        end = max(last.offset + len(last.raw), at)
+        yield Block(
+            [row.raw for row in taken], [row.line for row in taken], [row.offset for row in taken], taken, size=end - at
+        )
+        at = end

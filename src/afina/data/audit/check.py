@@ -1,0 +1,269 @@
+"""The pass over a data set: every file once, in blocks, in constant memory.
+
+What decides about a row stands elsewhere: syntax.py and the reader's own dialects refuse it, chat.py and text.py find
+what is odd in it, across.py what shows beside the others. Here is only the fast way through them: a row that the fast
+parser takes, whose roles are known to be sound and whose quotation marks are as many as its strings need, has no fault
+of syntax or shape; its texts are looked at by scan.py together with those of the whole block.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from afina.data.audit import chat, syntax
+from afina.data.audit.across import Across
+from afina.data.audit.blocks import Block, line_blocks, row_blocks
+from afina.data.audit.finding import Finding, Report
+from afina.data.audit.kinds import Severity, kinds
+from afina.data.audit.letters import Fault
+from afina.data.audit.quick import NOT_PLAIN, TYPED, loose
+from afina.data.audit.quick import Look as QuickLook
+from afina.data.audit.scan import join, suspects
+from afina.data.audit.syntax import quotes
+from afina.data.audit.text import ALL, faults
+from afina.data.audit.tongue import languages
+from afina.data.conversation import Message, Sample
+from afina.data.dialects import Make, checked, dialect_of, maker
+from afina.data.rows import BadRow, Row, Shape
+from afina.recipe.schema import Data
+
+KEYS_TOLD = 20
+"""Names of keys that are told, at most."""
+ENOUGH = 200
+"""Rows of a block to judge by whether the quick look is worth its while."""
+
+
+@dataclass
+class Taken:
+    """The conversations of a block: of each its place, roles, number of texts, two hashes; all texts in order."""
+
+    rows: list[int] = field(default_factory=list)
+    roles: list[tuple[str, ...]] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+    whole: list[int] = field(default_factory=list)
+
+    def add(self, row: int, roles: tuple[str, ...], texts: list[str]) -> None:
+        """Take up a conversation."""
+        self.rows.append(row)
+        self.roles.append(roles)
+        self.counts.append(len(texts))
+        self.texts += texts
+        answer = texts.pop()
+        asked = hash(tuple(texts))
+        whole = hash((asked, answer))
+        self.asked.append(asked if texts else whole)
+        self.whole.append(whole)
+
+    def answers(self) -> list[str]:
+        """The last text of each conversation."""
+        return [self.texts[end - 1] for end in np.cumsum(self.counts).tolist()]
+
+
+@dataclass
+class Pass:
+    """One pass. `labels` is given the samples of every block and yields what is wrong with their labels."""
+
+    data: Data
+    report: Report
+    across: Across = field(default_factory=Across)
+    labels: Callable[[Sequence[Sample]], Iterator[tuple[int, Fault]]] | None = None
+    plain: bool = False
+    """Look at every text in full: slow, and what the tests hold the fast way against."""
+    markup: bool = True
+    keep: Callable[[Path, Block, dict[int, list[Fault]]], None] | None = None
+
+    def file(self, path: Path, form: str, encoding: str, advance: Callable[[int], None] = lambda _size: None) -> None:
+        """Read one file to its end. Raises DataError when it cannot be read at all."""
+        shape = Shape(self.data.mapping.rows if self.data.mapping else "", tuple(self.data.columns or ()), encoding)
+        quick_lines = form == "jsonl" and not shape.path
+        reader = _Reader(self.data, form == "text")
+        self.across.start(path)
+        before = self.report.rows, self.report.rejected
+        for block in line_blocks(path, encoding) if quick_lines else row_blocks(path, shape, form):
+            self._block(path, block, reader)
+            self.report.size += block.size
+            advance(block.size)
+        if reader.unread:
+            names = ", ".join(sorted(map(str, reader.unread))[:KEYS_TOLD])
+            self.report.add(Finding("unread-keys", path, 0, 0, 0, names[:200]))
+        self.report.files[path] = {
+            "rows": self.report.rows - before[0],
+            "rejected": self.report.rejected - before[1],
+            "dialect": reader.dialect or "",
+            "form": form,
+            "encoding": encoding,
+        }
+
+    def finish(self) -> Report:
+        """What shows only now that all rows are known."""
+        for found in self.across.findings():
+            self.report.add(found)
+        return self.report
+
+    def _block(self, path: Path, block: Block, reader: "_Reader") -> None:
+        taken = Taken()
+        found = reader.read(block, taken)
+        joined = join(taken.texts)
+        owners = np.repeat(np.arange(len(taken.rows)), taken.counts).tolist()
+        looks = dict.fromkeys(range(len(taken.texts)), ALL) if self.plain else suspects(joined)
+        for number, look in sorted(looks.items()):
+            row = taken.rows[owners[number]]
+            for fault in faults(taken.texts[number], look, plain_markup=self.markup):
+                begin, end = syntax.place(block.raws[row], taken.texts[number], fault.begin, fault.end)
+                found.setdefault(row, []).append(fault._replace(begin=begin, end=end))
+        if self.labels is not None:
+            for at, fault in self.labels(_samples(path, block, taken)):
+                found.setdefault(taken.rows[at], []).append(
+                    fault._replace(begin=0, end=len(block.raws[taken.rows[at]]))
+                )
+        self._tell(path, block, found)
+        if self.keep is not None:
+            self.keep(path, block, found)
+        rows = np.array(taken.rows, np.int64)
+        lines, begins = np.array(block.lines, np.int64)[rows], np.array(block.begins, np.int64)[rows]
+        ends = begins + np.fromiter((len(block.raws[row]) for row in taken.rows), np.int64, len(taken.rows))
+        count = len(taken.rows)
+        answers = taken.answers()
+        tongues = languages(joined)
+        counts = np.array(taken.counts, np.int64)
+        last = np.cumsum(counts) - 1
+        asked_in = np.where(counts > 1, tongues[np.maximum(last - 1, 0)], 0).astype(np.uint8) if count else tongues
+        self.across.add((lines, begins, ends), (taken.asked, taken.whole), answers, (tongues[last], asked_in))
+        self.report.rows += reader.seen
+
+    def _tell(self, path: Path, block: Block, found: dict[int, list[Fault]]) -> None:
+        for row in sorted(found):
+            begin, line = block.begins[row], block.lines[row]
+            rejected = False
+            for fault in sorted(found[row], key=lambda fault: fault.begin):
+                finding = Finding(fault.kind, path, line, begin + fault.begin, begin + fault.end, fault.detail)
+                self.report.add(finding)
+                if not rejected and kinds()[fault.kind].severity is Severity.ERROR:
+                    rejected = True
+                    self.report.reject(finding)
+
+
+def _samples(path: Path, block: Block, taken: Taken) -> list[Sample]:
+    made, at = [], 0
+    for row, roles, count in zip(taken.rows, taken.roles, taken.counts, strict=True):
+        texts = taken.texts[at : at + count]
+        made.append(Sample(tuple(map(Message, roles, texts)), path, block.lines[row]))
+        at += count
+    return made
+
+
+@dataclass
+class _Reader:
+    """Rows of one file to conversations, as data/read.py makes them; the quick way where a row allows it."""
+
+    data: Data
+    passages: bool = False
+    dialect: str = ""
+    unread: set[str] = field(default_factory=set)
+    seen: int = 0
+    """Rows of the last block."""
+    _make: Make | None = None
+    _look: QuickLook | None = None
+    _decode: Callable[[bytes], Any] = field(default_factory=lambda: msgspec.json.Decoder().decode)
+    _sound: set[tuple[str, ...]] = field(default_factory=set)
+
+    def read(self, block: Block, taken: Taken) -> dict[int, list[Fault]]:
+        """Take up the conversations of a block; returns what is wrong with its rows, in bytes of each."""
+        found: dict[int, list[Fault]] = {}
+        if block.cut:
+            found[len(block.raws) - 1] = [Fault("huge-row", 0, len(block.raws[-1]))]
+            self.seen = 1
+        elif block.rows is None:
+            self._lines(block, taken, found)
+        else:
+            self._rows(block, block.rows, taken, found)
+        return found
+
+    def _lines(self, block: Block, taken: Taken, found: dict[int, list[Fault]]) -> None:
+        look, sound, strip, add = self._look, self._sound, str.strip, taken.add
+        blank = slow = 0
+        for at, raw in enumerate(block.raws):
+            if look is not None:
+                try:
+                    roles, texts, marks = look(raw)
+                    if (
+                        (raw.count(b'"') == marks or quotes(raw) == marks)
+                        and roles in sound
+                        and all(map(strip, texts))
+                        and texts[0] != texts[-1]
+                    ):
+                        add(at, roles, texts)
+                        continue
+                except NOT_PLAIN:
+                    pass
+            slow += 1
+            try:
+                value = self._decode(raw)
+            except NOT_PLAIN:
+                if not raw.strip(b" \t\r\n"):
+                    blank += 1
+                    continue
+                value, wrong = syntax.unreadable(raw)
+                if wrong:
+                    found[at] = wrong
+                    continue
+            self._careful(at, Row(value, block.lines[at], block.begins[at], raw), taken, found)
+            look = self._look
+        self.seen = len(block.raws) - blank
+        if slow * 2 > len(block.raws) > ENOUGH:
+            self._look = loose(self.dialect)
+
+    def _rows(self, block: Block, rows: list[Row], taken: Taken, found: dict[int, list[Fault]]) -> None:
+        for at, row in enumerate(rows):
+            if row.fault:
+                wrong = syntax.unreadable(row.raw)[1] if row.raw else []
+                found[at] = wrong or [Fault("not-json", 0, len(row.raw), row.fault)]
+            else:
+                self._careful(at, row, taken, found)
+        self.seen = len(rows)
+
+    def _careful(self, at: int, row: Row, taken: Taken, found: dict[int, list[Fault]]) -> None:
+        """The slow way of one row: as the reader reads it, and everything that is odd about it."""
+        notes: list[Fault] = []
+        if row.raw[:1] == b"{" and syntax.quotes(row.raw) != 2 * syntax.strings(row.value):
+            _value, notes = syntax.unreadable(row.raw)
+        notes += [_about(row.raw, kind, shown) for kind, shown in syntax.strange_numbers(row.value)]
+        notes += syntax.minus_zero(row.raw)
+        try:
+            if self._make is None:
+                self.dialect = dialect_of(row.value, self.data)
+                self._make = maker(self.dialect, self.data.mapping, passages=self.passages)
+                self._look = TYPED[self.dialect]() if self.dialect in TYPED else None
+            messages = checked(self._make(row), None)
+        except BadRow as reason:
+            kind, text = chat.refused(row.value, self.dialect, str(reason))
+            found[at] = [*notes, _blame(row.raw, kind, text, str(reason))]
+            return
+        if any(kinds()[note.kind].severity is Severity.ERROR for note in notes):
+            found[at] = notes
+            return
+        if len(self.unread) < KEYS_TOLD:
+            self.unread |= chat.unread(row.value, self.dialect)
+        roles, texts = tuple(message.role for message in messages), [message.content for message in messages]
+        odd = [_blame(row.raw, kind, text, "") for kind, text in chat.oddities(roles, texts, row.value)]
+        if notes or odd:
+            found[at] = notes + odd
+        if not chat.order(roles):
+            self._sound.add(roles)
+        taken.add(at, roles, texts)
+
+
+def _about(raw: bytes, kind: str, shown: str) -> Fault:
+    begin = max(raw.find(shown.encode()), 0)
+    return Fault(kind, begin, begin + len(shown), shown)
+
+
+def _blame(raw: bytes, kind: str, text: str | None, reason: str) -> Fault:
+    begin, end = syntax.place(raw, text, 0, len(text)) if text else (0, len(raw))
+    return Fault(kind, begin, end, reason)

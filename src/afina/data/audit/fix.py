@@ -1,0 +1,196 @@
+"""A repaired copy of a data set: what can be repaired without guessing is, every row that is left out is set aside with
+its reason, and each change is told. The files themselves are never touched.
+"""
+
+import json
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from afina import durable
+from afina.data.audit import syntax
+from afina.data.audit.blocks import Block, line_blocks, row_blocks
+from afina.data.audit.finding import Finding, Report
+from afina.data.audit.kinds import Severity, kinds
+from afina.data.audit.letters import RANGES, letters
+from afina.data.audit.mojibake import repair
+from afina.data.rows import Shape
+from afina.errors import OutputError, ProofError
+from afina.language import _
+from afina.recipe.schema import Data
+
+REMOVED = frozenset({"nul", "control-character", "invisible", "direction", "noncharacter"})
+TEXTUAL = REMOVED | {"mojibake", "mojibake-twice", "line-separator", "decomposed"}
+"""Classes that are repaired inside a text."""
+DROPPED = frozenset({"duplicate"})
+OLD = "cp1252"
+"""A line that is not UTF-8 is read in this encoding, where that makes it a row."""
+
+
+class Change(NamedTuple):
+    """What became of a row: `after` is empty where it was left out, for the reason `kind`."""
+
+    file: Path
+    line: int
+    kind: str
+    before: str
+    after: str
+
+
+@dataclass
+class Mend:
+    """Remembers which rows need a hand while the audit passes, and writes the copy afterwards."""
+
+    rows: dict[Path, dict[int, set[str]]] = field(default_factory=dict)
+    kept: int = 0
+    dropped: int = 0
+    rejected: int = 0
+
+    def note(self, found: Finding) -> None:
+        """Take up a finding, as the audit tells it."""
+        table = kinds()
+        if found.line and (found.kind in TEXTUAL | DROPPED or table[found.kind].severity is Severity.ERROR):
+            self.rows.setdefault(found.file, {}).setdefault(found.line, set()).add(found.kind)
+
+    def write(self, folder: Path, report: Report, data: Data) -> list[Change]:
+        """Write copies of all files of `report` into the new `folder`; returns every change. Raises OutputError, and
+        ProofError when the rows do not add up."""
+        if folder.exists():
+            raise OutputError(
+                _("{path} exists already.").format(path=folder), hint=_("Choose another name, or remove it first.")
+            )
+        changes: list[Change] = []
+        with durable.new_folder(folder) as new:
+            for file, facts in report.files.items():
+                if facts["form"]:
+                    self._copy(new, file, facts, data, changes)
+            aside = [change for change in changes if not change.after]
+            durable.write_text(new / "rejected.jsonl", "".join(_line(change) for change in aside))
+            durable.write_text(new / "changes.diff", "".join(diff(change) for change in changes))
+        if self.kept + self.dropped + self.rejected != report.rows:
+            raise ProofError(
+                _("{rows} rows came in, but {kept} were kept and {aside} set aside.").format(
+                    rows=report.rows, kept=self.kept, aside=self.dropped + self.rejected
+                ),
+                hint=_("Report this: the copy is not to be trusted."),
+            )
+        return changes
+
+    def _copy(self, new: Path, file: Path, facts: dict[str, Any], data: Data, changes: list[Change]) -> None:
+        path, name = data.mapping.rows if data.mapping else "", file.name.partition(".")[0]
+        shape = Shape(path, tuple(data.columns or ()), facts["encoding"])
+        quick = facts["form"] == "jsonl" and not path
+        blocks = line_blocks(file, facts["encoding"]) if quick else row_blocks(file, shape, facts["form"])
+        number = sum(1 for other in new.glob(f"{name}*.jsonl"))
+        with (new / (f"{name}-{number + 1}.jsonl" if number else f"{name}.jsonl")).open("wb") as copy:
+            for block in blocks:
+                for line in self._mended(file, block, changes):
+                    copy.write(line + b"\n")
+
+    def _mended(self, file: Path, block: Block, changes: list[Change]) -> Iterator[bytes]:
+        """The rows of a block that are kept, as lines; one with nothing wrong byte for byte."""
+        marked = self.rows.get(file, {})
+        for at, raw in enumerate(block.raws):
+            row = block.rows[at] if block.rows is not None else None
+            raw = raw.removesuffix(b"\r")
+            if row is None and not raw.strip(b" \t"):
+                continue
+            line, wrong = block.lines[at], marked.get(block.lines[at], set())
+            bad = wrong - TEXTUAL - DROPPED
+            value = row.value if row is not None else None
+            if bad == {"not-utf8"} and row is None and (value := _reread(raw)) is not None:
+                changes.append(Change(file, line, "not-utf8", _shown(raw), json.dumps(value, ensure_ascii=False)))
+                bad = set()
+            if bad:
+                self.rejected += 1
+                changes.append(Change(file, line, min(bad), _shown(raw), ""))
+                continue
+            if wrong & DROPPED:
+                self.dropped += 1
+                changes.append(Change(file, line, min(wrong & DROPPED), _shown(raw), ""))
+                continue
+            self.kept += 1
+            if not wrong and row is None:
+                yield raw
+                continue
+            value = json.loads(raw) if value is None else value
+            repaired = mended(value) if wrong & TEXTUAL else value
+            for old, text in differences(value, repaired):
+                changes.append(Change(file, line, min(wrong & TEXTUAL), old, text))
+            yield json.dumps(repaired, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _shown(raw: bytes) -> str:
+    return raw[:2000].decode("utf-8", "replace")
+
+
+def _reread(raw: bytes) -> Any:
+    value, wrong = syntax.unreadable(raw.decode(OLD, "replace").encode("utf-8"))
+    return value if isinstance(value, dict) and not wrong else None
+
+
+def mended(value: Any) -> Any:
+    """A value with every text in it repaired."""
+    if isinstance(value, str):
+        return text_mended(value)
+    if isinstance(value, list):
+        return [mended(one) for one in value]
+    if isinstance(value, dict):
+        return {key: mended(one) for key, one in value.items()}
+    return value
+
+
+def text_mended(text: str) -> str:
+    """A text without mojibake, odd line ends, letters apart from their accents, and characters that nobody sees."""
+    found = repair(text)
+    text = found.text if found is not None else text
+    text = text.replace("\u2028", "\n").replace("\u2029", "\n\n").replace("\x85", "\n")
+    if not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", text)
+    for _round in range(len(RANGES)):  # `letters` tells the first run of each class
+        odd = [fault for fault in letters(text) if fault.kind in REMOVED]
+        if not odd:
+            return text
+        for fault in sorted(odd, key=lambda fault: -fault.begin):
+            text = text[: fault.begin] + text[fault.end :]
+    return "".join(character for character in text if not any(fault.kind in REMOVED for fault in letters(character)))
+
+
+def differences(before: Any, after: Any) -> Iterator[tuple[str, str]]:
+    """Texts that differ, side by side."""
+    if isinstance(before, str):
+        if before != after:
+            yield before, after
+    elif isinstance(before, list):
+        for one, other in zip(before, after, strict=True):
+            yield from differences(one, other)
+    elif isinstance(before, dict):
+        for key in before:
+            yield from differences(before[key], after[key])
+
+
+def diff(change: Change) -> str:
+    """A change as two lines, what is not seen written as escapes."""
+    head = f"@@ {change.file.name}:{change.line} {change.kind}\n- {_escaped(change.before)}\n"
+    return head + (f"+ {_escaped(change.after)}\n" if change.after else "")
+
+
+def _escaped(text: str) -> str:
+    """A text on one line, invisible characters as their escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def _line(change: Change) -> str:
+    facts = {
+        "file": change.file.name,
+        "line": change.line,
+        "class": change.kind,
+        "reason": kinds()[change.kind].sentence,
+        "row": change.before,
+    }
+    return json.dumps(facts, ensure_ascii=False) + "\n"

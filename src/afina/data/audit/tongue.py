@@ -1,0 +1,152 @@
+"""The language of many texts at once, by script and by the little words that fill every sentence.
+
+A classifier of its own would cost more time than all the rest of the audit, and its model a licence of its own. Here
+the words of a block are looked up in one table by a few vectorised passes; a text with too few of them has no language.
+"""
+
+from functools import cache
+
+import numpy as np
+
+from afina.data.audit.scan import Joined
+
+LATIN = {
+    "en": "the of and to is in that it for with you was are this as on be by have from or what not they can will an he "
+    "an she his her at we but do per come all if how die has had",
+    "es": "el la los las de que y en es una un por con para del se más como está pero su al lo sus muy qué cómo hay si "
+    "no son",
+    "pt": "o a os as de não uma que da em um para com são você mais como mas ao dos das seu sua pelo é e se no na por "
+    "ou",
+    "fr": "le la les de des est et une un dans que pour pas sur qui au du ce il elle nous vous avec sont cette par en "
+    "se",
+    "de": "der die das und ist nicht ein eine mit den zu für auf von im dem sich auch es wie wird oder sind des in was "
+    "er war",
+    "it": "il la che di è una un non con del sono le gli nel alla più anche si da ma dei in per come lo e i",
+    "nl": "de het een en van is dat op te niet met voor zijn er aan ook als bij wordt of maar naar deze in was die ze",
+    "pl": "i w na nie się jest do z to że jak ale co przez od dla oraz tak jego być po są",
+}
+"""The commonest short words of each language, of up to SHORT letters of Latin-1. A word of several
+languages stands in all of them. One of a single letter is not looked up: it may be an unknown of an equation."""
+SCRIPTS = {
+    "ru": ((0x0400, 0x052F),),
+    "el": ((0x0370, 0x03FF),),
+    "he": ((0x0590, 0x05FF),),
+    "ar": ((0x0600, 0x06FF),),
+    "hi": ((0x0900, 0x097F),),
+    "th": ((0x0E00, 0x0E7F),),
+    "ko": ((0xAC00, 0xD7A3), (0x1100, 0x11FF)),
+    "ja": ((0x3040, 0x30FF),),
+    "zh": ((0x4E00, 0x9FFF),),
+}
+"""Scripts that tell a language, or a group of languages called by its largest."""
+LANGUAGES = ("", *LATIN, *SCRIPTS)
+"""The code of a language is its place here; 0 is none."""
+LEAST = 5
+"""Little words, at least, that tell a language: twice as many as those of the next one, or nearly so many more."""
+SHORT = 5
+"""Letters of the longest word that is looked up."""
+LETTERS = 8
+"""Bytes of a 64-bit number."""
+MOST = 255
+"""Little words of a text that are counted, from its beginning: each language has a byte of a 64-bit sum."""
+
+
+@cache
+def _lower() -> bytes:
+    """Letters of Latin-1 made small, everything else 0."""
+    table = bytearray(256)
+    for code in range(256):
+        small = chr(code).lower()
+        if chr(code).isalpha() and len(small) == 1 and ord(small) < 256:
+            table[code] = ord(small)
+    return bytes(table)
+
+
+SLOT_BITS = 14
+_MASKS = np.array([(1 << 8 * count) - 1 for count in range(LETTERS)] + [2**64 - 1], np.uint64)
+
+
+@cache
+def _words() -> tuple[np.ndarray, np.ndarray, np.uint64]:
+    """A table of words without collisions: (keys, a byte set to 1 for each language that has the word, multiplier)."""
+    lanes: dict[int, int] = {}
+    for number, words in enumerate(LATIN.values()):
+        for word in words.split():
+            if 1 < len(word) <= SHORT and all(ord(letter) < 256 for letter in word):
+                key = int.from_bytes(word.encode("latin-1"), "little")
+                lanes[key] = lanes.get(key, 0) | 1 << 8 * number
+    keys = np.array(sorted(lanes), np.uint64)
+    multiplier = 0x9E3779B97F4A7C15
+    while True:
+        slots = _slots(keys, np.uint64(multiplier))
+        if np.unique(slots).size == slots.size:
+            break
+        multiplier += 2
+    table, languages = np.zeros(1 << SLOT_BITS, np.uint64), np.zeros(1 << SLOT_BITS, np.uint64)
+    table[slots], languages[slots] = keys, [lanes[int(key)] for key in keys]
+    return table, languages, np.uint64(multiplier)
+
+
+def _slots(keys: np.ndarray, multiplier: np.uint64) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return (keys * multiplier) >> np.uint64(64 - SLOT_BITS)
+
+
+def languages(joined: Joined) -> np.ndarray:
+    """(texts,) uint8: the language of each text, a place in LANGUAGES."""
+    count = len(joined.texts)
+    if not count:
+        return np.zeros(0, np.uint8)
+    codes = joined.codes
+    narrow = codes if codes.dtype == np.uint8 else np.where(codes < 256, codes, 0).astype(np.uint8)
+    raw = b"\n" + narrow.tobytes() + b"\n" * LETTERS
+    low = np.frombuffer(raw.translate(_lower()), np.uint8)
+    inside = low != 0
+    edges = np.flatnonzero(inside[1:] != inside[:-1])
+    starts = edges[::2]
+    lengths = edges[1::2] - starts
+    short = np.flatnonzero(lengths <= SHORT)
+    starts, lengths = starts[short], lengths[short]
+    eights = np.ndarray((low.size - LETTERS + 1,), np.uint64, low.data, strides=(1,))
+    keys = eights[starts + 1] & _MASKS[lengths]
+    table, lanes, multiplier = _words()
+    slots = _slots(keys, multiplier)
+    hits = np.flatnonzero(table[slots] == keys)
+    found = np.append(lanes[slots[hits]], np.uint64(0))
+    bounds = np.searchsorted(starts[hits], joined.starts)
+    ends = np.minimum(np.append(bounds[1:], hits.size), bounds + MOST)
+    sums = np.add.reduceat(found, np.stack([bounds, ends], 1).ravel())[::2]
+    sums[bounds == ends] = 0  # of an empty range reduceat gives the element it begins with
+    scores = sums.astype("<u8").view(np.uint8).reshape(count, 8)[:, : len(LATIN)].copy()
+    best = scores.argmax(1)
+    top = scores[np.arange(count), best]
+    scores[np.arange(count), best] = 0
+    second = scores.max(1).astype(np.int16)
+    told = (top >= LEAST) & ((top >= 2 * second) | (top - second >= LEAST - 1))
+    language = np.where(told, best + 1, 0).astype(np.uint8)
+    if codes.dtype != np.uint8:
+        _by_script(joined, language)
+    return language
+
+
+def _by_script(joined: Joined, language: np.ndarray) -> None:
+    """Set the language of texts that are mostly of another script than the Latin one."""
+    high = np.flatnonzero(joined.codes > 0x036F)
+    if high.size < LEAST:
+        return
+    codes, owners, count = joined.codes[high], joined.owners(high), len(joined.texts)
+    lengths = np.diff(joined.starts, append=joined.codes.size)
+    scores = []
+    for spans in SCRIPTS.values():
+        inside = np.zeros(codes.size, np.bool_)
+        for first, last in spans:
+            inside |= (codes >= first) & (codes <= last)
+        scores.append(np.bincount(owners[inside], minlength=count))
+    script = np.stack(scores, 1)
+    ja, zh = list(SCRIPTS).index("ja"), list(SCRIPTS).index("zh")
+    script[:, ja] += np.where(script[:, ja] * 8 >= script[:, zh], script[:, zh], 0)
+    best = script.argmax(1)
+    top = script[np.arange(count), best]
+    language[(top >= LEAST) & (top * 3 >= lengths)] = 0
+    chosen = (top >= LEAST) & (top * 3 >= lengths)
+    language[chosen] = best[chosen] + 1 + len(LATIN)

@@ -1,0 +1,175 @@
+"""Every class of faults, wherever its row stands and however lines end; and sound rows, of which nothing is said."""
+
+import random
+from pathlib import Path
+
+import pytest
+from data.audit.auditing import audit_bytes, told
+from data.audit.faulty import FAULTY, REJECTED, sound
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from afina.data.audit.kinds import Severity, groups, kinds
+from afina.data.problem import BadRows
+from afina.data.read import read
+from afina.errors import DataError
+from afina.recipe.schema import Data
+
+quietly = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+ENDS = {"LF": [b"\n"], "CRLF": [b"\r\n"], "mixed": [b"\n", b"\r\n"]}
+ROWS = 5
+
+
+def laid_out(lines: list[bytes], ends: list[bytes], last: bool) -> tuple[bytes, list[int]]:
+    """The file, and the byte at which each line begins."""
+    content, begins = b"", []
+    for number, line in enumerate(lines):
+        begins.append(len(content))
+        content += line + (ends[number % len(ends)] if last or number < len(lines) - 1 else b"")
+    return content, begins
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+def test_each_class_is_found_wherever_it_stands(kind: str, tmp_path: Path):
+    """Rows x positions x line ends: class, line, bytes, and the rows beside it survive."""
+    rng = random.Random(kind)
+    for position in (0, ROWS // 2, ROWS - 1):
+        for ends in ENDS.values():
+            for last in (True, False):
+                if position == 0 and kind in ("mixed-shapes", "inner-bom"):
+                    continue  # the first row says what the shape is; a mark before it is the file's own
+                lines = [sound(rng) for _ in range(ROWS)]
+                lines[position] = FAULTY[kind](rng)
+                first = lines[position] if position == 0 and kind in REJECTED else None
+                content, begins = laid_out(lines, ends, last)
+                found, report = audit_bytes(tmp_path, content, dialect="messages" if first else "auto")
+                assert told(found) == [(kind, position + 1)]
+                begin, size = begins[position], len(lines[position])
+                assert begin <= found[0].byte < found[0].end <= begin + size + 1
+                rejected = kinds()[kind].severity is Severity.ERROR
+                assert (report.rows, report.kept, report.rejected) == (ROWS, ROWS - rejected, int(rejected))
+                assert dict(report.reasons) == ({kind: 1} if rejected else {})
+
+
+def test_the_table_of_classes_is_whole():
+    table = kinds()
+    assert len(table) >= 110 and sum(len(group) for group in groups().values()) == len(table)
+    assert set(FAULTY) <= set(table)
+    for kind in table.values():
+        assert kind.id == kind.id.lower() and " " not in kind.id
+        assert (
+            kind.sentence[0] != kind.sentence[0].upper()
+            or kind.sentence[0] in "UNI"
+            or kind.sentence.startswith("HTML")
+        )
+        assert kind.advice.endswith(".")
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+def test_what_the_audit_calls_an_error_stops_training_and_nothing_else_does(kind: str, tmp_path: Path):
+    """One truth: the reader refuses the rows that the audit rejects, at the same line."""
+    rng = random.Random(kind)
+    lines = [sound(rng), FAULTY[kind](rng), sound(rng)]
+    found, _report = audit_bytes(tmp_path, b"\n".join(lines))
+    wrong = kinds()[kind].severity is Severity.ERROR
+    try:
+        read("rows.jsonl", Data(train="rows.jsonl"), tmp_path)
+    except BadRows as error:
+        assert wrong and [problem.line for problem in error.problems] == [2]
+    except DataError as error:  # a file that is not of its encoding
+        assert wrong and error.line == 2
+    else:
+        assert not wrong
+    assert told(found) == [(kind, 2)]
+
+
+@quietly
+@given(seed=st.integers(0, 2**32))
+def test_of_sound_rows_nothing_is_said(seed: int, tmp_path: Path):
+    rng = random.Random(seed)
+    lines = list(dict.fromkeys(sound(rng) for _ in range(60)))
+    found, report = audit_bytes(tmp_path, b"\n".join(lines))
+    assert not found and report.kept == report.rows == len(lines)
+
+
+@quietly
+@given(chosen=st.lists(st.sampled_from([*FAULTY, None]), min_size=1, max_size=30), seed=st.integers(0, 2**32))
+def test_what_is_said_of_a_row_does_not_depend_on_the_others(chosen: list[str | None], seed: int, tmp_path: Path):
+    """Shuffled, the same rows have the same faults; and rows in are rows kept and rows rejected."""
+    rng = random.Random(seed)
+    lines = [sound(rng)] + [sound(rng) if kind is None else FAULTY[kind](rng) for kind in chosen]
+    before, one = audit_bytes(tmp_path, b"\n".join(lines), dialect="messages")
+    order = [0, *rng.sample(range(1, len(lines)), len(lines) - 1)]  # a mark before the first row is the file's own
+    after, other = audit_bytes(tmp_path, b"\n".join(lines[at] for at in order), dialect="messages")
+    alone = {"duplicate", "contradiction", "other-language", "short-answer"}
+    assert sorted((f.kind, lines[f.line - 1]) for f in before if f.line and f.kind not in alone) == sorted(
+        (f.kind, lines[order[f.line - 1]]) for f in after if f.line and f.kind not in alone
+    )
+    assert (one.rows, one.kept, one.rejected) == (other.rows, other.kept, other.rejected)
+    assert one.rows == one.kept + one.rejected == len(lines)
+    assert one.rejected == one.reasons.total()
+
+
+PIECES = st.sampled_from(
+    [
+        *"aé ñ\n<[&@`|0123456789-_=",
+        *[
+            "\u200b",
+            "\u0301",
+            "\u200d",
+            "\u202e",
+            "\ufffd",
+            "\ue000",
+            "\U000e0041",
+            "\U0001f600",
+            "\u2028",
+            "\x1b",
+            "\xad",
+        ],
+        *[
+            "Ã±",
+            "â€™",
+            "Ð¿",
+            "¿",
+            "É»",
+            "hf_",
+            "sk-proj-",
+            "A1b2C3d4E5f6G7h8J9k0",
+            "4111 1111 1111 1111",
+            "x@y.org",
+            "a" * 60,
+        ],
+        *["<|im_end|>", "<<SYS>>", "[INST]", "</s>", "<s>", "```", "&amp;", "as an AI model", "PRIVATE KEY-----"],
+    ]
+)
+
+
+@quietly
+@given(texts=st.lists(st.lists(PIECES, max_size=24).map("".join), min_size=1, max_size=8))
+def test_the_fast_way_finds_what_the_plain_one_finds(texts: list[str], tmp_path: Path):
+    from data.audit.faulty import row
+
+    content = b"\n".join(row("go on", f"so {text} it is", ascii_only=len(text) % 2 == 0) for text in texts)
+    fast, _report = audit_bytes(tmp_path, content)
+    plain, _report = audit_bytes(tmp_path, content, plain=True)
+    assert fast == plain
+
+
+@quietly
+@given(text=st.lists(PIECES, max_size=30).map("".join))
+def test_a_finding_names_the_bytes_that_hold_the_fault(text: str, tmp_path: Path):
+    """The bytes, decoded as part of a JSON string, are the characters that the plain function names."""
+    import json
+
+    from data.audit.faulty import row
+
+    from afina.data.audit.text import faults
+
+    said = f"so {text} it is"
+    found, _report = audit_bytes(tmp_path, row("go on", said, ascii_only=len(text) % 2 == 0))
+    content = (tmp_path / "rows.jsonl").read_bytes()
+    spans = {fault.kind: said[fault.begin : fault.end] for fault in faults(said)}
+    for finding in found:
+        if finding.kind in spans:
+            assert json.loads(b'"' + content[finding.byte : finding.end] + b'"') == spans[finding.kind]
+    assert {finding.kind for finding in found} == set(spans)
