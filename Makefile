@@ -22,7 +22,7 @@ peer   := .venv-peer
 help: ## list these
 	@echo "Afina: from a file of examples to a language model that answers."
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # One environment serves all targets. The stamp is written only after a complete install, so an interrupted one is
 # taken up again, and it makes every later call instant. The demo alone needs no
@@ -59,6 +59,9 @@ format: $(ready) ## let ruff put the source in order
 
 bench: $(ready) $(peer)/.ready ## measure speed and memory here beside TRL; decides no test
 	@$(bin)/python benchmarks/train_cpu.py --peer $(peer)/bin/python $(ARGS)
+
+bench-gpu: $(ready) ## measure on this GPU beside the peers that are installed in the environment, and the floor
+	@$(bin)/python benchmarks/gpu.py $(ARGS)
 
 # What Afina is measured against has an environment of its own, with the same torch, transformers and PEFT.
 $(peer)/.ready: constraints.txt $(ready)

@@ -1,6 +1,7 @@
 """Training speed and memory on one GPU: ours and whichever peers are installed, on the same random models and tokens.
 
-    python benchmarks/gpu.py W1 W10 --tools afina,reference                one process a case; lines go to results
+    make bench-gpu                                                         everything, beside the peers that are here
+    python benchmarks/gpu.py W1 W10 --tools afina,unsloth                  one process a case; lines go to results
     python benchmarks/gpu.py --case '{"workload": "W1", "tool": "afina"}'  one case in this process
 
 Weights have the shapes of real models and random values; every token is learnt; three steps warm up, six are timed
@@ -12,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +52,14 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     import torch
 
     work = WORKLOADS[workload]
-    step, parameters, about = {"afina": afina_step, "reference": reference_step}[tool](work, options)
+    if tool == "floor":
+        return floor(workload, work)
+    if tool == "afina":
+        step, parameters, about = afina_step(work, options)
+    else:
+        from peer_gpu import peer_step
+
+        step, parameters, about = peer_step(workload, work, tool, Path(options.pop("folder")))
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=True)
     vocabulary = work["shape"]["vocab_size"]
     generator = torch.Generator().manual_seed(0)
@@ -202,17 +211,53 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
     return step, parameters, {"engine": "fused", **about, **options}
 
 
-def reference_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
-    """transformers and PEFT as they are."""
+def floor(workload: str, work: dict[str, Any]) -> dict[str, Any]:
+    """What no implementation avoids: the products of base and head, forward and backward, in bf16, and attention."""
     import torch
+    from torch.nn import functional as F
 
-    model, parameters = learner(work)
+    shape, rows = work["shape"], work["samples"] * work["length"]
+    hidden, wide, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
+    kv_heads = shape.get("num_key_value_heads", heads)
+    width = shape.get("head_dim", hidden // heads)
+    columns = (heads + 2 * kv_heads) * width
+    mlp = [(columns + wide, hidden), (hidden, wide)] if shape is PHI_2 else [(2 * wide, hidden), (hidden, wide)]
+    products = [*([] if shape is PHI_2 else [(columns, hidden)]), (hidden, heads * width), *mlp]
 
-    def step(ids: Any) -> Any:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            return model(input_ids=ids, labels=ids, use_cache=False).loss
+    def seconds(call: Any) -> float:
+        for _turn in range(3):
+            call()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _turn in range(10):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - started) / 10
 
-    return step, parameters, {"engine": "reference"}
+    def of(n: int, k: int) -> float:
+        weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
+        x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+        dy = torch.randn(rows, n, device="cuda", dtype=torch.bfloat16)
+        spent = seconds(lambda: torch.mm(x, weight.t())) + seconds(lambda: torch.mm(dy, weight))
+        return spent + (seconds(lambda: torch.mm(dy.t(), x)) if work.get("full") else 0)
+
+    q, k, v = (
+        torch.randn(work["samples"], count, work["length"], width, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for count in (heads, kv_heads, kv_heads)
+    )
+
+    def attend() -> None:
+        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.CUDNN_ATTENTION]):
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).backward(torch.ones_like(q))
+
+    layers = shape["num_hidden_layers"]
+    of_products = layers * sum(of(*product) for product in products) + of(shape["vocab_size"], hidden)
+    of_attention = layers * seconds(attend)
+    result = dict(
+        workload=workload, tool="floor", engine="floor", tokens_per_second=round(rows / (of_products + of_attention)),
+        products_ms=round(1000 * of_products, 1), attention_ms=round(1000 * of_attention, 1),
+    )  # fmt: skip
+    return result | dict(peak_gib=0.0, first_step_s=0.0, losses=[], gpu=torch.cuda.get_device_name())
 
 
 def profile(step: Any) -> None:
@@ -242,11 +287,33 @@ def profile(step: Any) -> None:
         print(f"waited {gap:8.0f} us at {at:7.1f} ms for {name}")
 
 
+def here(tool: str) -> bool:
+    """Whether a tool is installed."""
+    from importlib.util import find_spec
+
+    needs = {"unsloth": "unsloth", "liger": "liger_kernel"}
+    return tool not in needs or find_spec(needs[tool]) is not None
+
+
+def run(workload: str, tool: str, folder: Path) -> dict[str, Any] | None:
+    """A case in a process of its own, so that memory and first step are its own."""
+    description = {"workload": workload, "tool": tool} | ({} if tool in ("afina", "floor") else {"folder": str(folder)})
+    command = [sys.executable, str(Path(__file__)), "--case", json.dumps(description)]
+    environment = os.environ | {"UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    line = next((text for text in done.stdout.split("\n") if text.startswith("RESULT ")), None)
+    if line is None:
+        print(f"{workload} {tool} failed:\n{done.stderr[-1500:]}", flush=True)
+        return None
+    return json.loads(line.removeprefix("RESULT "))
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("workloads", nargs="*")
-    options.add_argument("--tools", default="afina,reference")
+    options.add_argument("--tools", default="floor,afina,unsloth,liger,transformers")
     options.add_argument("--case")
+    options.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "afina-bench-models")
     options.add_argument("--results", type=Path, default=HERE / "results" / "gpu.jsonl")
     chosen = options.parse_args()
     if chosen.case:
@@ -255,26 +322,32 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
     )
-    for workload in chosen.workloads or WORKLOADS:
-        for tool in chosen.tools.split(","):
-            description = json.dumps({"workload": workload, "tool": tool})
-            command = [sys.executable, str(Path(__file__)), "--case", description]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-            line = next((text for text in done.stdout.split("\n") if text.startswith("RESULT ")), None)
-            if line is None:
-                print(f"{workload} {tool} failed:\n{done.stderr[-1500:]}", flush=True)
-                continue
-            from afina.artifact import versions
+    from afina.artifact import versions
 
-            result = json.loads(line.removeprefix("RESULT "))
+    for workload in chosen.workloads or [name for name in WORKLOADS if WORKLOADS[name]["goal"]]:
+        shape = WORKLOADS[workload]["shape"]
+        folder = chosen.models / f"{shape['hidden_size']}x{shape['num_hidden_layers']}"
+        for tool in filter(here, chosen.tools.split(",")):
+            if tool not in ("afina", "floor") and not (folder / "tokenizer_config.json").is_file():
+                write_model(shape, folder)
+            result = run(workload, tool, folder)
+            if result is None:
+                continue
             result |= dict(
                 command=f"python benchmarks/gpu.py {workload} --tools {tool}", commit=commit.stdout.strip(),
                 versions=versions(), date=datetime.now(UTC).isoformat(timespec="seconds"),
             )  # fmt: skip
             with chosen.results.open("a", encoding="utf-8") as results:
                 results.write(json.dumps(result) + "\n")
-            print(f"{workload:4} {tool:10} {result['tokens_per_second']:7,} tokens/s {result['peak_gib']:6.2f} GiB "
+            print(f"{workload:4} {tool:12} {result['tokens_per_second']:7,} tokens/s {result['peak_gib']:6.2f} GiB "
                   f"first step {result['first_step_s']:5.1f} s  {result['losses'][:3]}", flush=True)  # fmt: skip
+
+
+def write_model(shape: dict[str, Any], folder: Path) -> None:
+    """The peers' weights, in a process of its own so that the GPU is free afterwards."""
+    name = next(name for name, value in globals().items() if value is shape)
+    code = f"import gpu, peer_gpu, pathlib; peer_gpu.write(gpu.random_model(gpu.{name}), pathlib.Path({str(folder)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, capture_output=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""The peers on the same GPU workloads: plain transformers + PEFT, Liger's kernels, Unsloth. Each as its makers advise.
+
+`gpu.py` calls `peer_step`; what a tool cannot load is an error of its own process. Unsloth reads models from a folder,
+so weights are written once for each shape (`write`), with a tokenizer of a few words, because it insists on one.
+"""
+
+from pathlib import Path
+from typing import Any
+
+TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
+}
+CHECKPOINTING = {"W4": "unsloth", "W5": "unsloth", "W6": "unsloth", "W8": "unsloth"}
+"""Where a peer needs it for the memory: its own way of keeping less; elsewhere nothing is made again."""
+
+
+def write(model: Any, folder: Path) -> None:
+    """Save a model and a tokenizer where every peer reads them."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "word": 4}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        model_max_length=131072, chat_template="{% for m in messages %}{{ m['content'] }}</s>{% endfor %}",
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def peer_step(workload: str, work: dict[str, Any], tool: str, folder: Path) -> tuple[Any, list[Any], dict[str, Any]]:
+    """A function from token ids to the loss, what learns, and what is to be said about the tool."""
+    load = unsloth_model if tool == "unsloth" else plain_model
+    checkpointing = CHECKPOINTING.get(workload)
+    model = load(work, tool, folder, checkpointing)
+    import torch
+
+    def step(ids: Any) -> Any:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return step, parameters, {"engine": tool, "checkpointing": checkpointing or "none"}
+
+
+def unsloth_model(work: dict[str, Any], _tool: str, folder: Path, checkpointing: str | None) -> Any:
+    """Through FastLanguageModel."""
+    from unsloth import FastLanguageModel
+
+    import torch  # isort: skip - after Unsloth, which patches it
+
+    model, _tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=work["length"], dtype=torch.bfloat16, load_in_4bit=bool(work.get("four_bits")),
+        full_finetuning=bool(work.get("full")),
+    )  # fmt: skip
+    if not work.get("full"):
+        model = FastLanguageModel.get_peft_model(
+            model, r=16, lora_alpha=16, lora_dropout=0, bias="none", target_modules=TARGETS[model.config.model_type],
+            use_gradient_checkpointing=checkpointing or False, random_state=3407, max_seq_length=work["length"],
+        )  # fmt: skip
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing or False)
+    return model
+
+
+def plain_model(work: dict[str, Any], tool: str, folder: Path, checkpointing: str | None) -> Any:
+    """transformers + PEFT, with Liger's kernels or without."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    loader: Any = AutoModelForCausalLM
+    if tool == "liger":
+        from liger_kernel.transformers import AutoLigerKernelForCausalLM as loader
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    model = loader.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa",
+        **({"quantization_config": four_bits} if work.get("four_bits") else {}),
+    )  # fmt: skip
+    if not work.get("full"):
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+        if work.get("four_bits"):
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        targets = TARGETS[model.config.model_type]
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
