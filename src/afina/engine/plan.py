@@ -25,8 +25,10 @@ OVERHEAD = 0.1
 """Of that time comes on top whatever is computed: the more tokens at once, the better."""
 ROWS_AT_ONCE = 4096
 """Tokens that go through the widest products together where their output is not kept."""
-OFTEN = 1.05
-"""A copy slows what computes meanwhile: its time beyond the computation counts in full, within it a twentieth."""
+MEANWHILE = 0.12
+"""A copy slows what computes meanwhile: beyond the computation its time counts in full, within it so much."""
+WORKSPACE = 96 * 2**20
+"""Bytes that cuBLAS and cuDNN take for themselves."""
 
 
 def ladder(names: frozenset[str]) -> list[Placement]:
@@ -144,14 +146,15 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in engine.parameters)
     first = kept + max(work * element + gradients / layers, head + 2 * tokens * hidden * element)
     last = kept / layers + work * element + gradients
-    needed = tokens * lows + max(first, last) - saved
+    slopes = tokens * block.attention.heads[0] * block.attention.width * 8  # attention sums them in fp32
+    needed = tokens * lows + max(first, last + slopes) + WORKSPACE - saved
     passes = 3 if ends.learnt else 2
     base = sum(part.n * part.k for part in block.products) * layers * tokens
     of_head = vocabulary * hidden * tokens
     forward = (base + of_head) / rates.products
     backward = ((passes - 1) * (base + of_head) + again) / rates.products
     copying = moved / rates.copies
-    microseconds = max(forward, copying) + max(backward, copying) + (OFTEN - 1) * 2 * copying
+    microseconds = max(forward, copying) + max(backward, copying) + MEANWHILE * 2 * copying
     if plan.host == "both":
         microseconds += 2 * vocabulary * hidden * element / rates.copies
     launching = LAYER_US * layers
