@@ -29,6 +29,16 @@ def llama(seed: int = 0, **changes: object) -> nn.Module:
     return spread(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), seed)
 
 
+def loud_llama() -> nn.Module:
+    """A Llama that chats with 400 tokens. Large weights, so that no answer repeats a single token."""
+    model = llama(vocab_size=400, max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    return model
+
+
 def spread(model: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
     """Give every matrix random weights large enough that no output is nearly constant."""
     generator = torch.Generator().manual_seed(seed)

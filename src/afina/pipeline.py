@@ -164,11 +164,18 @@ def init(use_case: str, folder: str | Path | None = None) -> Path:
 
 
 def chat(
-    source: str | Path, *, prompt: str | None = None, beside_base: bool = False, seed: int = 0, **settings: Any
+    source: str | Path,
+    *,
+    prompt: str | None = None,
+    beside_base: bool = False,
+    adapters: Sequence[str] = (),
+    seed: int = 0,
+    **settings: Any,
 ) -> None:
     """Talk to a run folder, a model folder, a hub name or a GGUF file in the terminal.
 
-    `settings` are the recipe's chat. With `prompt`, ask once and return. Raises AfinaError.
+    `adapters` are personalities on a base model, NAME=FOLDER each. `settings` are the recipe's chat. With `prompt`, ask
+    once and return. Raises AfinaError.
     """
     from contextlib import ExitStack
 
@@ -178,7 +185,7 @@ def chat(
     from afina.serve.terminal import chat as talk
 
     with ExitStack() as stack:
-        speakers, defaults, limit = speakers_of(str(source), beside_base, stack)
+        speakers, defaults, limit = speakers_of(str(source), beside_base, adapters, stack)
         session = Session(speakers, defaults, seed=seed, limit=limit)
         try:
             session.change(**settings)

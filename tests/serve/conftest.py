@@ -1,9 +1,8 @@
 """A small real Llama with a byte-level vocabulary of its own and ChatML, and its LoRA with B perturbed."""
 
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
-from small import llama, perturb_adapters
+from small import loud_llama, perturb_adapters
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -41,22 +40,12 @@ def renderer(tokenizer: Tokenizer) -> Renderer:
     return Renderer(tokenizer)
 
 
-def base_model() -> nn.Module:
-    """The base: the same weights at every call. Large ones, so that no answer repeats a single token."""
-    model = llama(vocab_size=400, max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(3)
-    return model
-
-
 @pytest.fixture
 def base() -> nn.Module:
-    return base_model()
+    return loud_llama()
 
 
 @pytest.fixture
 def tuned() -> nn.Module:
     config = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    return perturb_adapters(get_peft_model(base_model(), config)).eval()
+    return perturb_adapters(get_peft_model(loud_llama(), config)).eval()

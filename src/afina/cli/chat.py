@@ -16,6 +16,12 @@ def command(
     source: Source,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help=_("Ask this once and leave."))] = None,
     beside_base: Annotated[bool, typer.Option("--beside-base", help=_("Show the base's answers too."))] = False,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER", help=_("A personality on this base: a run or an adapter; may be repeated.")
+        ),
+    ] = None,
     system: Annotated[str | None, typer.Option(help=_("The system message."))] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help=_("0 always takes the likeliest token."))] = None,
     top_p: Annotated[
@@ -30,4 +36,4 @@ def command(
 
     settings = {"system": system, "temperature": temperature, "top_p": top_p}
     given = {key: value for key, value in settings.items() if value is not None}
-    pipeline.chat(source, prompt=prompt, beside_base=beside_base, seed=seed, **given)
+    pipeline.chat(source, prompt=prompt, beside_base=beside_base, adapters=adapter or (), seed=seed, **given)

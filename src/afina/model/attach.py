@@ -132,8 +132,11 @@ def _begin_as(model: Any, ids: Sequence[int]) -> None:
     weight.copy_(model.get_base_model().get_input_embeddings()(torch.tensor(repeated, device=weight.device)))
 
 
-def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Attach a saved adapter in PEFT's format. Raises ModelError when it does not fit or holds no safetensors."""
+def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Module:
+    """Attach a saved adapter in PEFT's format, beside those that are there under other names.
+
+    Raises ModelError when it does not fit or holds no safetensors.
+    """
     if not (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_config.json").is_file():
         raise ModelError(
             _("{folder} holds no adapter.").format(folder=folder),
@@ -142,13 +145,17 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     try:
         with stand_ins(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapted: nn.Module = PeftModel.from_pretrained(model, folder)  # type: ignore[arg-type]
+            if isinstance(model, PeftModel):
+                model.load_adapter(folder, adapter_name=name)
+                adapted: nn.Module = model
+            else:
+                adapted = PeftModel.from_pretrained(model, folder, adapter_name=name)  # type: ignore[arg-type]
         there = load_peft_weights(str(folder), device="cpu").keys()
     except AfinaError:
         raise
     except Exception as error:  # a damaged folder makes PEFT and safetensors raise anything at all
         raise _misfit(folder, str(error).strip().split("\n")[0] or type(error).__name__) from error
-    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    wanted = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False).keys()
     if there != wanted:  # PEFT only warns of weights that have no place, and starts anew those that are not there
         raise _misfit(
             folder,

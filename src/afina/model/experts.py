@@ -129,6 +129,11 @@ def adapts_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedAdapter) for module in model.modules())
 
 
+def adapts_parameters(model: nn.Module) -> bool:
+    """Whether adapters lie on parameters (experts, a router) rather than on layers."""
+    return any(isinstance(module, ParamWrapper) for module in model.modules())
+
+
 def plain_adapters(model: nn.Module) -> None:
     """After experts were unpacked: their adapters are PEFT's own again."""
     for wrapper in list(model.modules()):

@@ -135,7 +135,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             _("{folder} is no model folder: it has no config.json.").format(folder=folder),
             hint=_("Name a folder saved by transformers, a GGUF file, a hub name, or afina/tiny."),
         )
-    config = _read_object(inside(folder, "config.json"), MAX_CONFIG_BYTES)
+    config = read_object(inside(folder, "config.json"), MAX_CONFIG_BYTES)
     kind = config.get("model_type")
     if not isinstance(kind, str) or not MODEL_TYPE.fullmatch(kind):
         raise ModelError(
@@ -174,7 +174,7 @@ def check_weights(folder: Path) -> None:
 
 def _indexed(folder: Path) -> list[str]:
     path = inside(folder, INDEX)
-    found = _read_object(path, MAX_INDEX_BYTES).get("weight_map")
+    found = read_object(path, MAX_INDEX_BYTES).get("weight_map")
     names = sorted(set(found.values())) if found is not None and _all_texts(found) else []
     if not names:
         raise ModelError(_("The index of the weights is damaged."), hint=_again(), file=path)
@@ -285,7 +285,7 @@ def _again() -> str:
     return _("Copy or download the file again.")
 
 
-def _read_object(path: Path, most: int) -> dict[str, Any]:
+def read_object(path: Path, most: int) -> dict[str, Any]:
     """A JSON object of bounded size. Raises ModelError."""
     with path.open("rb") as file:
         text = file.read(most + 1)

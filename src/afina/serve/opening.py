@@ -1,5 +1,6 @@
 """From what a user names, a run folder, a model folder, a hub name or a GGUF file, to those who answer for it."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -8,12 +9,21 @@ from afina.errors import AfinaError
 from afina.language import _
 from afina.recipe.place import model_source
 from afina.recipe.schema import Chat, Model
+from afina.serve.personas import open_cast
 from afina.serve.speakers import GgufSpeaker, ModelSpeaker, Speaker
 
 
-def speakers_of(source: str, beside_base: bool, stack: ExitStack) -> tuple[list[Speaker], Chat, int | None]:
-    """Who answers for a source, how its recipe samples, and the context in tokens."""
+def speakers_of(
+    source: str, beside_base: bool, adapters: Sequence[str], stack: ExitStack
+) -> tuple[list[Speaker], Chat, int | None]:
+    """Who answers for a source, how its recipe samples, and the context in tokens.
+
+    `adapters` are personalities on a base, NAME=FOLDER each.
+    """
     place = Path(source)
+    if adapters:
+        cast, settings, limit = open_cast(source, adapters)
+        return [cast], settings, limit
     if place.suffix == ".gguf":
         from afina.model.llamacpp import LlamaCpp
 

@@ -6,7 +6,7 @@ the same places. What a user writes never becomes a control token. Knows nothing
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -52,12 +52,16 @@ class Speaker(Protocol):
 
 @dataclass(frozen=True)
 class ModelSpeaker:
-    """A model of transformers. `adapted=False` answers as its base does: the adapters stay in memory, switched off."""
+    """A model of transformers. `adapted=False` answers as its base does: the adapters stay in memory, switched off.
+
+    `answering` gives the model to be asked, where several share its memory.
+    """
 
     name: str
     model: "nn.Module"
     renderer: "Renderer"
     adapted: bool = True
+    answering: "Callable[[], AbstractContextManager[nn.Module]] | None" = None
 
     def length(self, messages: Sequence[Message]) -> int:
         """Tokens of the prompt."""
@@ -79,9 +83,9 @@ class ModelSpeaker:
             stopped = bool(piece and on_text(piece))
             return stopped
 
-        with self._adapters():
+        with self._adapters() as model:
             generate(
-                self.model,
+                model,
                 [self.renderer.prompt(messages)],
                 end_ids=tokenizer.end_ids,
                 pad_id=tokenizer.pad_id,
@@ -96,15 +100,19 @@ class ModelSpeaker:
         return text.text
 
     @contextmanager
-    def _adapters(self) -> Iterator[None]:
-        """The adapters as wanted; a model without any is its own base."""
+    def _adapters(self) -> "Iterator[nn.Module]":
+        """The model, its adapters as wanted; a model without any is its own base."""
         from afina.model.virtual import without
 
+        if self.answering is not None:
+            with self.answering() as model:
+                yield model
+            return
         disabled = not self.adapted and hasattr(self.model, "disable_adapter")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that will change
             with without(self.model) if disabled else nullcontext():
-                yield
+                yield self.model
 
 
 @dataclass

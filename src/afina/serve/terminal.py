@@ -7,11 +7,13 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from afina.console import Console
 from afina.errors import AfinaError, DataError, Interrupted, RecipeError
 from afina.language import _
 from afina.recipe.explain import nearest
+from afina.serve.personas import Cast
 from afina.serve.session import Reply, Session
 
 PROMPT = "> "
@@ -45,6 +47,7 @@ class _Talk:
             "system": self._system,
             "temperature": lambda text: self._number("temperature", text),
             "top-p": lambda text: self._number("top-p", text),
+            "persona": self._persona,
             "help": self._help,
             "exit": lambda text: True,
         }
@@ -112,7 +115,7 @@ class _Talk:
         """Print a piece of an answer; the empty one begins it."""
         if piece:
             self._print(UNSHOWN.sub("", piece) if sys.stdout.isatty() else piece)
-        elif len(self._session.speakers) > 1:
+        elif len(self._session.speakers) > 1 or (self._cast and self._live):
             self._console.heading(name)
 
     def _report(self, question: str, reply: Reply) -> None:
@@ -144,6 +147,31 @@ class _Talk:
         self._console.line(said if text else _("No system message; the conversation begins anew."), "dim")
         return False
 
+    @property
+    def _cast(self) -> Cast | None:
+        """The personalities, where there are any."""
+        speaker = self._session.speakers[0]
+        return speaker if isinstance(speaker, Cast) else None
+
+    def _persona(self, text: str) -> bool:
+        """Say who is there, let another one answer, load one (NAME=FOLDER) or drop one (-NAME)."""
+        cast = self._cast
+        if cast is None:
+            raise RecipeError(
+                _("This chat has one personality."), hint=_("Start it with --adapter NAME=FOLDER to have several.")
+            )
+        name, equals, place = text.partition("=")
+        if equals:
+            cast.add(name.strip(), Path(place.strip()).expanduser())
+            cast.choose(name.strip())
+        elif text.startswith("-"):
+            cast.drop(text[1:].strip())
+        elif text:
+            cast.choose(text)
+        there = ", ".join(f"[{name}]" if name == cast.chosen else name for name in cast.names)
+        self._console.line(_("{name} answers; there are {names}.").format(name=cast.chosen, names=there), "dim")
+        return False
+
     def _number(self, name: str, text: str) -> bool:
         """Change a setting that is a number."""
         key = name.replace("-", "_")
@@ -166,6 +194,11 @@ class _Talk:
             "/system TEXT": _("set the system message, or have none, and begin anew"),
             "/temperature X": _("0 takes the likeliest token; now {value:g}").format(value=settings.temperature),
             "/top-p X": _("sample from the likeliest tokens of this share; now {value:g}").format(value=settings.top_p),
+            **(
+                {"/persona NAME": _("let another one answer; NAME=FOLDER loads one, -NAME drops one")}
+                if self._cast
+                else {}
+            ),
             "/exit": _("end; Ctrl-D does so too"),
         }
         for command, meaning in lines.items():

@@ -1,0 +1,168 @@
+"""Several adapters on one base in memory: loaded and dropped while running, chosen per request, mixed in one batch.
+
+An adapter costs its own tensors and nothing more. Low-rank adapters in PEFT's format, of any rank and targets; those
+that change the base's biases or whole modules cannot share it. Knows nothing of text, or of who asks.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from afina.errors import ModelError
+from afina.language import _
+from afina.model.attach import load_adapter
+from afina.model.experts import adapts_parameters
+from afina.model.foreign import read_object
+from afina.model.generate import generate
+
+BASE = "__base__"
+"""PEFT's name for no adapter."""
+MAX_SETTINGS_BYTES = 2**20
+
+
+@dataclass
+class Personalities:
+    """Adapters by the names users give them, on `base`. Not safe from several threads at once."""
+
+    base: nn.Module
+    _adapted: Any = None
+    _keys: dict[str, str] = field(default_factory=dict)
+    _made: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Who is there, in the order they came."""
+        return tuple(self._keys)
+
+    @property
+    def model(self) -> nn.Module:
+        """What answers: the base, with whatever adapters there are."""
+        return self.base if self._adapted is None else self._adapted
+
+    def load(self, name: str, folder: Path) -> None:
+        """Put the adapter in `folder` on the base, to answer as `name`.
+
+        Raises ModelError for a name that is taken, a folder without an adapter, and one that does not fit or that
+        cannot share a base; those who are there stay as they are.
+        """
+        if name in self._keys or name == BASE:
+            raise ModelError(
+                _("There is a personality called {name} already.").format(name=name),
+                hint=_("Give this one another name, or drop that one first."),
+            )
+        _refuse_selfish(folder)
+        key = f"p{self._made}"  # a user's name may hold what a module's cannot
+        self._made += 1
+        active = None if self._adapted is None else self._adapted.active_adapters
+        try:
+            adapted: Any = load_adapter(self.model, folder, key)
+        except ModelError:
+            if self._adapted is not None and key in self._adapted.peft_config:
+                self._adapted.delete_adapter(key)
+            raise
+        if active:
+            adapted.set_adapter(active[0])
+        self._adapted, self._keys[name] = adapted, key
+
+    def drop(self, name: str) -> None:
+        """Take an adapter off the base and free its memory. Raises ModelError for a name that is not there."""
+        key = self._key(name)
+        if len(self._keys) == 1:
+            self.base, self._adapted = self._adapted.unload(), None
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # which one is active next decides nothing: `answering` says who
+                self._adapted.delete_adapter(key)
+        del self._keys[name]
+
+    def bytes_of(self, name: str) -> int:
+        """The memory an adapter takes."""
+        mark = f".{self._key(name)}."
+        return sum(p.numel() * p.element_size() for key, p in self.model.named_parameters() if mark in key)
+
+    @contextmanager
+    def answering(self, name: str | None) -> Iterator[nn.Module]:
+        """Inside the block the model answers as `name`; None is the base. Raises ModelError for an unknown name."""
+        if name is None:
+            if self._adapted is None:
+                yield self.base
+            else:
+                with self._adapted.disable_adapter():
+                    yield self._adapted
+            return
+        self._adapted.set_adapter(self._key(name), inference_mode=True)
+        yield self._adapted
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], names: Sequence[str | None], **settings: Any
+    ) -> list[list[int]]:
+        """As `generate`, prompt i answered by `names[i]` (None is the base), all in one batch.
+
+        Adapters that PEFT cannot mix (DoRA, on experts) take turns, a batch for each of those who are asked. Raises
+        ModelError for an unknown name.
+        """
+        keys = [BASE if name is None else self._key(name) for name in names]
+        if self._adapted is None or set(keys) <= self._mixable():
+            rows = self.base if self._adapted is None else _Rows(self._adapted, keys)
+            return generate(rows, prompts, **settings)
+        answers: dict[int, list[int]] = {}
+        for name in dict.fromkeys(names):
+            places = [place for place, asked in enumerate(names) if asked == name]
+            with self.answering(name) as model:
+                found = generate(model, [prompts[place] for place in places], **settings)
+            answers |= dict(zip(places, found, strict=True))
+        return [answers[place] for place in range(len(prompts))]
+
+    def _mixable(self) -> set[str]:
+        if adapts_parameters(self._adapted):
+            return set()
+        plain = {key for key, config in self._adapted.peft_config.items() if not config.use_dora}
+        return plain | {BASE}
+
+    def _key(self, name: str) -> str:
+        if name not in self._keys:
+            raise ModelError(
+                _("There is no personality called {name}.").format(name=name),
+                hint=_("There are {names}.").format(names=", ".join(self._keys) or "-"),
+            )
+        return self._keys[name]
+
+
+class _Rows(nn.Module):
+    """A model whose batch rows are answered by one adapter each."""
+
+    def __init__(self, model: Any, keys: list[str]) -> None:
+        super().__init__()
+        self.model, self._keys = model, keys
+
+    def generate(self, **settings: Any) -> torch.Tensor:
+        """transformers' generate, told whose rows they are."""
+        found: torch.Tensor = self.model.generate(adapter_names=self._keys, **settings)
+        return found
+
+
+def _refuse_selfish(folder: Path) -> None:
+    """Raises ModelError for an adapter that changes what the others on the same base rest on."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return  # load_adapter says what is missing
+    said = read_object(file, MAX_SETTINGS_BYTES)
+    name = next((key for key in ("modules_to_save", "trainable_token_indices") if said.get(key)), None)
+    if said.get("bias", "none") != "none":
+        name = "bias"
+    if said.get("peft_type") != "LORA":
+        name = "peft_type"
+    if name is not None:
+        raise ModelError(
+            _("{key} in adapter_config.json is {value}: this adapter cannot share its base with others.").format(
+                key=name, value=str(said.get(name))[:60]
+            ),
+            hint=_("Chat with it alone. Personalities are low-rank adapters with bias none."),
+            file=file,
+        )
