@@ -110,6 +110,7 @@ LONG_FUNCTIONS = {
 }
 PARAMETERS = 9
 MANY_PARAMETERS = {
+    "cli/chat.py:command": 11,  # each option of the command line is one
     "train/loop.py:train": 10,  # the loop: everything it touches is named at its door
 }
 HOSTS = {

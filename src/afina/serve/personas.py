@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from afina.artifact import MANIFEST, folder_digest, open_artifact
 from afina.data.conversation import Message
@@ -16,8 +16,6 @@ from afina.recipe.schema import Chat, Model
 from afina.serve.speakers import ModelSpeaker, OnText
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from afina.data.template import Renderer
     from afina.model.personalities import Personalities
 
@@ -91,7 +89,7 @@ class Cast:
     def _speaker(self) -> ModelSpeaker:
         return ModelSpeaker(self.chosen, self.crew.model, self._renderer(self.chosen), answering=self._answering)
 
-    def _answering(self) -> "AbstractContextManager[nn.Module]":
+    def _answering(self) -> AbstractContextManager[Any]:
         return self.crew.answering(None if self.chosen == BASE else self.chosen)
 
     def _renderer(self, name: str) -> "Renderer":
