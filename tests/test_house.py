@@ -28,6 +28,7 @@ DOORS = {
     # Models come in through load; generate, attention and tokenizer hold what only transformers can name.
     "transformers": (
         "model/load.py",
+        "model/attention.py",
         "model/generate.py",
         "model/decode.py",
         "engine/attention.py",

@@ -65,6 +65,8 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, BitsAndBytesConfig
     from transformers.utils import logging
 
+    from afina.model.attention import NAME as CAREFUL
+
     logging.disable_progress_bar()
     where: dict[str, Any] = {"revision": wanted.revision or "main", "trust_remote_code": False}
     try:
@@ -85,7 +87,7 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
             source,
             config=config,
             dtype=dtype,
-            attn_implementation="sdpa" if family._supports_sdpa else "eager",
+            attn_implementation="sdpa" if family._supports_sdpa else CAREFUL,
             use_safetensors=True,
             output_loading_info=True,
             quantization_config=None if found is None else BitsAndBytesConfig(**found),
