@@ -1,4 +1,4 @@
-"""Does Phi-2's true shape train with QLoRA on a card of 6 GB? One sample of 2,048 tokens, the allocator held to the cap.
+"""Does Phi-2's true shape train with QLoRA on a card of 6 GB? One sample of 2,048 tokens, the allocator capped.
 
     python benchmarks/phi2_6gb.py [--gib 5.5] [--tool afina|reference]
 
