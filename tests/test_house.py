@@ -23,7 +23,7 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core
 DOORS = {
     # The floor of all computing rooms. Not: the ground floor, recipe/, cli/, serve/terminal.py, pipeline.py.
     "torch": ("model/", "engine/", "train/", "data/batch.py", "evaluate/systems/", "export/", "serve/speakers.py"),
-    "numpy": ("data/", "engine/", "evaluate/", "export/", "model/"),
+    "numpy": ("gguf_file.py", "data/", "engine/", "evaluate/", "export/", "model/"),
     "triton": ("engine/",),
     # Models come in through load; generate, attention and tokenizer hold what only transformers can name.
     "transformers": (
@@ -38,7 +38,7 @@ DOORS = {
     "peft": ("model/attach.py", "model/experts.py"),
     "bitsandbytes": ("model/quantize.py",),
     "safetensors": ("export/gguf.py", "export/weights.py", "train/checkpoint.py"),
-    "gguf": ("export/gguf.py", "model/gguf_file.py"),
+    "gguf": ("export/gguf.py", "gguf_file.py"),
     "xllamacpp": ("model/llamacpp.py",),
     "zstandard": ("data/lines.py",),
     "pyarrow": ("data/parquet.py",),

@@ -166,6 +166,13 @@ def folder_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def source_digest(source: Path) -> str | None:
+    """The hash that names a model folder or a file; None where nothing lies there, as for a hub name."""
+    if source.is_dir():
+        return folder_digest(source)
+    return sha256(source) if source.is_file() else None
+
+
 def versions() -> dict[str, str]:
     """Python's, the platform's and the recorded packages' versions, as installed."""
     found = {"python": sys.version.split()[0], "platform": platform.platform()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from afina import durable
-from afina.artifact import MANIFEST, Artifact, folder_digest, open_artifact, parent, seal, sha256, versions
+from afina.artifact import MANIFEST, Artifact, open_artifact, parent, seal, sha256, source_digest, versions
 from afina.console import console, duration, size
 from afina.errors import AfinaError, OutputError, RecipeError
 from afina.language import _
@@ -324,7 +324,7 @@ def _check_tasks(recipe: Recipe, folder: Path) -> None:
 
 def _base(recipe: Recipe, folder: Path) -> dict[str, str]:
     source = Path(model_source(recipe.model.base, folder))
-    digest = folder_digest(source) if source.is_dir() else recipe.model.revision or "main"
+    digest = source_digest(source) or recipe.model.revision or "main"
     return parent(recipe.model.base, digest, "base")
 
 

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from afina.data import splits
 from afina.data.tokenizer import load_tokenizer
 from afina.errors import ModelError, OutputError
 from afina.export import families, gguf, gguf_vocab
@@ -71,10 +72,10 @@ SPLITS: dict[str, Any] = {
     "smollm": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
-    "llama-bpe": lambda: split_by(gguf_vocab.LLAMA3_SPLIT),
-    "smaug-bpe": lambda: split_by(gguf_vocab.LLAMA3_SPLIT),
-    "qwen2": lambda: split_by(gguf_vocab.QWEN2_SPLIT),
-    "gpt-4o": lambda: split_by(gguf_vocab.O200K_SPLIT),
+    "llama-bpe": lambda: split_by(splits.LLAMA3_SPLIT),
+    "smaug-bpe": lambda: split_by(splits.LLAMA3_SPLIT),
+    "qwen2": lambda: split_by(splits.QWEN2_SPLIT),
+    "gpt-4o": lambda: split_by(splits.O200K_SPLIT),
 }
 
 
@@ -307,7 +308,7 @@ def test_the_vocabulary_of_gpt_oss_gives_equal_ids(real_data: Path, tmp_path: Pa
         def load_tiktoken_bpe(self, tiktoken_url: str) -> Any:
             return {base64.b64decode(token): int(rank) for token, rank in ranks}
 
-    published = Published("", gguf_vocab.O200K_SPLIT, extra_special_tokens=control)
+    published = Published("", splits.O200K_SPLIT, extra_special_tokens=control)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=published.converted(), eos_token="<|return|>")
     config = CONFIGS["llama"]()
     size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 4, "eos_token_id": 20_001}

@@ -11,10 +11,10 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from afina.data.conversation import Message
+from afina.data.splits import LLAMA3_SPLIT
 from afina.data.template import Renderer
 from afina.data.tokenizer import Tokenizer, load_tokenizer
 from afina.errors import ModelError
-from afina.export.gguf_vocab import LLAMA3_SPLIT
 from afina.export.ollama import modelfile, read_turns, stops
 from afina.recipe.place import BUNDLED
 from afina.recipe.schema import Chat

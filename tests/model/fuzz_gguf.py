@@ -15,7 +15,7 @@ from typing import Any
 from model.gguf_bytes import Mutator
 
 from afina.errors import ModelError
-from afina.model.gguf_file import Strings, read_head
+from afina.gguf_file import Strings, read_head
 
 
 def fuzz(count: int, seed: int) -> dict[str, Any]:

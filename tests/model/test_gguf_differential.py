@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from afina.errors import ModelError
 from afina.export.gguf import write_gguf
-from afina.model.gguf_file import GgufFile, Strings, read_head
+from afina.gguf_file import GgufFile, Strings, read_head
 
 pytest.importorskip("xllamacpp", reason='install "afina[gguf-run]" to compare with real llama.cpp')
 

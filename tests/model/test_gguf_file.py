@@ -15,7 +15,7 @@ from model.fuzz_gguf import fuzz
 from model.gguf_bytes import ARRAY, DATA, ENTRIES, F32, STRING, TENSORS, U32, build, hostile
 
 from afina.errors import ModelError
-from afina.model.gguf_file import TYPES, GgufFile, Strings, read_head
+from afina.gguf_file import TYPES, GgufFile, Strings, read_head
 
 HOSTILE = hostile()
 

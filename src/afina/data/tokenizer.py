@@ -19,8 +19,10 @@ from typing import Any
 from jinja2 import TemplateError
 
 from afina import durable
+from afina.data.gguf_tokenizer import definition_of, special_tokens, template_of
 from afina.data.sandbox import FAILURES, Render, chat_template, without_clock
 from afina.errors import ModelError
+from afina.gguf_file import GgufFile
 from afina.language import _
 from afina.recipe.place import BUNDLED
 
@@ -187,15 +189,24 @@ class Tokenizer:
 def load_tokenizer(
     source: str, *, template: str | None = None, folder: Path | None = None, revision: str | None = None
 ) -> Tokenizer:
-    """Load the tokenizer of a model folder or hub name. Raises ModelError.
+    """Load the tokenizer of a model folder, a GGUF file or a hub name. Raises ModelError.
 
     `template` is a bundled template (afina/NAME) or a Jinja file (relative to `folder`) that replaces the model's own.
     Where it asks for today's date, it gets a fixed one: see sandbox.py.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        hf = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+        if source.endswith(".gguf"):
+            file = GgufFile(source)
+            backend = _backend(json.dumps(definition_of(file)))
+            backend.encode_special_tokens = False
+            hf: Any = PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens(file))
+            hf.chat_template = template_of(file)
+        else:
+            hf = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+    except ModelError:
+        raise
     except Exception as error:  # tokenizers raises plain Exception for a tokenizer.json it cannot read
         raise ModelError(
             _("The tokenizer of {source} cannot be loaded: {reason}").format(source=source, reason=_first_line(error)),

@@ -21,8 +21,8 @@ from typing import Any, Literal, Self
 import psutil
 
 from afina.errors import ModelError, ResourceError
+from afina.gguf_file import GgufFile
 from afina.language import _
-from afina.model.gguf_file import GgufFile
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from afina.errors import AfinaError, ModelError, ResourceError
+from afina.gguf_file import GgufFile
 from afina.language import _
 from afina.model.foreign import check_weights, checked_config, quantised_as, read_config
-from afina.model.mxfp4 import pack_experts, packed_experts, unpack_experts
+from afina.model.gguf_start import figures, is_packed, kind_of, read_tensors
+from afina.model.mxfp4 import PACKED, pack_experts, packed_experts, unpack_experts
 from afina.model.quantize import HELD, dequantised, held_in, made_exact, settings
 from afina.model.virtual import virtual_tokens
 from afina.recipe.schema import Model
@@ -70,7 +72,8 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
     logging.disable_progress_bar()
     where: dict[str, Any] = {"revision": wanted.revision or "main", "trust_remote_code": False}
     try:
-        config = _configuration(source, wanted.revision)
+        file = GgufFile(source) if source.endswith(".gguf") else None
+        config = _configuration(source, wanted.revision, file)
         family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         stated = _take_experts(config)
         if Path(source).is_dir():
@@ -83,8 +86,10 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
         if quantised:  # while it is loaded, so that the plain weights are never there all at once
             dtype = choose_hardware(wanted).dtype if plain else dtype  # the numbers of training
             where["device_map"] = {"": hardware.device.index or 0 if hardware.device.type == "cuda" else "cpu"}
+        if file is not None:
+            where["state_dict"] = read_tensors(file, dtype, packed=bool(stated))
         model, loading = (_with_packed(family) if stated else family).from_pretrained(
-            source,
+            source if file is None else None,
             config=config,
             dtype=dtype,
             attn_implementation="sdpa" if family._supports_sdpa else CAREFUL,
@@ -111,14 +116,21 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
     return loaded
 
 
-def _configuration(source: str, revision: str | None) -> Any:
+def _configuration(source: str, revision: str | None, file: GgufFile | None) -> Any:
     """The model's figures, by allow-list, as transformers' object. Raises ModelError; of a hub name, anything."""
     from dataclasses import fields
 
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
     folder = Path(source)
-    given = read_config(folder) if folder.is_dir() else PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+    if file is not None:
+        given = {**figures(file), "model_type": kind_of(file)}
+        if is_packed(file):
+            given["quantization_config"] = dict(PACKED)
+    elif folder.is_dir():
+        given = read_config(folder)
+    else:
+        given = PreTrainedConfig.get_config_dict(source, revision=revision)[0]
     kind = str(given.get("model_type"))
     known: Any = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401 (its get does not load)
     if known is None or known not in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -18,6 +18,16 @@ GROUP = 32
 """Weights that share an exponent."""
 BIAS = 127
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+PACKED: dict[str, Any] = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+"""What config.json says of a checkpoint whose experts are packed."""
 MATRICES = ("gate_up_proj", "down_proj")
 
 LowRank = tuple[torch.Tensor, torch.Tensor, float]

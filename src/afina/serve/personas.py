@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afina.artifact import MANIFEST, folder_digest, open_artifact
+from afina.artifact import MANIFEST, open_artifact, source_digest
 from afina.data.conversation import Message
 from afina.errors import ModelError, RecipeError
 from afina.language import _
@@ -149,7 +149,7 @@ def _adapter_in(place: Path, base: str) -> Path:
     recipe, start = recipe_of(run)
     its = model_source(recipe.model.base, start)
     recorded = {parent["sha256"] for parent in run.manifest["parents"] if parent["role"] == "base"}
-    if its != base and not (Path(base).is_dir() and folder_digest(Path(base)) in recorded):
+    if its != base and source_digest(Path(base)) not in recorded:
         raise ModelError(
             _("{run} was trained on another base, {base}.").format(run=place, base=recipe.model.base),
             hint=_("Adapters share a base only where it is the one they were trained on."),

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from afina.artifact import MANIFEST, Artifact, folder_digest, open_artifact, sha256
+from afina.artifact import MANIFEST, Artifact, open_artifact, sha256, source_digest
 from afina.data.template import Renderer
 from afina.data.tokenizer import load_tokenizer
 from afina.errors import AfinaError, ModelError
@@ -62,7 +62,8 @@ def check_unchanged(run: Artifact) -> None:
     recipe, start = recipe_of(run)
     source = Path(model_source(recipe.model.base, start))
     recorded = {parent["sha256"] for parent in run.manifest["parents"] if parent["role"] == "base"}
-    if source.is_dir() and folder_digest(source) not in recorded:
+    digest = source_digest(source)
+    if digest is not None and digest not in recorded:
         raise ModelError(
             _("The base model {base} has changed since {run} was trained on it.").format(
                 base=recipe.model.base, run=run.folder

@@ -11,7 +11,7 @@ class Model(Section):
     """The base model and how it is held."""
 
     base: str = "afina/tiny"
-    """What is fine-tuned: a model folder, a hub name such as Qwen/Qwen3-0.6B, or the bundled afina/tiny."""
+    """What is fine-tuned: a model folder, a GGUF file, a hub name such as Qwen/Qwen3-0.6B, or afina/tiny."""
     max_length: Annotated[int, Field(ge=8, le=2**24)] = 1024
     """The context in tokens; a sample that is longer is rejected by name, never cut silently."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
