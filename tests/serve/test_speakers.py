@@ -269,13 +269,13 @@ def test_greedy_ignores_the_models_own_settings(base: nn.Module, renderer: Rende
 def llama_cpp(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[Any]:
     """The base of these tests as an F32 GGUF file, in real llama.cpp."""
     pytest.importorskip("xllamacpp", reason='install "afina[gguf-run]" to talk to a GGUF file')
-    from serve.conftest import base_model
+    from small import loud_llama
 
     from afina.export.gguf import write_gguf
     from afina.model.llamacpp import LlamaCpp
 
     folder = tmp_path_factory.mktemp("model")
-    base_model().save_pretrained(folder)
+    loud_llama().save_pretrained(folder)
     tokenizer.save(folder)
     write_gguf(folder, folder / "model.gguf", "f32")
     with LlamaCpp(folder / "model.gguf", context=512, threads=1, cache="f32") as llama:
