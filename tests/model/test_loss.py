@@ -79,3 +79,18 @@ def test_the_loss_flows_back_to_every_weight():
     model, samples = llama(), rows()
     summed_loss(model, micro_batches(samples, range(5), budget=1000, packing=False, pad_id=0)[0]).backward()
     assert all(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in model.parameters())
+
+
+def test_logits_in_pieces_are_the_same_loss_and_gradient(monkeypatch):
+    from afina.model import loss
+
+    found = []
+    for at_once in (loss.LOGITS_AT_ONCE, 3 * 97):
+        monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+        model = llama()
+        for packing in (True, False):
+            for batch in micro_batches(rows(), range(5), budget=200, packing=packing, pad_id=0):
+                summed_loss(model, batch).backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6)

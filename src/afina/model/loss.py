@@ -4,13 +4,18 @@ The reference: transformers' own forward and head. Logits are taken at the predi
 which a third is learnt pays for a third of the head.
 """
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from afina.model.virtual import lay
+
+LOGITS_AT_ONCE = 2**26
+"""Logits that stand in fp32 at a time, 256 MiB; of more, they are made again in the backward."""
 
 
 class Targeted(Protocol):
@@ -32,14 +37,23 @@ class Targeted(Protocol):
 
 def target_logits(model: nn.Module, batch: Targeted, noise: float = 0.0) -> torch.Tensor:
     """Logits (targets, vocabulary), at least fp32, at the places that predict a target. `noise`: NEFTune's alpha."""
+    return _wide(_logits(model, batch, noise))
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _logits(model: nn.Module, batch: Targeted, noise: float) -> torch.Tensor:
+    """As `target_logits`, in the precision in which the head gives them."""
     laid = lay(model, batch, noise)
     if laid.lengths is not None:
         columns, rows = laid.predicting, slice(0, 1)
     else:
         columns, rows = torch.unique(laid.predicting % laid.width), slice(None)
     output = laid.model(**laid.inputs, use_cache=False, logits_to_keep=columns, packed_lengths=laid.lengths)
-    logits: torch.Tensor = output.logits[rows].to(torch.promote_types(output.logits.dtype, torch.float32))
-    if laid.lengths is not None:
+    logits: torch.Tensor = output.logits[rows]
+    if logits.shape[0] == 1:  # the columns are the predicting places, in their order
         return logits[0]
     kept = torch.searchsorted(columns, laid.predicting % laid.width)
     return logits[laid.predicting // laid.width, kept]
@@ -47,7 +61,23 @@ def target_logits(model: nn.Module, batch: Targeted, noise: float = 0.0) -> torc
 
 def token_losses(model: nn.Module, batch: Targeted, noise: float = 0.0) -> torch.Tensor:
     """Negative log-likelihood of each target, (targets,) fp32, in nats."""
-    return F.cross_entropy(target_logits(model, batch, noise), batch.targets, reduction="none")
+    logits = _logits(model, batch, noise)
+    step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    if logits.shape[0] <= step or not torch.is_grad_enabled():
+        return torch.cat([_losses(*part) for part in _parts(logits, batch.targets, step)])
+    parts = [
+        checkpoint(_losses, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in _parts(logits, batch.targets, step)
+    ]
+    return torch.cat(parts)
+
+
+def _parts(logits: torch.Tensor, targets: torch.Tensor, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(logits.split(step), targets.split(step), strict=True)
+
+
+def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(_wide(logits), targets, reduction="none")
 
 
 def summed_loss(model: nn.Module, batch: Targeted, noise: float = 0.0) -> torch.Tensor:
