@@ -78,11 +78,17 @@ class Tokenizer:
         found = [text for text in self.control_tokens if after.startswith(text)]
         return self.control_tokens[max(found, key=len)] if found else None
 
-    @property
+    @cached_property
     def pad_id(self) -> int:
-        """What fills the room beside short rows; never attended to, never learnt."""
-        pad = self.hf.pad_token_id
-        return int(pad if pad is not None else self.hf.eos_token_id or 0)
+        """What fills the room beside short rows; never attended to, never learnt.
+
+        Never a token that ends an answer either, though some tokenizers (Phi-2's, Llama 3's) say so or say nothing:
+        who masks padding by its id would then never learn to stop. A token meant for padding, or else any other.
+        """
+        meant = [index for text, index in self.control_tokens.items() if "pad" in text.lower()]
+        spare = [index for text, index in self.control_tokens.items() if "reserved" in text.lower()]
+        choices = [self.hf.pad_token_id, *meant, self.hf.unk_token_id, *spare, *range(len(self.end_ids) + 1)]
+        return next(int(index) for index in choices if index is not None and index not in self.end_ids)
 
     def pattern(self, texts: Iterable[str]) -> re.Pattern[str]:
         """Where one of these added tokens stands in a text, with the white space that it swallows around it.
