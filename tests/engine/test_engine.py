@@ -275,7 +275,8 @@ def test_what_is_not_covered_is_said():
     assert why_not(attach(llama(), Full(name="full"), seed=0)) is None
     assert "low-rank" in why_not(attach(llama(attention_bias=True), Lora(bias="all"), seed=0))
     dropping = AutoModelForCausalLM.from_config(PhiConfig(**{**SHAPE, "hidden_size": 64, "resid_pdrop": 0.1}))
-    assert "dropout" in why_not(attach(dropping, Lora(), seed=0))
+    dropping = attach(dropping, Lora(dropout=0.1), seed=0)
+    assert "dropout" in why_not(dropping)
     qwen = attach(FAMILIES["qwen3"](), Full(name="full"), seed=0)
     assert "norms" in why_not(qwen)
 

@@ -10,7 +10,7 @@ from small import CPU, llama
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, MistralConfig
 
 from afina.errors import AfinaError, ModelError, ResourceError
-from afina.model.load import Hardware, cache_bytes, choose_hardware, limit_of, load_model
+from afina.model.load import Hardware, cache_bytes, choose_hardware, limit_of, load_model, without_dropout
 from afina.recipe.schema import Model
 
 SMALL = {
@@ -194,3 +194,15 @@ def test_auto_is_what_the_machine_has():
         with pytest.raises(ResourceError) as caught:
             choose_hardware(Model(**wanted))
         assert isinstance(caught.value, AfinaError) and caught.value.hint
+
+
+def test_the_base_drops_nothing_but_says_so_still():
+    from transformers import AutoModelForCausalLM, PhiConfig
+
+    shape = dict(vocab_size=31, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    config = PhiConfig(**shape, resid_pdrop=0.5, embd_pdrop=0.5, attention_dropout=0.5, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    ids = torch.arange(3, 23)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert torch.equal(without_dropout(model)(ids).logits, model(ids).logits)
+    assert model.config.resid_pdrop == 0.5, "the configuration is the base's own, and is exported"

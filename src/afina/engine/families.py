@@ -31,7 +31,7 @@ def why_not(model: nn.Module) -> str | None:
         return _("its heads are {count} wide").format(count=head)
     if getattr(config, "qk_layernorm", False):
         return _("its queries and keys go through layer norms")
-    if any(getattr(config, name, 0) for name in ("resid_pdrop", "embd_pdrop", "attention_dropout")):
+    if drops(model):
         return _("the base itself has dropout")
     return _why_not_method(model)
 
@@ -56,6 +56,13 @@ def _why_not_method(model: nn.Module) -> str | None:
         if type(module.base_layer) is not nn.Linear and from_bitsandbytes(module.base_layer.weight) is None:
             return _("its base layers are {kind}").format(kind=type(module.base_layer).__name__)
     return None
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether anything but an adapter's input is dropped while training."""
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    own = any(isinstance(part, nn.Dropout) and part.p for name, part in modules if "lora_dropout" not in name)
+    return own or any(getattr(part, "attention_dropout", 0) for _name, part in modules)
 
 
 def head_width(config: Any) -> int:

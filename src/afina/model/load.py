@@ -116,6 +116,17 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
     return loaded
 
 
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The base with its own dropout off (Phi-2's is 0.1): what is dropped while tuning is said by the recipe alone."""
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model
+
+
 def _configuration(source: str, revision: str | None, file: GgufFile | None) -> Any:
     """The model's figures, by allow-list, as transformers' object. Raises ModelError; of a hub name, anything."""
     from dataclasses import fields

@@ -10,7 +10,7 @@ from afina.data.tokenizer import Tokenizer
 from afina.errors import RecipeError
 from afina.language import _
 from afina.model.attach import attach, learning, recompute
-from afina.model.load import Hardware, limit_of, load_model
+from afina.model.load import Hardware, limit_of, load_model, without_dropout
 from afina.model.quantize import quantisation, weights_in
 from afina.model.virtual import is_prefix, virtual_tokens
 from afina.recipe.schema import PromptTuning, Recipe
@@ -30,7 +30,7 @@ def open_model(
 
     method = recipe.method
     text = method.text if isinstance(method, PromptTuning) else None
-    model = load_model(source, hardware, recipe.model)
+    model = without_dropout(load_model(source, hardware, recipe.model))
     model = attach(model, method, seed=recipe.seed, text_ids=tokenizer.encode([text])[0] if text else (), plain=plain)
     _check_context(model, recipe)
     if recipe.training.gradient_checkpointing:
