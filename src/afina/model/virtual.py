@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 OFF = "afina_without_virtual_tokens"
+BIASES = "afina_first_biases"
+"""Where a model notes what its biases were before an adapter came with others."""
 
 
 class Row(Protocol):
@@ -58,10 +60,14 @@ def is_prefix(model: nn.Module) -> bool:
 
 @contextmanager
 def without(model: nn.Module) -> Iterator[None]:
-    """Inside the block nothing stands before a sample, and no adapter is used."""
+    """Inside the block nothing stands before a sample, no adapter is used, and biases that learnt are as they were."""
     before = getattr(model, OFF, False)
     setattr(model, OFF, True)
+    biases: list[tuple[nn.Parameter, torch.Tensor]] = getattr(model, BIASES, [])
+    learnt = [parameter.data for parameter, _first in biases]
     try:
+        for parameter, first in biases:
+            parameter.data = first
         if virtual_tokens_ever(model):
             yield
         else:
@@ -69,6 +75,8 @@ def without(model: nn.Module) -> Iterator[None]:
                 yield
     finally:
         setattr(model, OFF, before)
+        for (parameter, _first), value in zip(biases, learnt, strict=True):
+            parameter.data = value
 
 
 def virtual_tokens_ever(model: nn.Module) -> bool:
