@@ -78,8 +78,8 @@ class Measured:
     """Differences from plain PEFT and transformers, and from itself after each thing that is done with it.
 
     loss: the largest relative difference of 20 losses; weights: of what was learnt, relative to how far it moved, keys'
-    biases left out (where no angle turns them, every score of a query shifts alike: their gradient is rounding noise, of
-    which AdamW makes steps);
+    biases left out (where no angle turns them, every score of a query shifts alike: their gradient is rounding noise,
+    of which AdamW makes steps);
     gradient: relative, at step 0 with B perturbed; engine: the same between fused engine and reference, None where the
     reference trains; saved, merged: the largest difference of a logit; generated: answers that equal those of plain
     transformers, of how many; packed: whether samples lie end to end.

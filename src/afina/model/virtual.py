@@ -5,8 +5,9 @@ left while writing, so here they are put before each sample itself; learning and
 alone and in a batch then all mean the same function. Noise on embeddings (NEFTune) is added here too.
 """
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,7 +72,10 @@ def without(model: nn.Module) -> Iterator[None]:
         if virtual_tokens_ever(model):
             yield
         else:
-            with model.disable_adapter():  # type: ignore[operator]
+            with ExitStack() as stack:
+                with warnings.catch_warnings():  # PEFT warns that biases stay learnt; here they do not
+                    warnings.simplefilter("ignore")
+                    stack.enter_context(model.disable_adapter())  # type: ignore[operator]
                 yield
     finally:
         setattr(model, OFF, before)
