@@ -233,6 +233,8 @@ def merged(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, PeftModel):
         return model
+    if is_quantised(model):
+        raise RuntimeError("a quantised base is dequantised before adapters are merged into it")
     if adapts_packed(model):
         unpack(model, torch.float32)
         plain_adapters(model)
