@@ -37,7 +37,7 @@ def test_from_recipe_to_answer(afina, place, way):
     facts = json.loads((run / "manifest.json").read_text())
     assert facts["training"]["final_loss"] < facts["training"]["first_loss"]
     tasks = json.loads((run / "evaluation" / "evaluation.json").read_text())["tasks"]
-    assert {name for task in tasks for name in task["systems"]} == {"base", "tuned"}
+    assert all({"base", "tuned"} <= task["systems"].keys() for task in tasks)
     virtual = "tuning" in way
     assert virtual != (run / "export" / "certificate.json").is_file()
     if not virtual:
