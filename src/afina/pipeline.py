@@ -13,7 +13,7 @@ from afina.artifact import MANIFEST, Artifact, open_artifact, parent, seal, sha2
 from afina.console import console, duration, size
 from afina.errors import AfinaError, OutputError, RecipeError
 from afina.language import _
-from afina.recipe.load import dump, load
+from afina.recipe.load import dump, load, places_told
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe
 
@@ -48,7 +48,8 @@ def train(recipe: str | Path, out: str | Path | None = None, overrides: Sequence
         _check_tasks(wanted, folder)
         console.heading(_("Training {name}").format(name=wanted.name))
         base = _base(wanted, folder)
-        facts = train_run(wanted, folder, place, console, base)
+        with places_told(Path(recipe), overrides):
+            facts = train_run(wanted, folder, place, console, base)
         durable.write_text(place / "recipe.yaml", dump(wanted))
         durable.write_bytes(place / "loss.png", loss_curve(_metrics(place)))
         durable.write_text(place / "README.md", model_card(wanted, facts, versions()))

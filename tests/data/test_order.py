@@ -1,10 +1,11 @@
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afina.data.order import Order, derived_seed
+from afina.data.order import Order, derived_seed, order_of
+from afina.recipe.schema import Training
 
 SEEDS = st.integers(0, 2**63 - 1)
 ORDERS = st.builds(Order, st.integers(1, 50), st.integers(1, 70), st.integers(1, 5), SEEDS)
@@ -66,3 +67,29 @@ def test_seeds_of_different_purposes_differ(parts, data):
 @pytest.mark.parametrize("other", [(5, 0), (5, ""), (5, 0, 0), ("5",), (2**32 + 5,)])
 def test_seeds_that_numpy_would_take_for_one(other):
     assert derived_seed(5) != derived_seed(*other)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    tokens=st.integers(1, 200),
+    epochs=st.floats(0.1, 3),
+    seed=st.integers(0, 2**40),
+)
+def test_steps_of_tokens_deal_out_every_sample_as_often_as_asked(lengths, tokens, epochs, seed):
+    order = order_of(lengths, Training(batch_tokens=tokens, epochs=epochs), seed)
+    steps = [order.step(number) for number in range(order.steps)]
+    dealt = [sample for step in steps for sample in step]
+    seen = max(1, round(len(lengths) * epochs))
+    assert dealt == [sample for number in range(seen) for sample in Order(len(lengths), 1, epochs, seed).step(number)]
+    for step, following in pairwise(steps):
+        filled = sum(lengths[sample] for sample in step)
+        assert len(step) == 1 or filled <= tokens
+        assert filled + lengths[following[0]] > tokens  # as full as can be
+    assert order.epoch(order.steps) == pytest.approx(seen / len(lengths))
+    asked = order_of(lengths, Training(batch_tokens=tokens, steps=7), seed)
+    assert asked.steps == 7 and [asked.step(number) for number in range(min(7, order.steps - 1))] == steps[:-1][:7]
+
+
+def test_steps_of_samples_are_the_order_itself():
+    assert order_of([3] * 10, Training(batch_size=4, epochs=2), 1) == Order(10, 4, 2.0, 1)
+    assert order_of([3] * 10, Training(batch_size=4, steps=5), 1).steps == 5

@@ -30,7 +30,7 @@ from afina.recipe.schema import Full, Lora, Method, Model, PrefixTuning, PromptT
 from afina.train.loop import accumulate, train
 from afina.train.state import Follower, begin
 
-STEPS, SAMPLES, BATCH, SEED = 20, 24, 6, 7
+STEPS, SAMPLES, BATCH, SEED = 20, 12, 3, 7
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-5
 """The issue's: loss over 20 steps, and gradients at step 0, relative, in fp32."""
 
@@ -77,7 +77,9 @@ METHODS: dict[str, Case] = {
 class Measured:
     """Differences from plain PEFT and transformers, and from itself after each thing that is done with it.
 
-    loss: the largest relative difference of 20 losses; weights: of what was learnt, relative to how far it moved;
+    loss: the largest relative difference of 20 losses; weights: of what was learnt, relative to how far it moved, keys'
+    biases left out (where no angle turns them, every score of a query shifts alike: their gradient is rounding noise,
+    of which AdamW makes steps);
     gradient: relative, at step 0 with B perturbed; engine: the same between fused engine and reference, None where the
     reference trains; saved, merged: the largest difference of a logit; generated: answers that equal those of plain
     transformers, of how many; packed: whether samples lie end to end.
@@ -123,11 +125,11 @@ def samples(vocabulary: int) -> list[Rendered]:
 
 
 def steps_of(rows: list[Rendered], *, packing: bool, extra: int) -> Callable[[int], list[Batch]]:
-    """The micro-batches of each step: two or three to a step."""
+    """The micro-batches of each step, two as a rule."""
 
     def make(step: int) -> list[Batch]:
         chosen = [(step * BATCH + place) % len(rows) for place in range(BATCH)]
-        return micro_batches(rows, chosen, budget=60 + 3 * extra, packing=packing, pad_id=0, extra=extra)
+        return micro_batches(rows, chosen, budget=40 + 2 * extra, packing=packing, pad_id=0, extra=extra)
 
     return make
 
@@ -180,8 +182,9 @@ def measure(folder: Path, case: Case) -> Measured:
         )  # fmt: skip
     losses, learnt = plain_losses(folder, case, rows)
     loss = max(abs(one - two) / abs(two) for one, two in zip(follower.losses, losses, strict=True))
-    moved = _norm(learnt[name] - begun[name] for name in begun)
-    apart = _norm(parameter.detach() - learnt[name] for name, parameter in learning(model))
+    told = [name for name in begun if not (".k_proj." in name and name.endswith(".bias"))]
+    moved = _norm(learnt[name] - begun[name] for name in told)
+    apart = _norm(model.get_parameter(name).detach() - learnt[name] for name in told)
     saved, whole, generated = _afterwards(folder, case, model, rows)
     return Measured(loss, gradient, apart / moved, saved, whole, generated, packing, engine)
 

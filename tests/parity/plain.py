@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-STEPS, BATCH, SEED = 20, 6, 7
+STEPS, BATCH, SEED = 20, 3, 7
 
 
 def plain_model(folder: Path, case: Any) -> nn.Module:
@@ -24,7 +24,9 @@ def plain_model(folder: Path, case: Any) -> nn.Module:
             bnb_4bit_use_double_quant=case.model.double_quantization,
             bnb_4bit_compute_dtype=torch.float32,
         )
-    where = {"device_map": {"": "cpu"}} if quantised else {}
+    where: dict[str, Any] = {"device_map": {"": "cpu"}} if quantised else {}
+    kind = AutoConfig.from_pretrained(folder).model_type
+    where["attn_implementation"] = "eager" if kind in ("gemma2", "gpt_oss") else "sdpa"  # soft caps and sinks
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=quantised, **where)
     if method.name == "full":
         if method.layers is not None:

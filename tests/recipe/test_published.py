@@ -41,7 +41,7 @@ def test_recipes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     recipe = load(path)
     assert recipe.name == path.stem
-    assert len(RECIPES) == len(USE_CASES) - 1 + 2
+    assert len(RECIPES) == len(USE_CASES) - 1 + 4
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

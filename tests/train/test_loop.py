@@ -5,10 +5,10 @@ from small import CPU, llama, perturb_adapters
 
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered
-from afina.engine.attention import packed_attention
+from afina.engine.attention import covers, packed_attention
 from afina.model.attach import attach, learning
 from afina.model.loss import summed_loss
-from afina.recipe.schema import Full, Lora, Training
+from afina.recipe.schema import Full, Lora, PrefixTuning, PromptTuning, Training
 from afina.train.loop import accumulate, train
 from afina.train.state import Follower, StepReport, begin
 from afina.train.watch import Diverged, Rejection
@@ -40,6 +40,8 @@ def gradients(method, cut, *, packed: bool, dtype=torch.float64):
     samples = rows(8)
     model = llama().to(dtype)
     model = perturb_adapters(attach(model, method, seed=3).to(dtype))
+    packed = packed and covers(model)
+    cut = {**cut, "packing": cut["packing"] and covers(model)}
     batches = micro_batches(samples, range(8), pad_id=0, **cut)
     learnt = sum(batch.targets.numel() for batch in batches)
     model.train()
@@ -48,7 +50,15 @@ def gradients(method, cut, *, packed: bool, dtype=torch.float64):
     return loss.item(), {name: parameter.grad.clone() for name, parameter in learning(model)}, learnt
 
 
-@pytest.mark.parametrize("method", [Lora(rank=4), Full(name="full")], ids=["lora", "full"])
+METHODS = [
+    Lora(rank=4),
+    Full(name="full"),
+    PromptTuning(name="prompt-tuning", virtual_tokens=3),
+    PrefixTuning(name="prefix-tuning", virtual_tokens=3),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("engine", ["reference", "packed attention"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["fp64", "fp32"])

@@ -23,6 +23,11 @@ VARIANTS = {
     "lora-reference": ["method.dropout=0.1", "training.engine=reference", "training.micro_batch_tokens=128"],
     "full-packed": ["method={name: full}", "training.learning_rate=1e-3"],
     "full-padded": ["method={name: full}", "training.learning_rate=1e-3", "training.packing=false"],
+    "qlora-paged": ["model.quantization=nf4", "training.optimizer=paged-adamw-8bit", "method.dropout=0.1"],
+    "pissa-lion": ["method.init=pissa", "training.optimizer=lion", "training.learning_rate=1e-3"],
+    "prompt-adafactor": ["method={name: prompt-tuning}", "training.optimizer=adafactor", "training.learning_rate=0.05"],
+    "muon-tokens": ["method={name: full}", "training.optimizer=muon", "training.batch_tokens=300"],
+    "dora-noise": ["method.dora=true", "training.neftune_alpha=5", "training.gradient_checkpointing=true"],
 }
 OFTEN = ["training.checkpoint_minutes=1e-6", "training.steps=40", "tasks=[]", "export.formats=[]"]
 

@@ -1,6 +1,7 @@
 """A method is surgery on the model, never a second loop: what is attached, and which parameters learn. Door to PEFT."""
 
 import copy
+import json
 import os
 import re
 import warnings
@@ -19,6 +20,7 @@ from afina.model.experts import adapts_packed, mixture_targets, plain_adapters, 
 from afina.model.load import unpack
 from afina.model.quantize import is_quantised, without_foreign_kernels
 from afina.model.targets import check_modules, chosen, in_layers, layer_numbers
+from afina.model.virtual import BIASES
 from afina.recipe.schema import Full, Lora, Method, PrefixTuning, PromptTuning
 
 with without_foreign_kernels():  # PEFT imports bitsandbytes where it is installed
@@ -143,6 +145,7 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Mo
             hint=_("It needs adapter_config.json and adapter_model.safetensors."),
         )
     try:
+        biases = _biases_before(model, folder)
         with stand_ins(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if isinstance(model, PeftModel):
@@ -161,7 +164,16 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Mo
             folder,
             _("{count} weights differ, such as {name}").format(count=len(there ^ wanted), name=min(there ^ wanted)),
         )
+    if biases:
+        setattr(adapted, BIASES, biases)
     return adapted.eval()
+
+
+def _biases_before(model: nn.Module, folder: Path) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """The base's biases and their values, where the adapter brings others, which PEFT puts in their place."""
+    if json.loads((folder / "adapter_config.json").read_bytes()).get("bias", "none") == "none":
+        return []
+    return [(p, p.detach().clone()) for name, p in model.named_parameters() if name.endswith(".bias")]
 
 
 def _misfit(folder: Path, reason: str) -> ModelError:
@@ -221,6 +233,8 @@ def merged(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, PeftModel):
         return model
+    if is_quantised(model):
+        raise RuntimeError("a quantised base is dequantised before adapters are merged into it")
     if adapts_packed(model):
         unpack(model, torch.float32)
         plain_adapters(model)

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, StoppingCriteria
 
 from afina.errors import ModelError
 from afina.language import _
-from afina.model.virtual import prompted
+from afina.model.virtual import is_prefix, prompted
 
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 SAMPLED = {**PLAIN, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
@@ -65,6 +65,14 @@ def generate(
     """
     if any(not prompt for prompt in prompts):
         raise ModelError(_("An empty prompt cannot be continued."))
+    if is_prefix(model) and len({len(prompt) for prompt in prompts}) > 1:
+        # Padding would stand between prefix and prompt, and push the prefix out of a sliding window.
+        alone = {"end_ids": end_ids, "pad_id": pad_id, "max_new_tokens": max_new_tokens, "seed": seed}
+        return [
+            ids
+            for prompt in prompts
+            for ids in generate(model, [prompt], temperature=temperature, top_p=top_p, **alone)  # type: ignore[arg-type]
+        ]
     device = next(model.parameters()).device
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_id)

@@ -37,7 +37,7 @@ def chosen(model: nn.Module, method: Lora) -> str | list[str]:
         found = sorted(wanted)
         if not found:
             raise RecipeError(_("method.layers: none of the targets lies in these layers."), key=("method", "layers"))
-    _check_rank({name: layers[name] for name in wanted}, method.rank)
+    _check_rank({name: module for name, module in layers.items() if name in wanted}, method.rank)
     return found
 
 

@@ -5,8 +5,9 @@ left while writing, so here they are put before each sample itself; learning and
 alone and in a batch then all mean the same function. Noise on embeddings (NEFTune) is added here too.
 """
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 
 OFF = "afina_without_virtual_tokens"
+BIASES = "afina_first_biases"
+"""Where a model notes what its biases were before an adapter came with others."""
 
 
 class Row(Protocol):
@@ -58,17 +61,26 @@ def is_prefix(model: nn.Module) -> bool:
 
 @contextmanager
 def without(model: nn.Module) -> Iterator[None]:
-    """Inside the block nothing stands before a sample, and no adapter is used."""
+    """Inside the block nothing stands before a sample, no adapter is used, and biases that learnt are as they were."""
     before = getattr(model, OFF, False)
     setattr(model, OFF, True)
+    biases: list[tuple[nn.Parameter, torch.Tensor]] = getattr(model, BIASES, [])
+    learnt = [parameter.data for parameter, _first in biases]
     try:
+        for parameter, first in biases:
+            parameter.data = first
         if virtual_tokens_ever(model):
             yield
         else:
-            with model.disable_adapter():  # type: ignore[operator]
+            with ExitStack() as stack:
+                with warnings.catch_warnings():  # PEFT warns that biases stay learnt; here they do not
+                    warnings.simplefilter("ignore")
+                    stack.enter_context(model.disable_adapter())  # type: ignore[operator]
                 yield
     finally:
         setattr(model, OFF, before)
+        for (parameter, _first), value in zip(biases, learnt, strict=True):
+            parameter.data = value
 
 
 def virtual_tokens_ever(model: nn.Module) -> bool:

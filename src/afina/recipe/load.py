@@ -8,11 +8,12 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path as File
 
 from pydantic import ValidationError
 
-from afina.errors import RecipeError
+from afina.errors import AfinaError, RecipeError
 from afina.language import _
 from afina.recipe import check, explain
 from afina.recipe.document import HALF, MAX_BYTES, MAX_DEPTH, Node, Unreadable, decode, node_of, read, write
@@ -82,6 +83,27 @@ def parse(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
     if recipe is None or problems:
         raise failure(problems, file)
     return recipe
+
+
+@contextmanager
+def places_told(path: File, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Inside the block an error that names a key of the recipe in `path` also says in which line it stands."""
+    try:
+        yield
+    except AfinaError as error:
+        if error.key is not None and error.file is None:
+            with suppress(RecipeError, Unreadable, OSError):  # the file may have changed since it was read
+                root = read(decode(path.read_bytes()), []) or Node({}, Place(1, 1))
+                for override in overrides:
+                    _override(root, override, [])
+                place = _place(root, error.key)
+                if place.override:
+                    error.message = _("In the override {override}: {message}").format(
+                        override=place.override, message=error.message
+                    )
+                else:
+                    error.file, error.line, error.column = str(path), place.line, place.column
+        raise
 
 
 def dump(recipe: Recipe) -> str:
