@@ -196,8 +196,8 @@ def test_an_endpoint_that_goes_away_is_asked_no_more():
 
 def test_names_lead_to_systems(folder, tmp_path, monkeypatch):
     opening = Opening(tmp_path, lambda llama: GgufSpeaker("", llama).prompt)
-    found = opening.systems([str(folder), str(folder), "http://h.example:1/v1#m"], None)
-    assert [system.name for system in found] == [folder.name, f"{folder.name}-2", "h.example#m"]
+    found = opening.systems([str(folder), str(folder), "http://somewhere:1/v1#m"], None)
+    assert [system.name for system in found] == [folder.name, f"{folder.name}-2", "somewhere#m"]
     assert found[0].identity == found[1].identity
     with pytest.raises(RecipeError, match="no run"):
         opening.systems(["base"], None)
