@@ -21,7 +21,7 @@ RUNS = Path("runs")
 """Where run folders go when no place is named."""
 WORKPLACE = ".evaluating"
 """The folder whose lock says that a run is being evaluated."""
-DERIVED = ("report.html",)
+DERIVED = ("report.html", "report.md", "report.json")
 """Drawn anew from the artifacts by each verb, so no part of what is sealed."""
 
 
