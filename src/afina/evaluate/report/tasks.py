@@ -169,7 +169,9 @@ def _disagreement(changes: Facts | None, systems: Mapping[str, Facts]) -> bool:
     if changes is None:
         return False
     return any(
-        system["correct"] is not None and system["correct"] != changes["right"][key] for key, system in systems.items()
+        systems[key]["correct"] is not None and systems[key]["correct"] != count
+        for key, count in changes["right"].items()
+        if key in systems
     )
 
 
