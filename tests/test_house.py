@@ -50,7 +50,7 @@ DOORS = {
     "pydantic": ("recipe/",),
     "pydantic_core": ("recipe/explain.py",),
     # Templates run sandboxed: chat templates and mappings in data, our own page in report.
-    "jinja2": ("data/", "evaluate/report.py"),
+    "jinja2": ("data/", "evaluate/report/page.py", "evaluate/ratings/page.py"),
     "matplotlib": ("evaluate/plot.py",),
     "rich": ("console.py",),
     # How answers are marked and constrained: the optional packages of the extra `eval`.
@@ -68,8 +68,8 @@ NARROW = {
     # What reaches outside this process, or into its memory.
     "socket": ("model/endpoint.py",),
     "ssl": ("model/endpoint.py",),
-    "urllib": ("model/endpoint.py",),
-    "http": ("model/llamacpp.py", "model/endpoint.py"),
+    "urllib": ("model/endpoint.py", "evaluate/ratings/page.py"),
+    "http": ("model/llamacpp.py", "model/endpoint.py", "evaluate/ratings/page.py"),
     "ctypes": ("model/llamacpp.py", "evaluate/code_process.py"),
     "subprocess": ("evaluate/worker.py",),
     "multiprocessing": (),
@@ -101,7 +101,6 @@ PRINTING = {"console.py", "evaluate/code_process.py", "evaluate/maths_process.py
 
 FILE_LINES = 400
 LONG_FILES = {
-    "evaluate/report.py": 510,
     "export/gguf_vocab.py": 490,
     "recipe/explain.py": 450,
 }
@@ -340,7 +339,7 @@ def test_help_is_light():
     started = time.perf_counter()
     shown = run_python(code)
     print(f"afina --help: {time.perf_counter() - started:.2f} s (to be under {HELP_S} s on a quiet machine)")
-    for verb in ("run", "init", "train", "eval", "export", "chat"):
+    for verb in ("run", "init", "train", "eval", "rate", "export", "chat"):
         assert verb in shown
 
 

@@ -13,7 +13,18 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["AfinaError", "chat", "evaluate", "export", "init", "open_artifact", "run", "train"]
+__all__ = [
+    "AfinaError",
+    "chat",
+    "evaluate",
+    "export",
+    "export_ratings",
+    "init",
+    "open_artifact",
+    "rate",
+    "run",
+    "train",
+]
 
 _HOMES = {
     "AfinaError": ("afina.errors", "AfinaError"),
@@ -21,7 +32,9 @@ _HOMES = {
     "evaluate": ("afina.pipeline", "evaluate"),
     "export": ("afina.pipeline", "export"),
     "init": ("afina.pipeline", "init"),
+    "export_ratings": ("afina.pipeline", "export_ratings"),
     "open_artifact": ("afina.artifact", "open_artifact"),
+    "rate": ("afina.pipeline", "rate"),
     "run": ("afina.pipeline", "run"),
     "train": ("afina.pipeline", "train"),
 }

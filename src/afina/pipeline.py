@@ -6,7 +6,7 @@ init → train → evaluate → export → chat, or run, which does all of it an
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from afina import durable
 from afina.artifact import MANIFEST, Artifact, open_artifact, parent, seal, sha256, source_digest, versions
@@ -21,7 +21,7 @@ RUNS = Path("runs")
 """Where run folders go when no place is named."""
 WORKPLACE = ".evaluating"
 """The folder whose lock says that a run is being evaluated."""
-DERIVED = ("report.html",)
+DERIVED = ("report.html", "report.md", "report.json")
 """Drawn anew from the artifacts by each verb, so no part of what is sealed."""
 
 
@@ -102,6 +102,35 @@ def evaluate(
         )
     draw(place)
     return place / "evaluation"
+
+
+def rate(
+    run: str | Path,
+    *,
+    mode: Literal["score", "pair"] = "score",
+    systems: Sequence[str] = ("base", "tuned"),
+    rater: str | None = None,
+    page: bool = False,
+    port: int = 0,
+) -> Path:
+    """Have a person rate an evaluated run's answers, blind; returns the file of ratings. Raises AfinaError."""
+    from afina.evaluate.ratings.run import rate_run
+    from afina.evaluate.report import draw
+
+    place = _run_folder(run)
+    file = rate_run(place, console, mode=mode, systems=systems, rater=rater, page=page, port=port)
+    draw(place)
+    return file
+
+
+def export_ratings(run: str | Path, file: str | Path) -> Path:
+    """Write a run's ratings as CSV (.csv), or as preference data with prompt, chosen and rejected (.jsonl)."""
+    from afina.evaluate.ratings.run import export_ratings as write
+
+    count = write(_run_folder(run), Path(file))
+    console.line(_("{count} lines in {path}").format(count=count, path=file))
+    console.event("ratings exported", path=str(file), lines=count)
+    return Path(file)
 
 
 def _prompts_of(llama: Any) -> Any:

@@ -429,6 +429,36 @@ def test_files_that_disagree_are_told(tmp_path):
     assert "count different right answers" in words
 
 
+def test_everyone_who_was_asked_is_shown(tmp_path):
+    """Base, tuned and two files: figures, intervals, problems, comparisons, parts; in Markdown and as JSON too."""
+    run = sample_run(tmp_path)
+    task, rows = sentiment()
+    base = task["systems"]["base"]
+    made = {**base, **shares([True] * 99 + [False] * 21), "value": 99 / 120, "file_bytes": 4_321_000}
+    made |= {"problems": {"empty": 3, "cut off": 2}, "unanswered": 1, "reasons": ["it <went> away"], "unasked": 0}
+    task["systems"] |= {"q8_0": made, "q4_k_m": {**made, "areas": {"facts (en)": {"right": 7, "of": 12}}}}
+    verdict = "No difference between tuned and q8_0 that chance would not explain (p = 1)."
+    task["comparisons"] = [{"before": "tuned", "after": "q8_0", "verdict": verdict, "p_value": 1.0}]
+    lost = {"name": "lost", "kind": "perplexity", "measure": "perplexity", "samples": 3}
+    lost["systems"] = {"base": {"value": None, "interval": None}, "q8_0": {"value": 12.5, "interval": [11.0, 14.25]}}
+    write_json(run / "evaluation" / "evaluation.json", {"tasks": [task, lost]})
+    write_lines(run / "evaluation" / "predictions.jsonl", rows)
+    ratings = {"raters": ["ana", "luis"], "scores_alpha": 0.7312, "pairs_alpha": None}
+    ratings["scores"] = {"tuned": {"mean": 4.25, "interval": [4.0, 4.5], "ratings": 8, "items": 4, "counts": {"5": 2}}}
+    ratings["pairs"] = [{"left": "base", "right": "tuned", "left_preferred": 1, "right_preferred": 9, "ties": 2}]
+    write_json(run / "ratings.json", ratings)
+    words = parsed(report.draw(run)).words
+    for shown in ("q8_0", "q4_k_m", "82.5%", "4.1 MiB", verdict, "3 empty, 2 cut off", "it <went> away", "7 / 12"):
+        assert shown in words, shown
+    for shown in ("12.50", "11.00–14.25", "4.25", "0.73", "Tuned was preferred 9 times, Base 1 times, 2 ties"):
+        assert shown in words, shown
+    plain = (run / "report.md").read_text("utf-8")
+    assert verdict in plain and "| q8_0 | 82.5% |" in plain and "12.50" in plain
+    numbers = json.loads((run / "report.json").read_text("utf-8"))
+    assert numbers["tasks"][0]["systems"]["q8_0"]["accuracy"] == 99 / 120
+    assert numbers["tasks"][1]["systems"]["base"]["value"] is None and numbers["ratings"]["raters"] == 2
+
+
 def test_json_answers_are_marked_by_their_field(tmp_path):
     """Spelling apart, the right field counts: as the evaluation marks, so does the page."""
     run = sample_run(tmp_path)

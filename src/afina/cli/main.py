@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from afina import __version__
-from afina.cli import chat, data, evaluate, export, init, run, train
+from afina.cli import chat, data, evaluate, export, init, rate, run, train
 from afina.cli.options import Debug, Json
 from afina.console import console
 from afina.errors import AfinaError, Interrupted, RecipeError
@@ -29,6 +29,9 @@ app.command("run", help=_("Train, evaluate and export as a recipe says, skipping
 app.command("init", help=_("Lay out a project folder with a commented recipe."))(init.command)
 app.command("train", help=_("Fine-tune as a recipe says; leaves a run folder."))(train.command)
 app.command("eval", help=_("Put a recipe's tasks to base, tuned, exported files, and anyone else."))(evaluate.command)
+app.command("rate", help=_("Rate the answers of a run by hand, blind: 1 to 5, or which of two is better."))(
+    rate.command
+)
 app.command("export", help=_("Make files that llama.cpp, Ollama, LM Studio or transformers run."))(export.command)
 app.command("chat", help=_("Talk to a run, a model folder or a GGUF file."))(chat.command)
 app.add_typer(data.app, name="data")

@@ -36,9 +36,12 @@ PALETTE = {
     "base": "#98a1ab",
     "tuned": "#0072b2",
     "warm": "#c8560a",
+    "made": "#5aa0cc",
 }
 """Roles and their colours on white; the report shows the same roles on dark paper."""
 
+BAR = 0.38
+"""From one bar to the next, where 1 is 0.78 inches."""
 WIDE, NARROW = 7.5, 3.75
 """Inches: the width of a page, and of a phone."""
 DPI = 160
@@ -96,17 +99,22 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]], *, fmt: Format = "png", wid
 
 
 def accuracy_bars(tasks: Sequence[Mapping[str, Any]], *, fmt: Format = "png", width: float = WIDE) -> bytes:
-    """Accuracy of base and tuned with their 95% intervals, one pair of bars a task.
+    """Everyone's main figure with its 95% interval, a group of bars a task.
 
-    `tasks` are those of evaluation.json: each a `name` and `systems` of `accuracy` and `interval`, shares of 1.
+    `tasks` are those of evaluation.json: each a `name` and `systems` of `value` (or `accuracy`) and `interval`, shares
+    of 1.
     """
     with _styled():
-        figure = Figure(figsize=(width, 0.55 + 0.78 * max(1, len(tasks))), layout="constrained")
+        starts = [0.0]
+        for task in tasks:
+            starts.append(starts[-1] + 0.24 + BAR * max(1, len(task.get("systems", {}))))
+        end = starts[-1] or 1.0
+        figure = Figure(figsize=(width, 0.55 + 0.78 * end), layout="constrained")
         axes = figure.subplots()
-        for index, task in enumerate(tasks):
-            _draw_pair(axes, index, task)
+        for start, task in zip(starts, tasks, strict=False):
+            _draw_group(axes, start, task)
         axes.set_xlim(0, 1)
-        axes.set_ylim(max(1, len(tasks)) - 0.28, -0.5)
+        axes.set_ylim(end - 0.28, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(4 if width < WIDE else 5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _place: f"{share:.0%}"))
         axes.set_xlabel(_("Right answers (share of samples; whiskers: 95% interval)"))
@@ -219,16 +227,17 @@ def _draw_rate(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     axes.tick_params(length=0)
 
 
-def _draw_pair(axes: Axes, index: int, task: Mapping[str, Any]) -> None:
-    """Base above tuned, the task's name above both, the figure in a column of its own at the right."""
-    systems = (("base", _("base"), "base", index - 0.02), ("tuned", _("tuned"), "tuned", index + 0.36))
-    axes.text(0, index - 0.3, _short(task.get("name", ""), 40), ha="left", va="center", weight="bold")
-    for key, shown, colour, place in systems:
-        figures = task.get("systems", {}).get(key, {})
-        share = _finite(figures.get("accuracy"))
+def _draw_group(axes: Axes, start: float, task: Mapping[str, Any]) -> None:
+    """A bar a system, the task's name above them, the figures in a column of their own at the right."""
+    names = {"base": _("base"), "tuned": _("tuned")}
+    axes.text(0, start - 0.3, _short(task.get("name", ""), 40), ha="left", va="center", weight="bold")
+    for number, (key, figures) in enumerate(task.get("systems", {}).items()):
+        place, shown = start - 0.02 + BAR * number, names.get(key) or _short(key, 14)
+        value = figures.get("value")
+        share = _finite(figures.get("accuracy") if value is None else value)
         if not math.isfinite(share):
             continue
-        axes.barh(place, share, height=0.26, color=PALETTE[colour])
+        axes.barh(place, share, height=0.26, color=PALETTE[key if key in ("base", "tuned") else "made"])
         axes.text(-0.015, place, shown, ha="right", va="center", size=8.5, color=PALETTE["muted"])
         axes.text(1.02, place, f"{share:.1%}", ha="left", va="center", weight="bold" if key == "tuned" else "normal")
         low, high = (_finite(end) for end in figures.get("interval") or (None, None))

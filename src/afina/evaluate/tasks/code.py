@@ -7,6 +7,7 @@ wrong. Where the question ends in a function that is to be completed, the answer
 import ast
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,9 @@ def program_of(prompt: str, answer: str) -> str:
         return code
     if _DEFINITION.search(code) and _parses(code):
         return _imports(asked) + code
-    for body in (code, "    " + code.lstrip()):
-        if _parses(asked.rstrip("\n") + "\n" + body):
-            return asked.rstrip("\n") + "\n" + body
-    return asked.rstrip("\n") + "\n" + code
+    first = next((line for line in code.split("\n") if line.strip()), "")
+    body = code if first.startswith((" ", "\t")) else textwrap.indent(code, "    ")
+    return asked.rstrip("\n") + "\n" + body
 
 
 def _imports(code: str) -> str:

@@ -1,0 +1,1 @@
+"""People's judgement: answers rated blind, kept, counted, and handed on as preferences."""
