@@ -10,7 +10,7 @@ tokens. The rest (runs of spaces, words added to the vocabulary) are text like a
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -142,15 +142,35 @@ class Tokenizer:
         """The text of ids, control tokens left out."""
         return str(self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def render(self, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
-        """The chat template applied, in its sandbox. Raises ModelError with the template's own complaint."""
-        try:
-            return self._compiled(messages=messages, add_generation_prompt=prompt, **self._given)
-        except FAILURES as error:
-            raise Refusal(
-                _("The chat template refuses these messages: {reason}.").format(reason=str(error).rstrip(".")),
-                hint=_("Write them as the template wants them, or use another one (model.chat_template)."),
-            ) from error
+    def render(
+        self, messages: list[dict[str, Any]], *, prompt: bool = False, given: Mapping[str, Any] | None = None
+    ) -> str:
+        """The chat template applied, in its sandbox; `given` is what it is told beside the messages: tools, an effort.
+
+        Raises ModelError with the template's own complaint.
+        """
+        text = self.render_all([(messages, given or {})], prompt=prompt)[0]
+        if isinstance(text, Refusal):
+            raise text
+        return text
+
+    def render_all(
+        self, conversations: Iterable[tuple[list[dict[str, Any]], Mapping[str, Any]]], *, prompt: bool = False
+    ) -> list["str | Refusal"]:
+        """As `render`, for many conversations; what the template refuses is in the place of its text."""
+        texts: list[str | Refusal] = []
+        for messages, given in conversations:
+            try:
+                values = {**self._given, **given}
+                texts.append(self._compiled(messages=messages, add_generation_prompt=prompt, **values))
+            except FAILURES as error:
+                texts.append(
+                    Refusal(
+                        _("The chat template refuses these messages: {reason}.").format(reason=str(error).rstrip(".")),
+                        hint=_("Write them as the template wants them, or use another one (model.chat_template)."),
+                    )
+                )
+        return texts
 
     @cached_property
     def _compiled(self) -> Render:
