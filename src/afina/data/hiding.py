@@ -5,7 +5,7 @@ Holds for contents, thoughts, tool calls and tools alike, keys and values, howev
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ class Hider:
         self._users = any_of(tokenizer.markup, f"[{PRIVATE}]")
         self._assistants = any_of(tokenizer.control_tokens, f"[{PRIVATE}]")
 
-    def __call__(self, messages: Sequence[Message], given: dict[str, Any]) -> Hidden:
+    def __call__(self, messages: Sequence[Message], given: Mapping[str, Any]) -> Hidden:
         hidden = Hidden([], {}, [])
         hidden.given.update({key: self._in(value, self._users, hidden.texts) for key, value in given.items()})
         for message in messages:

@@ -70,7 +70,7 @@ class Renderer:
         pieces: list[list[_Piece]] = []
         problems: list[Problem] = []
         hint = ""
-        hidden = [self._hide(sample.messages, sample.given) for sample in samples if not sample.is_text]
+        hidden = [self._hider(sample.messages, sample.given) for sample in samples if not sample.is_text]
         talks = iter(zip(hidden, self.tokenizer.render_all([(one.rows, one.given) for one in hidden]), strict=True))
         for sample in samples:
             try:
@@ -105,7 +105,7 @@ class Renderer:
 
     def prompt(self, messages: Iterable[Message], given: Mapping[str, Any] | None = None) -> list[int]:
         """Ids of a conversation that the model shall continue with its answer; `given` as in Sample."""
-        hidden = self._hide(list(messages), given or {})
+        hidden = self._hider(list(messages), given or {})
         text = self.tokenizer.render(hidden.rows, prompt=True, given=hidden.given)
         layout = self._layout(hidden, prompt=True)
         self._check(text, hidden, layout, learnt=())
@@ -114,7 +114,7 @@ class Renderer:
 
     def answer(self, messages: Sequence[Message], answer: str, given: Mapping[str, Any] | None = None) -> Rendered:
         """Ids of messages followed by this answer, of which only the answer and its end of turn are learnt."""
-        hidden = self._hide([*messages, Message("assistant", answer)], given or {})
+        hidden = self._hider([*messages, Message("assistant", answer)], given or {})
         text = self.tokenizer.render(hidden.rows, given=hidden.given)
         return self._encode([self._pieces(hidden, text, {len(messages): 1.0})])[0]
 
@@ -140,12 +140,9 @@ class Renderer:
             targets = [*targets, *muted, ((0, len(text)), 1.0)]
         return self._cut(text, hidden, spans.values(), targets)
 
-    def _hide(self, messages: Sequence[Message], given: Mapping[str, Any]) -> Hidden:
-        return self._hider(messages, dict(given))
-
     def _rewrites(self, sample: Sample, places: Sequence[int]) -> bool:
         """Whether up to the end of some learnt answer the text is another once the conversation goes on."""
-        hidden = self._hide(sample.messages, sample.given)
+        hidden = self._hider(sample.messages, sample.given)
         fixed = hidden.plain and self._layout(hidden, prompt=False) is not None
         key = (hidden.kind, tuple(places))
         if fixed and key in self._rewritten:
