@@ -90,6 +90,20 @@ def packed(value: Mapping[str, Any] | list[Any]) -> str:
     return json.dumps(value, ensure_ascii=False) if value else ""
 
 
+def row_of(sample: Sample) -> dict[str, Any]:
+    """A sample as a row of chat messages."""
+    messages = [
+        {
+            "role": message.role,
+            "content": message.content,
+            **message.details,
+            **({"weight": message.weight} if message.weight != 1 else {}),
+        }
+        for message in sample.messages
+    ]
+    return {"messages": messages, **sample.given}
+
+
 def _texts(message: Message) -> list[str]:
     """What tells a message from others; one without extras digests as it always did."""
     weight = [] if message.weight == 1 else [repr(float(message.weight))]

@@ -12,12 +12,15 @@ import torch
 from torch import nn
 
 from afina.errors import ProofError
+from afina.export.gguf_vocab import read_json
 from afina.export.weights import Source, tensors_of
 from afina.language import _
 
 ROWS = 8
 """Rows of each module that are compared, evenly spread."""
 LENGTHS = ".lora_magnitude_vector"
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+"""How PEFT names the rows of an embedding that learn: those of turn tokens."""
 """What DoRA's row lengths are called."""
 CLOSE = 1e-4
 """What the merged rows may differ by from base plus change, as a share of the largest weight: in F32 it is 1e-7."""
@@ -89,7 +92,7 @@ def prove_merge(changes: list[Change], adapter: Path, merged: Path) -> dict[str,
                 )
             modules.append({"module": change.module, "change": change.share})
         for name, tensor in tensors.items():
-            if ".lora_" not in name and not torch.equal(_whole(source, _plain(name)), tensor.float()):
+            if ".lora_" not in name and not torch.equal(_learnt(source, name, adapter), tensor.float()):
                 raise ProofError(
                     _("The merged model lacks the training of {module}.").format(module=_plain(name)),
                     hint=_("Nothing was kept. Please report this with the model's name."),
@@ -99,8 +102,13 @@ def prove_merge(changes: list[Change], adapter: Path, merged: Path) -> dict[str,
     return {"adapter_tensors": len(tensors), "modules": modules}
 
 
-def _whole(source: Source, name: str) -> torch.Tensor:
-    return source.tensor(name).float()
+def _learnt(source: Source, name: str, adapter: Path) -> torch.Tensor:
+    """What of the merged weights must be the adapter's tensor: the same tensor, or the rows of turn tokens in it."""
+    if not name.endswith(TOKEN_ROWS):
+        return source.tensor(_plain(name)).float()
+    layer = _plain(name).removesuffix(TOKEN_ROWS)
+    rows = read_json(adapter.parent / "adapter_config.json")["trainable_token_indices"][layer.rpartition(".")[2]]
+    return torch.cat([source.rows(f"{layer}.weight", row, row + 1) for row in rows]).float()
 
 
 def _plain(name: str) -> str:

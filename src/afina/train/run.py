@@ -140,7 +140,11 @@ def train_run(
     hardware = choose_hardware(recipe.model)
     source = model_source(recipe.model.base, folder)
     tokenizer = load_tokenizer(
-        source, template=recipe.model.chat_template, folder=folder, revision=recipe.model.revision
+        source,
+        template=recipe.model.chat_template,
+        folder=folder,
+        revision=recipe.model.revision,
+        turn_tokens=recipe.model.turn_tokens,
     )
     renderer = Renderer(tokenizer, recipe.data.learn)
     examples = prepare(recipe, folder, renderer, console)
