@@ -199,8 +199,10 @@ def turn_tokens_are_texts(recipe: Recipe) -> Iterator[Fault]:
     """Turn tokens are different texts without white space."""
     tokens = recipe.model.turn_tokens
     for number, text in enumerate(tokens):
-        if text != "".join(text.split()):
-            yield Fault(("model", "turn_tokens", number), _("A turn token holds no white space."))
+        if len(text) < 2 or text != "".join(text.split()):
+            yield Fault(
+                ("model", "turn_tokens", number), _("A turn token has at least two characters and no white space.")
+            )
         if text in tokens[:number]:
             yield Fault(("model", "turn_tokens", number), _("The turn token {text} stands twice.").format(text=text))
 
