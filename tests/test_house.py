@@ -33,8 +33,9 @@ DOORS = {
         "model/decode.py",
         "engine/attention.py",
         "data/tokenizer.py",
+        "model/translator.py",
     ),
-    "tokenizers": ("data/tokenizer.py",),
+    "tokenizers": ("data/tokenizer.py", "data/patterns.py"),
     "peft": ("model/attach.py", "model/experts.py"),
     "bitsandbytes": ("model/quantize.py",),
     "safetensors": ("export/gguf.py", "export/weights.py", "train/checkpoint.py"),
@@ -52,6 +53,7 @@ DOORS = {
     # Templates run sandboxed: chat templates and mappings in data, our own page in report.
     "jinja2": ("data/", "evaluate/report/page.py", "evaluate/ratings/page.py"),
     "matplotlib": ("evaluate/plot.py",),
+    "markdown_it": ("data/protect.py",),
     "rich": ("console.py",),
     # How answers are marked and constrained: the optional packages of the extra `eval`.
     "jsonschema": ("evaluate/tasks/json_object.py",),
@@ -68,10 +70,10 @@ NARROW = {
     # What reaches outside this process, or into its memory.
     "socket": ("model/endpoint.py",),
     "ssl": ("model/endpoint.py",),
-    "urllib": ("model/endpoint.py", "evaluate/ratings/page.py"),
+    "urllib": ("model/endpoint.py", "evaluate/ratings/page.py", "dataset.py"),
     "http": ("model/llamacpp.py", "model/endpoint.py", "evaluate/ratings/page.py"),
     "ctypes": ("model/llamacpp.py", "evaluate/code_process.py"),
-    "subprocess": ("evaluate/worker.py",),
+    "subprocess": ("evaluate/worker.py", "data/worker.py"),
     "multiprocessing": (),
     # What runs code out of data.
     "pickle": (),
@@ -92,6 +94,9 @@ BROAD = {
     "recipe/starter.py": 1,  # the same, for a project folder
     "data/lines.py": 1,  # an optional package's own error, told by its name
     "data/tokenizer.py": 2,  # the Rust side of tokenizers panics with a BaseException
+    "data/worker.py": 1,  # a signal in the middle of an answer ends the process, then is raised on
+    "data/patterns.py": 2,  # the same, where it harms nobody
+    "model/translator.py": 1,  # what transformers raises on a damaged folder is anything at all
     "model/load.py": 1,  # what transformers raises on a damaged folder is anything at all
     "model/attach.py": 2,  # the same of PEFT; and safetensors hides a full disk in an exception of its own
 }
@@ -110,6 +115,7 @@ LONG_FUNCTIONS = {
 }
 PARAMETERS = 9
 MANY_PARAMETERS = {
+    "cli/data/translate.py:command": 13,  # options of a command line
     "cli/chat.py:command": 11,  # each option of the command line is one
     "train/loop.py:train": 10,  # the loop: everything it touches is named at its door
 }
@@ -226,7 +232,9 @@ def test_declared_dependencies_are_the_imported_ones():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
     asked = project["dependencies"] + [item for name in extras.keys() - {"dev"} for item in extras[name]]
-    names = {re.split(r"[<>=\[; ]", item)[0].replace("-", "_").removesuffix(".yaml") for item in asked}
+    names = {
+        re.split(r"[<>=\[; ]", item)[0].replace("-", "_").removesuffix(".yaml").removesuffix("_py") for item in asked
+    }
     comes_along = {"pydantic_core", "triton"}  # pydantic's and torch's own
     assert names == set(DOORS) - comes_along
 

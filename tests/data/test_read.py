@@ -265,7 +265,7 @@ def test_messages_that_hold_more_than_text(tmp_path):
     message = {"role": "assistant", "content": "x", "tool_calls": [{"function": {}}]}
     rows = [{"messages": [message]}, {"messages": [{**message, "tool_calls": None}]}]
     ((line, reason),) = problems_of(tmp_path, "\n".join(map(json.dumps, rows)))
-    assert (line, reason) == (1, "message 1 has tool_calls, which is not learnt yet")
+    assert (line, reason) == (1, "message 1 has a tool call without a function's name")
 
 
 def test_a_system_message_stands_first_or_nowhere(tmp_path):

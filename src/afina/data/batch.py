@@ -22,7 +22,8 @@ class Batch:
     input_ids, position_ids: (rows, width) int64. attention_mask: (rows, width) bool, or None when packed (rows = 1).
     lengths: tokens of each packed sample in order, or None. predicting: (targets,) int64, flat places in rows * width
     whose next token is learnt. targets: (targets,) int64, those tokens. owner: (targets,) int64, which of `samples`
-    (by place in it) each target belongs to. tokens: real ones, padding left out.
+    (by place in it) each target belongs to. tokens: real ones, padding left out. weights: (targets,) float32, how much
+    each target counts, or None where all count 1.
     """
 
     input_ids: torch.Tensor
@@ -34,6 +35,12 @@ class Batch:
     owner: torch.Tensor
     samples: tuple[int, ...]
     tokens: int
+    weights: torch.Tensor | None = None
+
+    @property
+    def weight(self) -> float:
+        """What all targets count together: what the loop divides by."""
+        return float(self.targets.numel()) if self.weights is None else float(self.weights.double().sum())
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -42,6 +49,7 @@ class Batch:
             return tensor.to(device, non_blocking=True)
 
         mask = None if self.attention_mask is None else move(self.attention_mask)
+        weights = None if self.weights is None else move(self.weights)
         return Batch(
             move(self.input_ids),
             move(self.position_ids),
@@ -52,6 +60,7 @@ class Batch:
             move(self.owner),
             self.samples,
             self.tokens,
+            weights,
         )
 
 
@@ -101,7 +110,7 @@ def _packed(rendered: Sequence[Rendered], group: Sequence[int]) -> Batch:
     rows = [rendered[index] for index in group]
     lengths = tuple(int(row.ids.size) for row in rows)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    places, targets, owner = _targets(rows, starts)
+    places, targets, owner, weights = _targets(rows, starts)
     return Batch(
         torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64))[None],
         torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
@@ -112,6 +121,7 @@ def _packed(rendered: Sequence[Rendered], group: Sequence[int]) -> Batch:
         owner,
         tuple(group),
         sum(lengths),
+        weights,
     )
 
 
@@ -123,7 +133,7 @@ def _padded(rendered: Sequence[Rendered], group: Sequence[int], pad_id: int) -> 
     for place, row in enumerate(rows):
         ids[place, : row.ids.size] = row.ids
     mask = np.arange(width)[None] < np.array(lengths)[:, None]
-    places, targets, owner = _targets(rows, np.arange(len(rows)) * width)
+    places, targets, owner, weights = _targets(rows, np.arange(len(rows)) * width)
     return Batch(
         torch.from_numpy(ids),
         torch.arange(width)[None].expand(len(rows), -1).contiguous(),
@@ -134,15 +144,21 @@ def _padded(rendered: Sequence[Rendered], group: Sequence[int], pad_id: int) -> 
         owner,
         tuple(group),
         sum(lengths),
+        weights,
     )
 
 
-def _targets(rows: Sequence[Rendered], starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _targets(
+    rows: Sequence[Rendered], starts: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """A learnt token is predicted from the place before it, inside its own sample; a sample's first token never is."""
-    places, targets, owner = [], [], []
+    places, targets, owner, weights = [], [], [], []
     for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
         learnt = np.flatnonzero(row.learnt[1:])
         places.append(start + learnt)
         targets.append(row.ids[1:][learnt])
         owner.append(np.full(learnt.size, number))
-    return tuple(torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (places, targets, owner))  # type: ignore[return-value]
+        weights.append(np.ones(learnt.size, np.float32) if row.weights is None else row.weights[1:][learnt])
+    found = [torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (places, targets, owner)]
+    weighted = any(row.weights is not None for row in rows)
+    return found[0], found[1], found[2], torch.from_numpy(np.concatenate(weights)) if weighted else None

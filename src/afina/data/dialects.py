@@ -5,15 +5,14 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from afina.data.conversation import DOCUMENT, PASSAGE, ROLES, Message
+from afina.data.conversation import DOCUMENT, PASSAGE, Message
+from afina.data.messages import message_from
 from afina.data.rows import BadRow, Row
 from afina.data.sandbox import FAILURES, Render, mapping_template
 from afina.errors import DataError
 from afina.language import _
 from afina.recipe.schema import Data, Mapping
 
-NOT_LEARNT = ("tool_calls", "function_call", "thinking", "reasoning", "reasoning_content")
-"""What a message may hold beside its text. To pass over it would teach something else than the file says."""
 SHAREGPT = {
     "human": "user",
     "user": "user",
@@ -88,17 +87,7 @@ def _from_messages(row: Row) -> tuple[Message, ...]:
     messages = row.value.get("messages") if isinstance(row.value, dict) else None
     if not isinstance(messages, list):
         raise BadRow(_("no list of messages"))
-    return tuple(_message(message, number) for number, message in enumerate(messages, start=1))
-
-
-def _message(message: Any, number: int) -> Message:
-    if isinstance(message, dict) and (more := next((key for key in NOT_LEARNT if message.get(key)), None)):
-        raise BadRow(_("message {number} has {key}, which is not learnt yet").format(number=number, key=more))
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise BadRow(_("message {number} has no text content").format(number=number))
-    if message.get("role") not in ROLES:
-        raise BadRow(_unknown_role(number, message.get("role"), ROLES))
-    return Message(message["role"], message["content"])
+    return tuple(message_from(message, number) for number, message in enumerate(messages, start=1))
 
 
 def _unknown_role(number: int, role: Any, known: Any) -> str:
@@ -117,7 +106,7 @@ def _from_sharegpt(row: Row) -> tuple[Message, ...]:
         made.append(Message("system", system))
     for number, turn in enumerate(turns, start=1):
         if isinstance(turn, dict) and "role" in turn and "from" not in turn:
-            made.append(_message(turn, number))
+            made.append(message_from(turn, number))
             continue
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise BadRow(_("message {number} has no text content").format(number=number))
@@ -190,16 +179,16 @@ def checked(messages: tuple[Message, ...], system: str | None) -> tuple[Message,
     for message in messages:
         if document and not message.content.strip():
             raise BadRow(_("the text is empty"))
-        if not message.content.strip():
+        if not message.content.strip() and message.role != "tool" and "tool_calls" not in message.details:
             raise BadRow(_("the {role}'s message is empty").format(role=message.role))
         try:
-            message.content.encode("utf-8")
+            (message.content + message.more).encode("utf-8")
         except UnicodeEncodeError:
             raise BadRow(
                 _("half a character (a lone surrogate) in the {role}'s message").format(role=message.role)
             ) from None
-    if any(message.role == "system" for message in messages[1:]):
+    if any(message.role in ("system", "developer") for message in messages[1:]):
         raise BadRow(_("a system message stands after the first message"))
-    if system is not None and messages[0].role != "system" and not document:
+    if system is not None and messages[0].role not in ("system", "developer") and not document:
         return (Message("system", system), *messages)
     return messages

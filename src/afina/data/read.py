@@ -10,6 +10,7 @@ from pathlib import Path
 from afina.data.conversation import Sample
 from afina.data.dialects import Make, checked, dialect_of, maker
 from afina.data.files import find
+from afina.data.messages import effort_from, tools_from
 from afina.data.problem import BadRows, Problem
 from afina.data.rows import BadRow, Row, Shape, encoding_of, format_of, rows
 from afina.errors import DataError
@@ -95,9 +96,11 @@ def _of_file(file: Path, data: Data, told: Reading) -> Iterator[tuple[Path, Row,
                 make = maker(dialect, data.mapping, passages=form == "text")
                 told.dialects.add(dialect)
             messages = checked(make(row), data.system)
+            talks = dialect in ("messages", "sharegpt")
+            beside = (tools_from(row.value), effort_from(row.value)) if talks else ()
         except BadRow as reason:
             yield file, row, str(reason)
         else:
-            yield file, row, Sample(messages, file, row.line)
+            yield file, row, Sample(messages, file, row.line, *beside)
     if empty:
         raise DataError(_("The data file holds no rows."), file=file, hint=_("Each line should be one JSON object."))

@@ -1,14 +1,13 @@
 """Foreign Jinja in a sandbox: chat templates as transformers runs them, and the mapping templates of a recipe.
 
 A template sees nothing but what it is given, cannot change it, and reaches neither Python's internals nor files. It
-can still loop for long: nothing here bounds its time.
+can still loop for long, and while it is compiled too: worker.py runs chat templates where that harms nobody.
 """
 
 import json
 import re
 from collections.abc import Callable
 from datetime import datetime
-from functools import cache
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, nodes
@@ -56,15 +55,34 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
 
-@cache
-def chat_template(text: str) -> Render:
-    """Compile a chat template. Raises jinja2.TemplateError."""
+class TooLong(Exception):
+    """A rendering has more characters than it may."""
+
+
+def templated(text: str, most: int) -> Callable[[Any], str]:
+    """A chat template as what it makes of [messages, prompt, given]; `most`: see worker.OUTPUT. Raises TemplateError.
+
+    Rendering raises one of FAILURES, or TooLong.
+    """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_refuse, strftime_now=DATE.strftime, namespace=_Namespace)
-    return environment.from_string(text).render
+    template = environment.from_string(text)
+
+    def render(item: Any) -> str:
+        messages, prompt, given = item
+        parts: list[str] = []
+        count = 0
+        for part in template.generate(messages=messages, add_generation_prompt=prompt, **given):
+            parts.append(part)
+            count += len(part)
+            if count > most and count > most + 4 * len(json.dumps(item)):
+                raise TooLong
+        return "".join(parts)
+
+    return render
 
 
 def mapping_template(text: str) -> Render:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from afina.data.classes import classes_of
-from afina.data.conversation import Sample
+from afina.data.conversation import Sample, row_of
 from afina.errors import DataError, RecipeError
 from afina.language import _
 
@@ -123,5 +123,4 @@ def _quotas(counts: dict[str, int], wanted: int) -> dict[str, int]:
 
 def written(sample: Sample) -> str:
     """A sample as a line of a file of messages."""
-    messages = [{"role": message.role, "content": message.content} for message in sample.messages]
-    return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+    return json.dumps(row_of(sample), ensure_ascii=False) + "\n"

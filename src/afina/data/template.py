@@ -1,10 +1,10 @@
 """Conversation to token ids and the mask of what is learnt. Training, evaluation and chat all come through here.
 
 The template renders each conversation once, as text. Where the answers stand in that text follows from how the same
-template renders placeholders in the same roles (`_Layout`), checked to the character; for a template that looks into
-the contents, from rendering again with a mark beside the answer. Marker strings are never searched for. The text is
-then cut at the control tokens that the template itself wrote and where answers begin, and each piece is encoded as
-plain text. So
+template renders placeholders in the same roles (layout.py), checked to the character; for a template that looks into
+the contents, and for answers that think or call tools, from rendering again: up to the answer, or with a mark beside
+it. Marker strings are never searched for. The text is then cut at the control tokens that the template itself wrote
+and where answers begin, and each piece is encoded as plain text. So
 
 * a control token written by a user or found in data stays text: it cannot end a turn or forge a role;
 * a prompt at inference has the very ids it had in training, because nothing merges across the place where the
@@ -12,92 +12,51 @@ plain text. So
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from afina.data.audit.kinds import kinds
 from afina.data.conversation import DOCUMENT, PASSAGE, Message, Sample
+from afina.data.hiding import Hidden, Hider, any_of, harmless, leaves, stands
+from afina.data.layout import Layout, Rows, Span, laid_out
 from afina.data.problem import BadRows, Problem
 from afina.data.tokenizer import Refusal, Tokenizer
 from afina.errors import DataError
 from afina.language import _
 
 MARK = "\ue0f0\ue0f1\ue0f0"
-_PRIVATE = "\ue0f0-\ue0f5"
-"""Characters of our own between contents and template. Where a content holds one of them, it is hidden like markup."""
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """`ids`: (tokens,) int32; `learnt`: (tokens,) bool, True where the token is a target of the loss."""
+    """A sample as the model sees it.
+
+    `ids`: (tokens,) int32; `learnt`: (tokens,) bool, True where the token is a target of the loss. `weights`: (tokens,)
+    float32, how much each target counts, or None where all count 1.
+    """
 
     ids: np.ndarray
     learnt: np.ndarray
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A part of the rendered text: one token of the template's markup, or plain text."""
+    """A part of the rendered text: one token of the template's markup, or plain text. What weighs 0 is not learnt."""
 
     text: str
-    learnt: bool
+    weight: float
     markup: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Hidden:
-    """A conversation as the template may see it: placeholders stand for `texts`, which must not become markup."""
-
-    rows: list[dict[str, str]]
-    texts: list[str]
-
-    def restore(self, text: str) -> str:
-        """The text with what was hidden put back."""
-        return re.sub("\ue0f2([0-9]+)\ue0f3", lambda m: self.texts[int(m.group(1))], text) if self.texts else text
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """What the template writes around the contents of one sequence of roles.
-
-    `order`: the messages in the order in which their contents appear. `literals[i]` stands before the i-th of these,
-    the last one after all; there are none when a content is missing or written twice. `leads`: per message, how many
-    characters before its content the model takes over. `control`: how many control tokens there are in all.
-    """
-
-    order: tuple[int, ...]
-    literals: tuple[str, ...]
-    leads: tuple[int, ...]
-    control: int
-
-    def find(self, text: str, rows: list[dict[str, str]]) -> list[Span] | None:
-        """Where each content stands in `text`, as it is or stripped; None when `text` is not laid out so."""
-        if not self.literals or not text.startswith(self.literals[0]):
-            return None
-        found: dict[int, Span] = {}
-        position = len(self.literals[0])
-        for place, literal in zip(self.order, self.literals[1:], strict=True):
-            content = rows[place]["content"]
-            for form in (content, content.strip()):
-                end = position + len(form)
-                if text.startswith(form, position) and text.startswith(literal, end):
-                    break
-            else:
-                return None
-            found[place] = (position, end)
-            position = end + len(literal)
-        return [found[place] for place in range(len(rows))] if position == len(text) else None
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """The one renderer. `learn` says which assistant turns are targets: all, or the last."""
+    """The one renderer. `learn` says what is a target: all assistant turns, the last one, or the whole text."""
 
     tokenizer: Tokenizer
     learn: str = "all"
@@ -111,10 +70,17 @@ class Renderer:
         pieces: list[list[_Piece]] = []
         problems: list[Problem] = []
         hint = ""
+        hidden = [self._hider(sample.messages, sample.given) for sample in samples if not sample.is_text]
+        talks = iter(zip(hidden, self.tokenizer.render_all([(one.rows, one.given) for one in hidden]), strict=True))
         for sample in samples:
             try:
-                whole = self._text(sample.messages[0]) if sample.is_text else self._pieces(sample.messages, self.learn)
-                pieces.append(whole)
+                if sample.is_text:
+                    pieces.append(self._plain_text(sample.messages[0]))
+                    continue
+                one, text = next(talks)
+                if isinstance(text, Refusal):
+                    raise text
+                pieces.append(self._pieces(one, text, self._weights(sample.messages), whole=self.learn == "text"))
             except (DataError, Refusal) as error:
                 problems.append(Problem(sample.file, sample.line, error.message))
                 hint = hint or error.hint
@@ -122,50 +88,84 @@ class Renderer:
             raise BadRows(problems, len(samples), hint=hint)
         return self._encode(pieces)
 
-    def prompt(self, messages: Iterable[Message]) -> list[int]:
-        """Ids of a conversation that the model shall continue with its answer."""
-        hidden = self._hide(list(messages))
-        text = self.tokenizer.render(hidden.rows, prompt=True)
-        layout = self._layout(hidden.rows, prompt=True)
+    def apart(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Conversations whose earlier answers the template writes otherwise than it does the last, one per answer.
+
+        Templates of thinking models leave thoughts of earlier turns out, and gpt-oss ends them with another token: the
+        model would learn what it must never write. Each of the samples made learns one answer, where it stands last.
+        """
+        made: list[Sample] = []
+        for sample in samples:
+            weights = self._weights(sample.messages)
+            if self.learn == "all" and len(weights) > 1 and self._rewrites(sample, sorted(weights)):
+                made += [_up_to(sample, place) for place in sorted(weights)]
+            else:
+                made.append(sample)
+        return made
+
+    def prompt(self, messages: Iterable[Message], given: Mapping[str, Any] | None = None) -> list[int]:
+        """Ids of a conversation that the model shall continue with its answer; `given` as in Sample."""
+        hidden = self._hider(list(messages), given or {})
+        text = self.tokenizer.render(hidden.rows, prompt=True, given=hidden.given)
+        layout = self._layout(hidden, prompt=True)
         self._check(text, hidden, layout, learnt=())
-        pieces = self._cut(text, hidden, self._spans(text, hidden, layout, prompt=True), [])
-        return [int(index) for index in self._encode([pieces])[0].ids]
+        spans = self._spans(text, hidden, layout, (), prompt=True)
+        return [int(index) for index in self._encode([self._cut(text, hidden, spans.values(), [])])[0].ids]
 
-    def answer(self, messages: Sequence[Message], answer: str) -> Rendered:
+    def answer(self, messages: Sequence[Message], answer: str, given: Mapping[str, Any] | None = None) -> Rendered:
         """Ids of messages followed by this answer, of which only the answer and its end of turn are learnt."""
-        return self._encode([self._pieces([*messages, Message("assistant", answer)], "last")])[0]
+        hidden = self._hider([*messages, Message("assistant", answer)], given or {})
+        text = self.tokenizer.render(hidden.rows, given=hidden.given)
+        return self._encode([self._pieces(hidden, text, {len(messages): 1.0})])[0]
 
-    def _text(self, message: Message) -> list[_Piece]:
+    def _plain_text(self, message: Message) -> list[_Piece]:
         """Plain text, all of it learnt, and where the text ends its end too. No template has a part in it."""
         end = self.tokenizer.hf.eos_token_id if message.role == DOCUMENT else None
-        return [_Piece(message.content, True), *([] if end is None else [_Piece("", True, int(end))])]
+        return [_Piece(message.content, 1.0), *([] if end is None else [_Piece("", 1.0, int(end))])]
 
-    def _pieces(self, messages: Sequence[Message], learn: str) -> list[_Piece]:
+    def _weights(self, messages: Sequence[Message]) -> dict[int, float]:
+        """The answers that are learnt, by their place, and how much each counts."""
+        answers = [place for place, message in enumerate(messages) if message.role == "assistant"]
+        chosen = answers[-1:] if self.learn == "last" else answers
+        return {place: messages[place].weight for place in chosen if messages[place].weight > 0}
+
+    def _pieces(self, hidden: Hidden, text: str, weights: Mapping[int, float], *, whole: bool = False) -> list[_Piece]:
         """A conversation cut up. Every answer is cut out, learnt or not: ids must not depend on what is learnt."""
-        hidden = self._hide(messages)
-        text = self.tokenizer.render(hidden.rows)
-        layout = self._layout(hidden.rows, prompt=False)
-        answers = _answers(hidden.rows)
-        self._check(text, hidden, layout, learnt=answers if learn == "all" else answers[-1:])
-        spans = self._spans(text, hidden, layout, prompt=False)
-        return self._cut(text, hidden, spans, spans if learn == "all" else spans[-1:])
+        layout = self._layout(hidden, prompt=False)
+        self._check(text, hidden, layout, learnt=weights)
+        spans = self._spans(text, hidden, layout, weights, prompt=False)
+        targets = [(spans[place], weight) for place, weight in weights.items()]
+        if whole:
+            muted = [(span, 0.0) for place, span in spans.items() if place not in weights]
+            targets = [*targets, *muted, ((0, len(text)), 1.0)]
+        return self._cut(text, hidden, spans.values(), targets)
 
-    def _hide(self, messages: Sequence[Message]) -> _Hidden:
-        """Put placeholders for what could become markup: control tokens anywhere, tags but in the assistant's words."""
-        texts: list[str] = []
+    def _rewrites(self, sample: Sample, places: Sequence[int]) -> bool:
+        """Whether up to the end of some learnt answer the text is another once the conversation goes on."""
+        hidden = self._hider(sample.messages, sample.given)
+        fixed = hidden.plain and self._layout(hidden, prompt=False) is not None
+        key = (hidden.kind, tuple(places))
+        if fixed and key in self._rewritten:
+            return self._rewritten[key]
+        try:
+            text = self.tokenizer.render(hidden.rows, given=hidden.given)
+            layout = self._layout(hidden, prompt=False)
+            fixed = fixed and layout is not None and layout.find(text, hidden.rows) is not None
+            found = any(not text.startswith(self._through(hidden, place)) for place in places[:-1])
+        except (Refusal, DataError):
+            return False  # rendering the sample will say what is wrong
+        if fixed:
+            self._rewritten[key] = found
+        return found
 
-        def placeholder(match: re.Match[str]) -> str:
-            texts.append(match.group())
-            return f"\ue0f2{len(texts) - 1}\ue0f3"
+    def _through(self, hidden: Hidden, place: int) -> str:
+        """The text up to the end of answer `place`, where the conversation ends with it."""
+        part = Hidden(hidden.rows[: place + 1], hidden.given, hidden.texts)
+        text = self.tokenizer.render(part.rows, given=part.given)
+        return text[: self._spans(text, part, self._layout(part, prompt=False), (place,), prompt=False)[place][1]]
 
-        rows = []
-        for message in messages:
-            pattern = self._not_assistants if message.role == "assistant" else self._not_users
-            rows.append({"role": message.role, "content": pattern.sub(placeholder, message.content)})
-        return _Hidden(rows, texts)
-
-    def _check(self, text: str, hidden: _Hidden, layout: _Layout | None, learnt: Sequence[int]) -> None:
-        """Refuse a template that drops a message, or changes a user's words or an answer that shall be learnt.
+    def _check(self, text: str, hidden: Hidden, layout: Layout | None, learnt: Collection[int]) -> None:
+        """Refuse a template that drops a message or a tool, or changes a user's words or an answer that is learnt.
 
         Earlier answers it may shorten: templates of thinking models leave the thoughts of earlier turns out. In system
         messages some look for switches such as /no_think.
@@ -173,31 +173,58 @@ class Renderer:
         for place, row in enumerate(hidden.rows):
             if row["role"] == "assistant" and place not in learnt:
                 continue
-            parts = {"user": [row["content"]], "assistant": self._tags.split(row["content"])}.get(row["role"], [])
+            parts = [row["content"]] if row["role"] in ("user", "tool") else []
+            if row["role"] == "assistant":
+                parts = [*self._tags.split(row["content"]), *self._tags.split(row.get("thinking", ""))]
+                for call in row.get("tool_calls", ()):
+                    parts += [call["function"]["name"], *leaves(call["function"]["arguments"])]
             kept = layout is None or place in layout.order
-            if kept and all(part.strip() in text for part in parts):
+            if kept and all(stands(part, text) for part in parts):
                 continue
             raise DataError(
                 _("The chat template drops or changes the {role}'s message “{start}”.").format(
-                    role=row["role"], start=hidden.restore(row["content"]).strip()[:40]
+                    role=row["role"], start=hidden.restore(row["content"] or "".join(parts)).strip()[:40]
                 ),
                 hint=_("Use a template that has this role, or write its text into the user's message."),
             )
+        for tool in hidden.given.get("tools") or ():
+            if not stands(tool["function"]["name"], text):
+                raise DataError(
+                    _("The chat template leaves out the tool {name}.").format(name=tool["function"]["name"][:40]),
+                    hint=_("Use a template that has room for tools (model.chat_template)."),
+                )
 
-    def _spans(self, text: str, hidden: _Hidden, layout: _Layout | None, *, prompt: bool) -> list[Span]:
-        """Where each answer stands in `text`: from where the model takes over to the end of turn, included."""
-        answers = _answers(hidden.rows)
+    def _spans(
+        self, text: str, hidden: Hidden, layout: Layout | None, learnt: Collection[int], *, prompt: bool
+    ) -> dict[int, Span]:
+        """Where each answer stands in `text`: from where the model takes over to the end of turn, included.
+
+        One that cannot be found, as the template shortens it, is left out unless it is to be learnt.
+        """
+        answers = [place for place, row in enumerate(hidden.rows) if row["role"] == "assistant"]
         found = layout.find(text, hidden.rows) if layout is not None else None
         if layout is not None and found is not None:
-            spans = [(found[place][0] - layout.leads[place], found[place][1]) for place in answers]
-        else:
-            self._check_forged(text, layout)
-            spans = [self._searched(text, hidden.rows, place, prompt) for place in answers]
-        return [(begin, self._closed(text, end)) for begin, end in spans]
+            spans = {place: (found[place][0] - layout.leads[place], found[place][1]) for place in answers}
+            return {place: (begin, self._closed(text, end)) for place, (begin, end) in spans.items()}
+        self._check_forged(text, hidden, layout, prompt=prompt)
+        spans = {}
+        for place in answers:
+            try:
+                begin, end = self._searched(text, hidden, place, prompt)
+            except (DataError, Refusal):
+                if place in learnt or hidden.plain:
+                    raise
+                continue
+            spans[place] = (begin, self._closed(text, end))
+        return spans
 
-    def _check_forged(self, text: str, layout: _Layout | None) -> None:
+    def _check_forged(self, text: str, hidden: Hidden, layout: Layout | None, *, prompt: bool) -> None:
         """Refuse a control token that only the template's own editing put together, as from <|im_/thinkend|>."""
-        if layout is not None and len(self.control_pattern.findall(text)) != layout.control:
+        count = layout.control if layout is not None else None
+        if not hidden.plain:
+            rows = [harmless(row) for row in hidden.rows]
+            count = len(self.control_pattern.findall(self._render(rows, prompt=prompt, given=hidden.given)))
+        if count is not None and len(self.control_pattern.findall(text)) != count:
             raise DataError(
                 _("The chat template makes control tokens out of a message."),
                 hint=_("Take the control tokens out of it, or use another template (model.chat_template)."),
@@ -208,73 +235,70 @@ class Renderer:
         closing = self._ends.match(text, end)
         return closing.end() if closing else end
 
-    def _layout(self, rows: list[dict[str, str]], *, prompt: bool) -> _Layout | None:
-        """The layout of these roles, found once; None when the template refuses them with placeholders."""
-        key = (prompt, tuple(row["role"] for row in rows))
+    def _layout(self, hidden: Hidden, *, prompt: bool) -> Layout | None:
+        """The layout of these roles, found once; None when there is more than contents, or the template refuses."""
+        if not hidden.plain:
+            return None
+        key = (prompt, hidden.kind)
         if key not in self._layouts:
+            roles = [str(row["role"]) for row in hidden.rows]
+
+            def render(rows: Rows, *, prompt: bool) -> str:
+                return self._render(rows, prompt=prompt, given=hidden.given)
+
             try:
-                self._layouts[key] = self._laid_out(key[1], prompt)
+                self._layouts[key] = laid_out(roles, render, self.control_pattern, prompt=prompt)
             except Refusal:
                 self._layouts[key] = None
         return self._layouts[key]
 
-    def _laid_out(self, roles: Sequence[str], prompt: bool) -> _Layout:
-        rows = [{"role": role, "content": f"\ue0f4{place}\ue0f5"} for place, role in enumerate(roles)]
-        text = self.tokenizer.render(rows, prompt=prompt)
-        matches = list(re.finditer("\ue0f4([0-9]+)\ue0f5", text))
-        order = tuple(int(match.group(1)) for match in matches)
-        literals: tuple[str, ...] = ()
-        leads = [0] * len(roles)
-        if sorted(order) == list(range(len(roles))):
-            edges = [0, *(edge for match in matches for edge in match.span()), len(text)]
-            literals = tuple(text[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True))
-            for place, match in zip(order, matches, strict=True):
-                leads[place] = self._lead(text[: match.start()], rows, place)
-        return _Layout(order, literals, tuple(leads), len(self.control_pattern.findall(text)))
+    def _render(self, rows: Rows, *, prompt: bool, given: dict[str, Any]) -> str:
+        return self.tokenizer.render(rows, prompt=prompt, given=given)
 
-    def _lead(self, text: str, rows: list[dict[str, str]], place: int) -> int:
-        """How many characters the model writes between taking over and the content of answer `place`, after `text`."""
-        if rows[place]["role"] != "assistant" or place == 0:
-            return 0
-        before = self.tokenizer.render(rows[:place], prompt=True)
-        return len(text) - len(before) if text.startswith(before) else 0
-
-    def _searched(self, text: str, rows: list[dict[str, str]], place: int, prompt: bool) -> Span:
-        """Where answer `place` stands, for a template that looks into the contents."""
-        before = self.tokenizer.render(rows[:place], prompt=True) if place else ""
-        end = self._marked(text, rows, place, prompt, front=False)
+    def _searched(self, text: str, hidden: Hidden, place: int, prompt: bool) -> Span:
+        """Where answer `place` stands, for a template that looks into the contents, or an answer that calls tools."""
+        rows = hidden.rows
+        before = self._render(rows[:place], prompt=True, given=hidden.given) if place else ""
+        if "tool_calls" in rows[place]:
+            through = self._render(rows[: place + 1], prompt=False, given=hidden.given)
+            end = max((match.end() for match in self.control_pattern.finditer(through)), default=0)
+            end = end if end > len(before) and not through[end:].strip() else len(through.rstrip())
+            if before and text.startswith(before) and text.startswith(through[:end]):
+                return len(before), end
+            raise _unclear(rows[place])
+        end = self._marked(text, hidden, place, prompt, front=False)
         if before and text.startswith(before) and len(before) <= end:
             return len(before), end
-        return self._marked(text, rows, place, prompt, front=True), end
+        return self._marked(text, hidden, place, prompt, front=True), end
 
-    def _marked(self, text: str, rows: list[dict[str, str]], place: int, prompt: bool, *, front: bool) -> int:
+    def _marked(self, text: str, hidden: Hidden, place: int, prompt: bool, *, front: bool) -> int:
         """Where an answer begins (`front`) or ends in `text`, found by rendering it with MARK beside it."""
+        rows = hidden.rows
         content = rows[place]["content"]
-        marked = {"role": "assistant", "content": MARK + content if front else content + MARK}
-        variant = self.tokenizer.render([*rows[:place], marked, *rows[place + 1 :]], prompt=prompt)
+        marked = {**rows[place], "content": MARK + content if front else content + MARK}
+        variant = self._render([*rows[:place], marked, *rows[place + 1 :]], prompt=prompt, given=hidden.given)
         found = variant.find(MARK)
         if variant.count(MARK) != 1:
-            raise DataError(
-                _("The chat template drops or repeats the answer “{start}”.").format(start=content.strip()[:40]),
-                hint=_("Use another template (model.chat_template)."),
-            )
+            raise _unclear(rows[place])
         return found if front else len(text) - (len(variant) - found - len(MARK))
 
-    def _cut(self, text: str, hidden: _Hidden, spans: list[Span], targets: list[Span]) -> list[_Piece]:
-        """Cut at markup and where `spans` begin and end; those in `targets` are learnt. Hidden texts return."""
+    def _cut(
+        self, text: str, hidden: Hidden, spans: Iterable[Span], targets: Sequence[tuple[Span, float]]
+    ) -> list[_Piece]:
+        """Cut at markup and where `spans` begin and end; the first of `targets` to hold a piece gives its weight."""
         edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
         pieces: list[_Piece] = []
         for begin, end in pairwise(edges):
-            learnt = any(first <= begin < last for first, last in targets)
+            weight = next((weight for (first, last), weight in targets if first <= begin < last), 0.0)
             position = begin
             for match in self._tokens.finditer(text, begin, end):
                 if position < match.start():
-                    pieces.append(_Piece(hidden.restore(text[position : match.start()]), learnt))
+                    pieces.append(_Piece(hidden.restore(text[position : match.start()]), weight))
                 markup = match.group().strip()
-                pieces.append(_Piece(markup, learnt, self.tokenizer.markup[markup]))
+                pieces.append(_Piece(markup, weight, self.tokenizer.markup[markup]))
                 position = match.end()
             if position < end:
-                pieces.append(_Piece(hidden.restore(text[position:end]), learnt))
+                pieces.append(_Piece(hidden.restore(text[position:end]), weight))
         return pieces
 
     def _encode(self, conversations: list[list[_Piece]]) -> list[Rendered]:
@@ -285,19 +309,29 @@ class Renderer:
 
     def _joined(self, pieces: list[_Piece], encoded: Iterator[list[int]]) -> Rendered:
         ids: list[int] = []
-        learnt: list[bool] = []
+        weights: list[float] = []
         bos = self.tokenizer.bos_id
         if bos is not None and (not pieces or pieces[0].markup != bos):
-            ids, learnt = [bos], [False]
+            ids, weights = [bos], [0.0]
         for piece in pieces:
             added = [piece.markup] if piece.markup is not None else next(encoded)
             ids += added
-            learnt += [piece.learnt] * len(added)
-        return Rendered(np.array(ids, np.int32), np.array(learnt, np.bool_))
+            weights += [piece.weight] * len(added)
+        found = np.array(weights, np.float32)
+        learnt = found > 0
+        return Rendered(np.array(ids, np.int32), learnt, None if (found[learnt] == 1).all() else found)
 
     @cached_property
-    def _layouts(self) -> dict[tuple[bool, tuple[str, ...]], _Layout | None]:
+    def _layouts(self) -> dict[tuple[bool, tuple[str, ...]], Layout | None]:
         return {}
+
+    @cached_property
+    def _rewritten(self) -> dict[tuple[tuple[str, ...], tuple[int, ...]], bool]:
+        return {}
+
+    @cached_property
+    def _hider(self) -> Hider:
+        return Hider(self.tokenizer)
 
     @cached_property
     def _tokens(self) -> re.Pattern[str]:
@@ -307,7 +341,7 @@ class Renderer:
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
         """The control tokens of this model, wherever they stand."""
-        return _any_of(self.tokenizer.control_tokens)
+        return any_of(self.tokenizer.control_tokens)
 
     @cached_property
     def _ends(self) -> re.Pattern[str]:
@@ -318,25 +352,20 @@ class Renderer:
     @cached_property
     def _tags(self) -> re.Pattern[str]:
         """Tags that the assistant may write."""
-        return _any_of(set(self.tokenizer.markup) - set(self.tokenizer.control_tokens))
-
-    @cached_property
-    def _not_users(self) -> re.Pattern[str]:
-        return _any_of(self.tokenizer.markup, f"[{_PRIVATE}]")
-
-    @cached_property
-    def _not_assistants(self) -> re.Pattern[str]:
-        return _any_of(self.tokenizer.control_tokens, f"[{_PRIVATE}]")
+        return any_of(set(self.tokenizer.markup) - set(self.tokenizer.control_tokens))
 
 
-def _any_of(texts: Iterable[str], *patterns: str) -> re.Pattern[str]:
-    """Any of these texts, the longest first, so that none hides in another."""
-    escaped = [re.escape(text) for text in sorted(texts, key=len, reverse=True)]
-    return re.compile("|".join([*patterns, *escaped]) or r"(?!)")
+def _up_to(sample: Sample, place: int) -> Sample:
+    """The conversation up to answer `place`, the only one that is learnt."""
+    earlier = [replace(one, weight=0.0) if one.role == "assistant" else one for one in sample.messages[:place]]
+    return replace(sample, messages=(*earlier, sample.messages[place]))
 
 
-def _answers(rows: list[dict[str, str]]) -> list[int]:
-    return [place for place, row in enumerate(rows) if row["role"] == "assistant"]
+def _unclear(row: Mapping[str, Any]) -> DataError:
+    return DataError(
+        _("The chat template drops or repeats the answer “{start}”.").format(start=row["content"].strip()[:40]),
+        hint=_("Use another template (model.chat_template)."),
+    )
 
 
 def audit(

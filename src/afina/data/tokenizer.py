@@ -10,17 +10,18 @@ tokens. The rest (runs of spaces, words added to the vocabulary) are text like a
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from afina import durable
 from afina.data.gguf_tokenizer import definition_of, special_tokens, template_of
-from afina.data.sandbox import FAILURES, Render, chat_template, without_clock
+from afina.data.harmony import mended
+from afina.data.patterns import check_tokenizer
+from afina.data.sandbox import without_clock
+from afina.data.worker import WORKER, Overrun
 from afina.errors import ModelError
 from afina.gguf_file import GgufFile
 from afina.language import _
@@ -39,11 +40,14 @@ class Refusal(ModelError):
 class Tokenizer:
     """A transformers tokenizer and the chat template that goes with it.
 
-    `end_ids` are the tokens that end an answer; generation stops at any of them.
+    `end_ids` are the tokens that end an answer; generation stops at any of them. `turn_tokens`: ids of the control
+    tokens that a recipe declares, and what the text of one was cut into before it became a token (nothing for a token
+    that there was).
     """
 
     hf: Any
     template: str | None
+    turn_tokens: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @cached_property
     def control_tokens(self) -> dict[str, int]:
@@ -142,30 +146,50 @@ class Tokenizer:
         """The text of ids, control tokens left out."""
         return str(self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def render(self, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
-        """The chat template applied, in its sandbox. Raises ModelError with the template's own complaint."""
-        try:
-            return self._compiled(messages=messages, add_generation_prompt=prompt, **self._given)
-        except FAILURES as error:
-            raise Refusal(
-                _("The chat template refuses these messages: {reason}.").format(reason=str(error).rstrip(".")),
-                hint=_("Write them as the template wants them, or use another one (model.chat_template)."),
-            ) from error
+    def render(
+        self, messages: list[dict[str, Any]], *, prompt: bool = False, given: Mapping[str, Any] | None = None
+    ) -> str:
+        """The chat template applied, in its sandbox; `given` is what it is told beside the messages: tools, an effort.
 
-    @cached_property
-    def _compiled(self) -> Render:
+        Raises ModelError with the template's own complaint.
+        """
+        text = self.render_all([(messages, given or {})], prompt=prompt)[0]
+        if isinstance(text, Refusal):
+            raise text
+        return text
+
+    def render_all(
+        self, conversations: Iterable[tuple[list[dict[str, Any]], Mapping[str, Any]]], *, prompt: bool = False
+    ) -> list["str | Refusal"]:
+        """As `render`, for many conversations; what the template refuses is in the place of its text."""
+        wanted = list(conversations)
+        if not wanted:
+            return []
         if self.template is None:
             raise ModelError(
                 _("The model has no chat template."),
                 hint=_("Set model.chat_template in the recipe, for instance to afina/alpaca, or to a Jinja file."),
             )
+        asked = [[messages, prompt, {**self._given, **given}] for messages, given in wanted]
+        return self._rendered(asked)
+
+    def _rendered(self, asked: list[Any]) -> list["str | Refusal"]:
         try:
-            return chat_template(self.template)
-        except TemplateError as error:
+            answers = WORKER.ask("template", self.template or "", asked)
+        except Overrun as error:
             raise ModelError(
-                _("The chat template is not valid Jinja: {reason}.").format(reason=error),
-                hint=_("Mend it, or use another one (model.chat_template)."),
+                _("The chat template was stopped: {reason}.").format(reason=error.message),
+                hint=_("It was run apart, so nothing else was harmed. Use another one (model.chat_template)."),
             ) from error
+        texts: list[str | Refusal] = []
+        for status, text in answers:
+            if status == "invalid":
+                raise ModelError(
+                    _("The chat template is not valid Jinja: {reason}.").format(reason=text),
+                    hint=_("Mend it, or use another one (model.chat_template)."),
+                )
+            texts.append(text if status == "made" else _refusal(text))
+        return texts
 
     @cached_property
     def _given(self) -> dict[str, Any]:
@@ -174,12 +198,9 @@ class Tokenizer:
         A few templates (Hermes' for tools) go through `tools` without asking whether there are any: they get none.
         """
         given = {**self.hf.special_tokens_map, "tools": None, "documents": None}
-        try:
-            self._compiled(messages=[{"role": "user", "content": _ASKED}], add_generation_prompt=True, **given)
-        except TypeError:
+        probe = self._rendered([[[{"role": "user", "content": _ASKED}], True, given]])[0]
+        if isinstance(probe, Refusal) and "NoneType" in probe.message:
             given["tools"] = []
-        except FAILURES:
-            pass  # it will say so when it is given real messages
         return given
 
     def save(self, folder: Path) -> None:
@@ -193,15 +214,23 @@ class Tokenizer:
 
 
 def load_tokenizer(
-    source: str, *, template: str | None = None, folder: Path | None = None, revision: str | None = None
+    source: str,
+    *,
+    template: str | None = None,
+    folder: Path | None = None,
+    revision: str | None = None,
+    turn_tokens: Sequence[str] = (),
 ) -> Tokenizer:
     """Load the tokenizer of a model folder, a GGUF file or a hub name. Raises ModelError.
 
     `template` is a bundled template (afina/NAME) or a Jinja file (relative to `folder`) that replaces the model's own.
-    Where it asks for today's date, it gets a fixed one: see sandbox.py.
+    Where it asks for today's date, it gets a fixed one: see sandbox.py. `turn_tokens` become control tokens where the
+    vocabulary lacks them.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if definition := _definition(source, revision):
+        check_tokenizer(definition, source)
     try:
         if source.endswith(".gguf"):
             file = GgufFile(source)
@@ -224,7 +253,58 @@ def load_tokenizer(
             hint=_("Use a model that has one, or convert its tokenizer with transformers."),
         )
     text = _own_template(hf.chat_template) if template is None else _read_template(template, folder or Path())
-    return Tokenizer(hf, None if text is None else without_clock(text))
+    added = _add_tokens(hf, turn_tokens, text, source)
+    tokenizer = Tokenizer(hf, None if text is None else mended(without_clock(text)), added)
+    if tokenizer._closing_id in added:  # every program that runs the model shall stop there
+        hf.eos_token = hf.convert_ids_to_tokens(tokenizer._closing_id)
+    return Tokenizer(hf, tokenizer.template, added)
+
+
+def _definition(source: str, revision: str | None) -> Path | None:
+    """Where the tokenizer.json lies, of a folder or in the hub's cache; None where there is none."""
+    from transformers.utils import cached_file
+
+    if source.endswith(".gguf"):
+        return None
+    if Path(source).is_dir():
+        file = Path(source) / "tokenizer.json"
+        return file if file.exists() else None
+    try:
+        found = cached_file(source, "tokenizer.json", revision=revision or "main")
+    except OSError:
+        return None  # loading it will say why
+    return Path(found) if found else None
+
+
+def _add_tokens(hf: Any, turn_tokens: Sequence[str], template: str | None, source: str) -> dict[int, list[int]]:
+    """Make control tokens of the declared texts. Raises ModelError for one that the template never writes."""
+    from tokenizers import AddedToken
+
+    known = {token.content: token for token in hf.added_tokens_decoder.values()}
+    for text in turn_tokens:
+        if template is None or text not in template:
+            raise ModelError(
+                _("model.turn_tokens names {token}, which the chat template never writes.").format(token=text),
+                hint=_("Write it in your template (model.chat_template), or take it off the list."),
+            )
+        if text in known and not known[text].special:
+            raise ModelError(
+                _("model.turn_tokens names {token}, which {source} knows as a word.").format(token=text, source=source),
+                hint=_("Choose a text that is no word, such as <|turn|>."),
+            )
+    plain = Tokenizer(hf, None)
+    pieces = {text: [] if text in known else plain.encode([text])[0] for text in turn_tokens}
+    fresh = [AddedToken(text, special=True, normalized=False) for text in turn_tokens if text not in known]
+    if fresh:
+        hf.add_tokens(fresh, special_tokens=True)
+    return {int(hf.convert_tokens_to_ids(text)): ids for text, ids in pieces.items()}
+
+
+def _refusal(reason: str) -> Refusal:
+    return Refusal(
+        _("The chat template refuses these messages: {reason}.").format(reason=reason.rstrip(".")),
+        hint=_("Write them as the template wants them, or use another one (model.chat_template)."),
+    )
 
 
 def _own_template(given: Any) -> str | None:

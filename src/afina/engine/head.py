@@ -93,9 +93,9 @@ class Ends:
         """
         rows = hidden[batch.predicting]
         if extra is None:
-            return (self._by_vocabulary if self.passes_by else self._by_rows)(rows, batch.targets, None)[0], None
+            return (self._by_vocabulary if self.passes_by else self._by_rows)(rows, batch, None)[0], None
         d_rows = torch.empty_like(rows)
-        total, found = (self._by_vocabulary if self.passes_by else self._by_rows)(rows, batch.targets, d_rows)
+        total, found = (self._by_vocabulary if self.passes_by else self._by_rows)(rows, batch, d_rows)
         wide = hidden.new_zeros(hidden.shape[0], hidden.shape[1] + extra)
         wide[:, : hidden.shape[1]].index_copy_(0, batch.predicting, d_rows)
         return total, (wide, found)
@@ -113,7 +113,7 @@ class Ends:
         return [part.to(parameter.dtype) for part, parameter in zip([*of_norm, *ends], self.parameters(), strict=True)]
 
     def _by_rows(
-        self, rows: torch.Tensor, targets: torch.Tensor, d_rows: torch.Tensor | None
+        self, rows: torch.Tensor, batch: Targeted, d_rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Some rows, all of the vocabulary. The gradients of head and norm are summed in at least fp32."""
         wide = torch.promote_types(rows.dtype, torch.float32)
@@ -128,7 +128,11 @@ class Ends:
             normed = norm(chunk, self.norm, torch.empty_like(chunk))
             logits = _product(normed, self.weight, self.bias)
             slopes = torch.empty_like(logits, dtype=rows.dtype)
-            total += cross_entropy(logits, targets[start : start + step], slopes).sum()
+            losses = cross_entropy(logits, batch.targets[start : start + step], slopes)
+            if batch.weights is not None:
+                weights = batch.weights[start : start + step]
+                losses, slopes = losses * weights, slopes.mul_(weights[:, None])
+            total += losses.sum()
             del logits
             if d_rows is not None:
                 d_normed = torch.mm(slopes, self.weight)
@@ -142,7 +146,7 @@ class Ends:
         return total, [*of_norm, *heads]
 
     def _by_vocabulary(
-        self, rows: torch.Tensor, targets: torch.Tensor, d_rows: torch.Tensor | None
+        self, rows: torch.Tensor, batch: Targeted, d_rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """All rows, some of the vocabulary: the head passes by once for the loss, once more for the gradient."""
         normed = norm(rows, self.norm, torch.empty_like(rows))
@@ -152,23 +156,26 @@ class Ends:
         for first, part, bias in self._passing():
             logits = _product(normed, part, bias)
             log_sum = torch.logaddexp(log_sum, torch.logsumexp(logits, dim=1))
-            here = targets - first
+            here = batch.targets - first
             inside = (here >= 0) & (here < part.shape[0])
             truth += logits.gather(1, here.clamp(0, part.shape[0] - 1)[:, None])[:, 0] * inside
             del logits
+        losses = log_sum - truth if batch.weights is None else (log_sum - truth) * batch.weights
         if d_rows is None:
-            return (log_sum - truth).sum(), []
+            return losses.sum(), []
         d_normed = torch.zeros(rows.shape, dtype=wide, device=rows.device)
         for first, part, bias in self._passing():
             logits = _product(normed, part, bias)
             slopes = logits.sub_(log_sum[:, None]).exp_()
-            here = targets - first
+            here = batch.targets - first
             inside = (here >= 0) & (here < part.shape[0])
             slopes.scatter_add_(1, here.clamp(0, part.shape[0] - 1)[:, None], -inside.to(wide)[:, None])
             _add_product(d_normed, slopes.to(rows.dtype), part)
             del logits, slopes
+        if batch.weights is not None:
+            d_normed.mul_(batch.weights[:, None])
         norm_backward(d_normed.to(rows.dtype), rows, self.norm, d_rows)
-        return (log_sum - truth).sum(), []
+        return losses.sum(), []
 
     def _passing(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """First row, rows and bias of each part of the head, on the device, in one of two places filled in turn."""

@@ -4,6 +4,7 @@ Read from the files: the adapter's on one side, the merged model's on the other,
 proved. The base's rows come from the model in memory, before it is merged.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from afina.errors import ProofError
+from afina.export.gguf_vocab import read_json
 from afina.export.weights import Source, tensors_of
 from afina.language import _
 
@@ -19,6 +21,8 @@ ROWS = 8
 """Rows of each module that are compared, evenly spread."""
 LENGTHS = ".lora_magnitude_vector"
 """What DoRA's row lengths are called."""
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+"""How PEFT names the rows of an embedding that learn: those of turn tokens."""
 CLOSE = 1e-4
 """What the merged rows may differ by from base plus change, as a share of the largest weight: in F32 it is 1e-7."""
 
@@ -88,13 +92,10 @@ def prove_merge(changes: list[Change], adapter: Path, merged: Path) -> dict[str,
                     hint=_("Nothing was kept. Please report this with the model's name."),
                 )
             modules.append({"module": change.module, "change": change.share})
-        whole = {_plain(name): tensor for name, tensor in tensors.items() if ".lora_" not in name}
-        for name, tensor in whole.items():
-            # A head tied to the embedding stands in the adapter twice, in the model once.
-            alike = [other for other, same in whole.items() if torch.equal(same, tensor)]
-            if not any(torch.equal(_whole(source, other), tensor.float()) for other in {*alike} & source.names()):
+        for name, tensor in _others(tensors).items():
+            if not any(torch.equal(found, tensor.float()) for found in _learnt(source, name, tensors, adapter)):
                 raise ProofError(
-                    _("The merged model lacks the training of {module}.").format(module=name),
+                    _("The merged model lacks the training of {module}.").format(module=_plain(name)),
                     hint=_("Nothing was kept. Please report this with the model's name."),
                 )
     finally:
@@ -102,8 +103,24 @@ def prove_merge(changes: list[Change], adapter: Path, merged: Path) -> dict[str,
     return {"adapter_tensors": len(tensors), "modules": modules}
 
 
-def _whole(source: Source, name: str) -> torch.Tensor:
-    return source.tensor(name).float()
+def _others(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapter's tensors that are no part of a low-rank term."""
+    return {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+
+
+def _learnt(
+    source: Source, name: str, tensors: dict[str, torch.Tensor], adapter: Path
+) -> Iterator[torch.Tensor]:
+    """What of the merged weights may be the adapter's tensor: the same tensor, or the rows of turn tokens in it."""
+    if name.endswith(TOKEN_ROWS):
+        layer = _plain(name).removesuffix(TOKEN_ROWS)
+        rows = read_json(adapter.parent / "adapter_config.json")["trainable_token_indices"][layer.rpartition(".")[2]]
+        yield torch.cat([source.rows(f"{layer}.weight", row, row + 1) for row in rows]).float()
+        return
+    # A head tied to the embedding stands in the adapter twice, in the model once.
+    same = {_plain(other) for other, tensor in _others(tensors).items() if torch.equal(tensor, tensors[name])}
+    for other in same & source.names():
+        yield source.tensor(other).float()
 
 
 def _plain(name: str) -> str:

@@ -21,6 +21,7 @@ from afina.model.load import unpack
 from afina.model.quantize import is_quantised, without_foreign_kernels
 from afina.model.targets import check_modules, chosen, in_layers, layer_numbers
 from afina.model.virtual import BIASES
+from afina.model.vocabulary import Pieces, fit_vocabulary, learning_rows, make_room
 from afina.recipe.schema import Full, Lora, Method, PrefixTuning, PromptTuning
 
 with without_foreign_kernels():  # PEFT imports bitsandbytes where it is installed
@@ -41,18 +42,28 @@ PlainBase = Callable[[], nn.Module]
 
 
 def attach(
-    model: nn.Module, method: Method, *, seed: int, text_ids: Sequence[int] = (), plain: PlainBase | None = None
+    model: nn.Module,
+    method: Method,
+    *,
+    seed: int,
+    text_ids: Sequence[int] = (),
+    plain: PlainBase | None = None,
+    tokens: Pieces | None = None,
 ) -> nn.Module:
     """Make `model` ready to learn by `method`; what learns is held in fp32.
 
     `text_ids`: the tokens that virtual ones begin as; `plain` loads the base unquantised, which loftq compares with.
-    Raises RecipeError where the method names what the model has not, listing what there is.
+    `tokens`: turn tokens that learn, see vocabulary.py. Raises RecipeError where the method names what the model has
+    not, listing what there is, or cannot teach the model tokens.
     """
+    if tokens:
+        _check_tokens(method)
+        make_room(model, tokens)
     if isinstance(method, Full):
         return _attach_full(model, method)
     if isinstance(method, Lora) and method.init in ("pissa", "loftq"):
         _check_beginning(model, method.init)
-    config = _lora(model, method) if isinstance(method, Lora) else _virtual(method)
+    config = _lora(model, method, tokens or {}) if isinstance(method, Lora) else _virtual(method)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), stand_ins(model):
         warnings.simplefilter("ignore")  # of tied weights that learn, and of what transformers deprecates
         torch.manual_seed(seed)
@@ -98,7 +109,21 @@ def _check_beginning(model: nn.Module, init: str) -> None:
         )
 
 
-def _lora(model: nn.Module, method: Lora) -> LoraConfig:
+def _check_tokens(method: Method) -> None:
+    saves = isinstance(method, Lora) and method.modules_to_save
+    if saves or not (isinstance(method, Lora) or (isinstance(method, Full) and method.layers is None)):
+        raise RecipeError(
+            _("method {name} leaves the embeddings of new turn tokens as they are, so they would mean nothing.").format(
+                name=method.name
+            )
+            if not saves
+            else _("Turn tokens learn by rows of their own, which does not go together with method.modules_to_save."),
+            hint=_("Take method lora or full, or a template of tokens that the model has (model.turn_tokens)."),
+            key=("model", "turn_tokens"),
+        )
+
+
+def _lora(model: nn.Module, method: Lora, tokens: Pieces) -> LoraConfig:
     check_modules(model, method.modules_to_save)
     config: Any = model.config
     return LoraConfig(
@@ -112,6 +137,7 @@ def _lora(model: nn.Module, method: Lora) -> LoraConfig:
         use_dora=method.dora,
         init_lora_weights=BEGINNINGS[method.init],  # type: ignore[arg-type]
         modules_to_save=method.modules_to_save or None,
+        trainable_token_indices=learning_rows(model, tokens),
         ensure_weight_tying=bool(method.modules_to_save and config.tie_word_embeddings),
         task_type="CAUSAL_LM",
     )
@@ -144,6 +170,7 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Mo
             _("{folder} holds no adapter.").format(folder=folder),
             hint=_("It needs adapter_config.json and adapter_model.safetensors."),
         )
+    fit_vocabulary(model, folder)
     try:
         biases = _biases_before(model, folder)
         with stand_ins(model), warnings.catch_warnings():

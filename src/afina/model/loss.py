@@ -33,6 +33,8 @@ class Targeted(Protocol):
     def predicting(self) -> torch.Tensor: ...
     @property
     def targets(self) -> torch.Tensor: ...
+    @property
+    def weights(self) -> torch.Tensor | None: ...
 
 
 def target_logits(model: nn.Module, batch: Targeted, noise: float = 0.0) -> torch.Tensor:
@@ -81,5 +83,6 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def summed_loss(model: nn.Module, batch: Targeted, noise: float = 0.0) -> torch.Tensor:
-    """Sum of `token_losses`; the loop divides by the number of targets of the whole step."""
-    return token_losses(model, batch, noise).sum()
+    """Sum of `token_losses`, each times its weight; the loop divides by what all targets of the step count."""
+    losses = token_losses(model, batch, noise)
+    return (losses if batch.weights is None else losses * batch.weights).sum()

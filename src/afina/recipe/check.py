@@ -195,7 +195,20 @@ def the_optimizer_suits_the_method(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(("training", "optimizer"), message, (("method", "name"),))
 
 
+def turn_tokens_are_texts(recipe: Recipe) -> Iterator[Fault]:
+    """Turn tokens are different texts without white space."""
+    tokens = recipe.model.turn_tokens
+    for number, text in enumerate(tokens):
+        if len(text) < 2 or text != "".join(text.split()):
+            yield Fault(
+                ("model", "turn_tokens", number), _("A turn token has at least two characters and no white space.")
+            )
+        if text in tokens[:number]:
+            yield Fault(("model", "turn_tokens", number), _("The turn token {text} stands twice.").format(text=text))
+
+
 RULES: tuple[Rule, ...] = (
+    turn_tokens_are_texts,
     mapping_goes_with_its_dialect,
     sources_are_named,
     places_are_named,

@@ -1,10 +1,10 @@
 """THE LOOP. Everything else prepares it or looks at what came out.
 
-A step is a list of micro-batches. The loss is summed over the learnt tokens of all of them and divided by their
-number, so the gradient does not depend on how the step was cut. Order, learning rate and dropout are pure functions
-of the step's number; all that a step changes is in `State` (state.py). The loop knows nothing of files, methods or
-models: it gets a model some of whose parameters learn, a function that makes the micro-batches of a step, and a
-Follower to report to.
+A step is a list of micro-batches. The loss is summed over the learnt tokens of all of them and divided by what they
+count (their number, where each weighs 1), so the gradient does not depend on how the step was cut. Order, learning
+rate and dropout are pure functions of the step's number; all that a step changes is in `State` (state.py). The loop
+knows nothing of files, methods or models: it gets a model some of whose parameters learn, a function that makes the
+micro-batches of a step, and a Follower to report to.
 """
 
 import math
@@ -90,7 +90,7 @@ def _compute(
     while True:
         made = make_step(state.step)
         batches = [batch.to(hardware.device) for batch in made]
-        learnt = sum(batch.targets.numel() for batch in batches)
+        learnt = sum(batch.weight for batch in made)
         state.optimizer.zero_grad(set_to_none=True)
         with follower.computing():
             loss = within_memory(
@@ -123,7 +123,7 @@ def _take(state: State, batches: Sequence[Batch], loss: float, norm: float) -> R
 def accumulate(
     model: nn.Module,
     batches: Sequence[Batch],
-    learnt: int,
+    learnt: float,
     seed: int,
     step: int,
     hardware: Hardware,
@@ -151,4 +151,4 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], hardware: Hardware, lo
     for batch in batches:
         with hardware.autocast():
             total += loss_fn(model, batch.to(hardware.device)).double()
-    return float(total) / sum(batch.targets.numel() for batch in batches)
+    return float(total) / sum(batch.weight for batch in batches)

@@ -31,7 +31,8 @@ def open_model(
     method = recipe.method
     text = method.text if isinstance(method, PromptTuning) else None
     model = without_dropout(load_model(source, hardware, recipe.model))
-    model = attach(model, method, seed=recipe.seed, text_ids=tokenizer.encode([text])[0] if text else (), plain=plain)
+    begin = tokenizer.encode([text])[0] if text else ()
+    model = attach(model, method, seed=recipe.seed, text_ids=begin, plain=plain, tokens=tokenizer.turn_tokens)
     _check_context(model, recipe)
     if recipe.training.gradient_checkpointing:
         recompute(model)

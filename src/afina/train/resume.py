@@ -53,7 +53,8 @@ def begin(place: Path, recipe: Recipe, parents: list[dict[str, str]], samples: I
     """
     rendered = hashlib.sha256()
     for row in samples:
-        rendered.update(row.ids.tobytes() + b"\0" + row.learnt.tobytes() + b"\1")
+        weights = b"" if row.weights is None else row.weights.tobytes() + b"\2"
+        rendered.update(row.ids.tobytes() + b"\0" + row.learnt.tobytes() + b"\1" + weights)
     wanted = {
         "format": FORMAT,
         "recipe": recipe.resolved(),

@@ -93,6 +93,15 @@ def prepare(recipe: Recipe, folder: Path, renderer: Renderer, console: Console) 
         other = read(data.validation, data, folder)
         kept, held_out, rows = reading.samples, other.samples, rows + len(other.samples)
         reading.files += other.files
+    kept, held_out = renderer.apart(kept), renderer.apart(held_out)
+    if len(kept) + len(held_out) > rows:
+        console.line(
+            _(
+                "Template  it writes earlier answers otherwise than the last, so each answer is learnt as a sample of "
+                "its own: {rows} rows, {samples} samples (data.learn: last learns the last answers only)"
+            ).format(rows=rows, samples=len(kept) + len(held_out))
+        )
+        rows = len(kept) + len(held_out)
     rejected: list[tuple[Sample, str]] = []
     rendered: list[list[Rendered]] = []
     for samples in (kept, held_out):
@@ -131,7 +140,11 @@ def train_run(
     hardware = choose_hardware(recipe.model)
     source = model_source(recipe.model.base, folder)
     tokenizer = load_tokenizer(
-        source, template=recipe.model.chat_template, folder=folder, revision=recipe.model.revision
+        source,
+        template=recipe.model.chat_template,
+        folder=folder,
+        revision=recipe.model.revision,
+        turn_tokens=recipe.model.turn_tokens,
     )
     renderer = Renderer(tokenizer, recipe.data.learn)
     examples = prepare(recipe, folder, renderer, console)
@@ -197,7 +210,7 @@ def _run_loop(
 
     def once(batch: Batch) -> None:
         on_device = batch.to(hardware.device)
-        accumulate(model.train(), [on_device], on_device.targets.numel(), recipe.seed, 0, hardware, loss_fn)
+        accumulate(model.train(), [on_device], batch.weight, recipe.seed, 0, hardware, loss_fn)
 
     first = lay_out(examples.train, _few(examples.train, order.step(0)))[0]
     with packed_attention(model, packing):

@@ -2,7 +2,7 @@
 
 import typer
 
-from afina.cli.data import check, split
+from afina.cli.data import check, split, translate
 from afina.language import _
 
 app = typer.Typer(
@@ -14,3 +14,4 @@ app.command("check", help=_("Look at every row and name what is wrong: class, fi
     check.command
 )
 app.command("split", help=_("Deal the rows out to files: training, validation, test."))(split.command)
+app.command("translate", help=_("Conversations in another language; code and formulas stay."))(translate.command)

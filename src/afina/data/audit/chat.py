@@ -8,7 +8,8 @@ from itertools import pairwise
 from typing import Any
 
 from afina.data.conversation import ROLES
-from afina.data.dialects import NOT_LEARNT, PAIRS, SHAREGPT
+from afina.data.dialects import PAIRS, SHAREGPT
+from afina.data.messages import REFUSED
 
 CALLED = ("tool_calls", "function_call")
 TOOL_ROLES = ("tool", "function", "ipython", "observation", "environment")
@@ -96,7 +97,7 @@ def _turns(turns: Any, dialect: str) -> tuple[str, str | None]:
             return "turn-no-object", None
         if any(turn.get(key) for key in CALLED) and not _answered(turns[at + 1 :]):
             return "tool-unanswered", None
-        if any(turn.get(key) for key in NOT_LEARNT):
+        if any(turn.get(key) for key in REFUSED):
             return "unlearnt-part", None
         foreign = dialect == "sharegpt" and "role" not in turn
         key, name = ("value", "from") if foreign else ("content", "role")

@@ -42,7 +42,8 @@ class Data(Section):
     """Encodings tried in this order, file by file; what was needed is reported."""
     system: str | None = Field(default=None, examples=["You answer in one word."])
     """A system message put before every conversation that has none."""
-    learn: Literal["all", "last"] = "all"
-    """Which assistant turns are learnt."""
+    learn: Literal["all", "last", "text"] = "all"
+    """What is learnt: all assistant turns, the last one, or the whole text with the user's turns. A message may carry a
+    weight of its own."""
     too_long: Literal["error", "reject"] = "error"
     """What becomes of samples over max_length: stop and list them, or train without them and list them."""

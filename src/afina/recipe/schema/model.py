@@ -29,5 +29,7 @@ class Model(Section):
     chat_template: str | None = Field(default=None, examples=["afina/chatml"])
     """A Jinja file to use instead of the model's own template; needed for a base that has none. `afina/chatml`,
     `afina/alpaca` and `afina/plain` are bundled."""
+    turn_tokens: list[str] = Field(default=[], examples=[["<|turn|>"]])
+    """Control tokens of a template of your own: those that the vocabulary lacks are added, and all of them learn."""
     revision: str | None = Field(default=None, examples=["main"])
     """Branch, tag or commit of a hub model."""

@@ -1,0 +1,210 @@
+"""Foreign templates and patterns run in a process of their own, which the system ends when it takes too much.
+
+The process gets `SECONDS` of processor time for each thing it is asked, `MEMORY` bytes beyond what it began with, and
+may answer with so many characters; a thing that takes more ends it, and nobody else. One process serves all templates
+of this one; it is begun with the first and ends with us. It is told everything by a pipe and has no other task: what
+runs in it (sandbox.py) reaches neither files nor Python's internals either.
+"""
+
+import atexit
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from select import select
+from typing import Any
+
+from afina.errors import ModelError
+from afina.language import _
+
+SECONDS = 1.0
+"""Processor time for one rendering; templates of real models take 20 to 60 µs."""
+MEMORY = 256 * 2**20
+OUTPUT = 2**20
+"""Characters that a rendering may have beside four times those it was given."""
+PATIENCE = 60.0
+"""Seconds without an answer after which a process counts as lost, however busy the machine is."""
+AT_ONCE = 256
+"""Items asked in one go: enough that the way there and back costs little."""
+_BEGIN = "import sys; sys.path[:] = sys.argv[1:]; from afina.data.worker import serve; serve()"
+_SIZE = struct.Struct("<I")
+_READ = 2**16
+
+Act = Callable[[Any], str]
+"""What a definition makes of an item."""
+
+
+class Overrun(ModelError):
+    """What was asked took more time, memory or room than it may."""
+
+
+class Worker:
+    """The process from outside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._told: dict[str, int] = {}
+        self._unread = bytearray()
+
+    def ask(self, kind: str, definition: str, items: Sequence[Any]) -> list[tuple[str, str]]:
+        """What `definition` makes of each item: ("made", text), ("refused", reason) or ("invalid", reason).
+
+        kind: "template" or "pattern"; invalid is a definition that is none. Raises Overrun when an item, or taking in
+        the definition, takes too much.
+        """
+        answers: list[tuple[str, str]] = []
+        with self._lock:
+            for start in range(0, len(items), AT_ONCE):
+                answers += self._asked(kind, definition, items[start : start + AT_ONCE])
+        for status, text in answers:
+            if status == "overrun":
+                raise Overrun(text)
+        return answers
+
+    def close(self) -> None:
+        """End the process. One that a fork brought along is its parent's to end."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if self._owner == os.getpid():
+            process.kill()
+            process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _asked(self, kind: str, definition: str, group: Sequence[Any]) -> list[tuple[str, str]]:
+        process = self._started()
+        place = self._told.get(definition)
+        number = self._told.setdefault(definition, len(self._told))
+        try:
+            _send(_fileno(process.stdin), [kind, number, definition if place is None else None, list(group)])
+            return [self._answer(process) for _item in group]
+        except (OSError, EOFError) as error:
+            raise self._ended() from error
+        except BaseException:  # a signal in the middle: what is still to be read belongs to nobody
+            self.close()
+            raise
+
+    def _started(self) -> "subprocess.Popen[bytes]":
+        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
+            return self._process
+        self.close()
+        self._told.clear()
+        self._unread.clear()
+        self._owner = os.getpid()
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-X", "utf8", "-c", _BEGIN, *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,  # Ctrl-C is for us
+        )
+        return self._process
+
+    def _answer(self, process: "subprocess.Popen[bytes]") -> tuple[str, str]:
+        answer = _received(_fileno(process.stdout), self._unread, PATIENCE)
+        if answer is None:
+            raise EOFError
+        return answer[0], answer[1]
+
+    def _ended(self) -> Overrun:
+        """Why the process is gone, or is made to go."""
+        status: int | None = None
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                status = self._process.wait(timeout=1)
+        self.close()
+        if status == -signal.SIGPROF:
+            return Overrun(_("it took more than {seconds:g} s").format(seconds=SECONDS))
+        return Overrun(too_much_memory())
+
+
+WORKER = Worker()
+"""The one of this process."""
+atexit.register(WORKER.close)
+
+
+def serve() -> None:
+    """The process from inside: take in requests until the pipe is closed."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # it ends us
+    known: dict[int, Act] = {}
+    unread = bytearray()
+    _limit_memory()
+    while (request := _received(0, unread)) is not None:
+        kind, number, definition, items = request
+        for item in items:
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            status, text = _answered(known, kind, number, definition, item)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            _send(1, [status, text])
+
+
+def _answered(known: dict[int, Act], kind: str, number: int, definition: str | None, item: Any) -> tuple[str, str]:
+    from afina.data.patterns import cutter
+    from afina.data.sandbox import FAILURES, TooLong, templated  # what only the process itself needs
+
+    try:
+        if number not in known:
+            known[number] = templated(definition or "", OUTPUT) if kind == "template" else cutter(definition or "")
+    except MemoryError:
+        return "overrun", too_much_memory()
+    except FAILURES as error:
+        return "invalid", str(error) or type(error).__name__
+    try:
+        return "made", known[number](item)
+    except MemoryError:
+        return "overrun", too_much_memory()
+    except TooLong:
+        return "overrun", _("it wrote more than {size} characters").format(size=OUTPUT)
+    except FAILURES as error:
+        return "refused", str(error) or type(error).__name__
+
+
+def too_much_memory() -> str:
+    """What is said of it, here and there."""
+    return _("it took more than {size} MiB of memory, or never ended").format(size=MEMORY >> 20)
+
+
+def _limit_memory() -> None:
+    """MEMORY beyond what we have: more is a MemoryError, or the end of the process where Rust asks for it."""
+    import resource
+
+    with suppress(OSError):  # elsewhere than on Linux nobody says
+        now = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
+
+
+def _send(pipe: int, value: Any) -> None:
+    content = json.dumps(value).encode()
+    left = memoryview(_SIZE.pack(len(content)) + content)
+    while left:
+        left = left[os.write(pipe, left) :]
+
+
+def _received(pipe: int, unread: bytearray, patience: float | None = None) -> Any:
+    """The next value, once it is whole; None when the pipe is closed, or nothing came for `patience` seconds."""
+    while len(unread) < _SIZE.size or len(unread) < _SIZE.size + _SIZE.unpack_from(unread)[0]:
+        if patience is not None and not select([pipe], [], [], patience)[0]:
+            return None
+        part = os.read(pipe, _READ)
+        if not part:
+            return None
+        unread += part
+    end = _SIZE.size + _SIZE.unpack_from(unread)[0]
+    value = json.loads(bytes(unread[_SIZE.size : end]))
+    del unread[:end]
+    return value
+
+
+def _fileno(pipe: Any) -> int:
+    return int(pipe.fileno())
