@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from small import CPU, perturb_adapters
 from torch import nn
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from afina.errors import ModelError
@@ -54,10 +54,14 @@ def plain(folder) -> nn.Module:
 
 
 def unpacked_by_transformers(folder: Path) -> nn.Module:
-    wanted = {"dtype": torch.float32, "attn_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=Mxfp4Config(dequantize=True), **wanted
-    ).eval()
+    """Its own classes and its own arithmetic of the format, in fp32 (as a quantised model it would be bf16)."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")]:
+        packed = (tensors.pop(f"{name}_{part}") for part in ("blocks", "scales"))
+        tensors[name] = convert_moe_packed_tensors(*packed, dtype=torch.float32)
+    model = build("gpt-oss")
+    assert not any(model.load_state_dict(tensors))
+    return model.eval()
 
 
 def logits(model: nn.Module) -> torch.Tensor:

@@ -308,7 +308,7 @@ def test_gguf_begins_as_llama_cpp_does() -> None:
         def tokenize(self, text: str, special: bool, *, add_special: bool = False) -> list[int]:
             return [1] * add_special + [ord(letter) for letter in text]
 
-        def apply_template(self, messages: Sequence[dict[str, str]]) -> str:
+        def apply_template(self, messages: Sequence[dict[str, str]], given: object) -> str:
             return "".join(message["content"] for message in messages)
 
     assert GgufSpeaker("gguf", Begins()).prompt([Message("user", "hi")]) == [1, ord("h"), ord("i")]  # type: ignore[arg-type]
@@ -319,7 +319,7 @@ def test_gguf_templates_that_drop_a_message_are_refused() -> None:
         def tokenize(self, text: str, special: bool, *, add_special: bool = False) -> list[int]:
             return []
 
-        def apply_template(self, messages: Sequence[dict[str, str]]) -> str:
+        def apply_template(self, messages: Sequence[dict[str, str]], given: object) -> str:
             return str(messages[-1]["content"])
 
     with pytest.raises(DataError, match="drops or changes the system's message"):

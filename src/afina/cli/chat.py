@@ -1,6 +1,6 @@
 """`afina chat SOURCE`."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,6 +27,9 @@ def command(
     top_p: Annotated[
         float | None, typer.Option(min=0.01, max=1, help=_("Share of likely tokens sampled from."))
     ] = None,
+    effort: Annotated[
+        Literal["low", "medium", "high"] | None, typer.Option(help=_("How long a model that reasons thinks."))
+    ] = None,
     seed: Annotated[int, typer.Option(help=_("Makes sampling repeatable."))] = 0,
     json: Json = False,
     debug: Debug = False,
@@ -34,6 +37,6 @@ def command(
     """Several turns, streamed."""
     from afina import pipeline
 
-    settings = {"system": system, "temperature": temperature, "top_p": top_p}
+    settings = {"system": system, "temperature": temperature, "top_p": top_p, "effort": effort}
     given = {key: value for key, value in settings.items() if value is not None}
     pipeline.chat(source, prompt=prompt, beside_base=beside_base, adapters=adapter or (), seed=seed, **given)

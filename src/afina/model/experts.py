@@ -81,10 +81,9 @@ class PackedAdapter(ParamWrapper):
     """PEFT's adapter of one matrix of packed experts: hands A and B to the experts instead of adding B A."""
 
     def get_param(self) -> Any:
-        """Shape, type and device of the matrix, of which no plain numbers exist."""
+        """The matrix of all experts, unpacked for whoever asks: training does not."""
         base = self.get_base_layer()
-        bias = getattr(base, f"{self.parameter_name}_bias")
-        return bias.new_zeros(()).expand(base.shape_of(self.parameter_name))
+        return base.matrix(self.parameter_name, getattr(base, f"{self.parameter_name}_bias").dtype)
 
     @contextmanager
     def _activate_lora(self, active_adapters: Sequence[str]) -> Iterator[None]:

@@ -75,7 +75,7 @@ class LlamaCpp:
         cache: Literal["f16", "f32"] = "f16",
     ) -> None:
         self.path = Path(path)
-        self._has_template = TEMPLATE_KEY in GgufFile(self.path).metadata  # nothing hostile reaches llama.cpp
+        self.template = GgufFile(self.path).value(TEMPLATE_KEY, str, None)  # nothing hostile reaches llama.cpp
         self._key = secrets.token_hex(16)
         threads = threads or default_threads(self.path.stat().st_size)
         self._server: Any = _start(self.path, self._key, context, threads, gpu_layers, cache)
@@ -109,20 +109,21 @@ class LlamaCpp:
         """The text of ids, control tokens written out."""
         return str(self._call("POST", "/detokenize", {"tokens": list(ids)})["content"])
 
-    def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def apply_template(self, messages: Sequence[Mapping[str, str]], given: Mapping[str, Any] | None = None) -> str:
         """The prompt that llama.cpp makes of a conversation with the file's own chat template.
+
+        `given` is what the template is told beside the messages, such as reasoning_effort.
 
         Raises ModelError when the file has none: llama.cpp would silently suppose ChatML.
         """
-        if not self._has_template:
+        if self.template is None:
             raise ModelError(
                 _("The file has no chat template."),
                 hint=_("Set model.chat_template in the recipe, for instance to afina/alpaca, or to a Jinja file."),
                 file=self.path,
             )
-        return str(
-            self._call("POST", "/apply-template", {"messages": [dict(message) for message in messages]})["prompt"]
-        )
+        body = {"messages": [dict(message) for message in messages], "chat_template_kwargs": dict(given or {})}
+        return str(self._call("POST", "/apply-template", body)["prompt"])
 
     def complete(
         self,

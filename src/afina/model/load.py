@@ -79,7 +79,7 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
         if Path(source).is_dir():
             check_weights(Path(source))
         # Said aloud, because a config may ask for a kernel from the hub, which is code. Soft-capped scores and sinks
-        # (Gemma 2, gpt-oss) are beyond sdpa.
+        # (Gemma 2, gpt-oss) are beyond sdpa, which older transformers lets Gemma 2 have nevertheless.
         dtype = hardware.dtype
         found = settings(wanted, config, hardware.device, dtype)
         quantised = found is not None or held_in(config) in HELD
@@ -92,7 +92,7 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
             source if file is None else None,
             config=config,
             dtype=dtype,
-            attn_implementation="sdpa" if family._supports_sdpa else CAREFUL,
+            attn_implementation="sdpa" if _knows_sdpa(family, config) else CAREFUL,
             use_safetensors=True,
             output_loading_info=True,
             quantization_config=None if found is None else BitsAndBytesConfig(**found),
@@ -155,6 +155,11 @@ def _configuration(source: str, revision: str | None, file: GgufFile | None) -> 
     if (quantised := quantised_as(given, source)) is not None:
         config.quantization_config = quantised
     return config
+
+
+def _knows_sdpa(family: Any, config: Any) -> bool:
+    """Whether PyTorch's own attention is exact for this model: scores without caps or sinks."""
+    return bool(family._supports_sdpa) and not getattr(config, "attn_logit_softcapping", None)
 
 
 def _take_experts(config: Any) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ the same places. What a user writes never becomes a control token. Knows nothing
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -72,6 +72,7 @@ class ModelSpeaker:
         from afina.model.generate import generate
 
         tokenizer = self.renderer.tokenizer
+        prompt = self.renderer.prompt(messages, _given(settings, tokenizer.template))
         text = Unfolding(tokenizer)
         stopped = False
 
@@ -86,7 +87,7 @@ class ModelSpeaker:
         with self._adapters() as model:
             generate(
                 model,
-                [self.renderer.prompt(messages)],
+                [prompt],
                 end_ids=tokenizer.end_ids,
                 pad_id=tokenizer.pad_id,
                 max_new_tokens=settings.max_new_tokens,
@@ -165,7 +166,7 @@ class GgufSpeaker:
     def answer(self, messages: Sequence[Message], settings: Chat, seed: int, on_text: OnText) -> str:
         """Continue the prompt up to the end of turn. Raises DataError when the template drops a message."""
         pieces = self.llama.stream(
-            self.prompt(messages),
+            self.prompt(messages, _given(settings, self.llama.template)),
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -179,17 +180,18 @@ class GgufSpeaker:
                     break
         return text
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], given: Mapping[str, Any] | None = None) -> list[int]:
         """Ids of a conversation, cut where answers begin, as in training; control tokens in contents stay text."""
-        ids = [index for text, control in self._pieces(messages) for index in self.llama.tokenize(text, control)]
+        pieces = self._pieces(messages, given or {})
+        ids = [index for text, control in pieces for index in self.llama.tokenize(text, control)]
         return ids if ids[: len(self._begin)] == self._begin else [*self._begin, *ids]
 
-    def _pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
+    def _pieces(self, messages: Sequence[Message], given: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
         """Parts of the prompt, and whether control tokens in them are such."""
         hidden = {f"\ue0f2{place}\ue0f3": m.content for place, m in enumerate(messages) if self._forged(m.content)}
         names = {content: name for name, content in hidden.items()}
         rows = [{"role": m.role, "content": names.get(m.content, m.content)} for m in messages]
-        prompt = self.llama.apply_template(rows)
+        prompt = self.llama.apply_template(rows, given)
         for row, message in zip(rows, messages, strict=True):
             if row["content"].strip() not in prompt:
                 raise DataError(
@@ -198,12 +200,13 @@ class GgufSpeaker:
                     ),
                     hint=_("Use a template that has this role, or write its text into the user's message."),
                 )
-        for part in _cut(prompt, self._starts(rows, prompt)):
+        for part in _cut(prompt, self._starts(rows, prompt, given)):
             yield from _uncover(part, hidden)
 
-    def _starts(self, rows: list[dict[str, str]], prompt: str) -> list[int]:
+    def _starts(self, rows: list[dict[str, str]], prompt: str, given: Mapping[str, Any]) -> list[int]:
         """Where in the prompt earlier answers begin."""
-        before = [self.llama.apply_template(rows[:n]) for n, row in enumerate(rows) if n and row["role"] == "assistant"]
+        answers = [place for place, row in enumerate(rows) if place and row["role"] == "assistant"]
+        before = [self.llama.apply_template(rows[:place], given) for place in answers]
         return [len(text) for text in before if prompt.startswith(text)]
 
     def _forged(self, content: str) -> bool:
@@ -215,6 +218,18 @@ class GgufSpeaker:
         """The token llama.cpp begins every text with, where the file says so."""
         first = self.llama.tokenize("a", False, add_special=True)[:1]
         return [] if first == self.llama.tokenize("a", False)[:1] else first
+
+
+def _given(settings: Chat, template: str | None) -> dict[str, Any]:
+    """What the template is told beside the messages. Raises DataError for an effort that it would not hear of."""
+    if settings.effort is None:
+        return {}
+    if "reasoning_effort" not in (template or ""):
+        raise DataError(
+            _("The chat template knows no reasoning effort."),
+            hint=_("Leave --effort out: this model was not made to think for longer or shorter."),
+        )
+    return {"reasoning_effort": settings.effort}
 
 
 def _cut(text: str, places: Sequence[int]) -> list[str]:

@@ -47,6 +47,7 @@ class _Talk:
             "system": self._system,
             "temperature": lambda text: self._number("temperature", text),
             "top-p": lambda text: self._number("top-p", text),
+            "effort": self._effort,
             "persona": self._persona,
             "help": self._help,
             "exit": lambda text: True,
@@ -172,6 +173,20 @@ class _Talk:
         self._console.line(_("{name} answers; there are {names}.").format(name=cast.chosen, names=there), "dim")
         return False
 
+    def _effort(self, text: str) -> bool:
+        """Set how long a model that reasons thinks."""
+        try:
+            self._session.change(effort=text.lower() or None)
+        except ValueError as error:
+            raise RecipeError(
+                _("/{name} does not take “{text}”.").format(name="effort", text=text),
+                hint=_("/effort takes low, medium or high; nothing leaves it to the model."),
+            ) from error
+        self._console.line(
+            _("{name} is {value}.").format(name="effort", value=self._session.settings.effort or "-"), "dim"
+        )
+        return False
+
     def _number(self, name: str, text: str) -> bool:
         """Change a setting that is a number."""
         key = name.replace("-", "_")
@@ -194,13 +209,12 @@ class _Talk:
             "/system TEXT": _("set the system message, or have none, and begin anew"),
             "/temperature X": _("0 takes the likeliest token; now {value:g}").format(value=settings.temperature),
             "/top-p X": _("sample from the likeliest tokens of this share; now {value:g}").format(value=settings.top_p),
-            **(
-                {"/persona NAME": _("let another one answer; NAME=FOLDER loads one, -NAME drops one")}
-                if self._cast
-                else {}
-            ),
+            "/effort X": _("low, medium or high: how long a model that reasons thinks"),
+            "/persona NAME": _("let another one answer; NAME=FOLDER loads one, -NAME drops one"),
             "/exit": _("end; Ctrl-D does so too"),
         }
+        if self._cast is None:
+            del lines["/persona NAME"]
         for command, meaning in lines.items():
             self._console.line(f"{command:<16}{meaning}")
         return False

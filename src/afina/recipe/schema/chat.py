@@ -1,6 +1,6 @@
 """`chat`: how answers are sampled."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,5 +16,7 @@ class Chat(Section):
     """0 always takes the likeliest token; 0.3 to 0.5 suits maths."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Sample from the likeliest tokens that together have this probability."""
+    effort: Literal["low", "medium", "high"] | None = Field(default=None, examples=["low"])
+    """How long a model that reasons (gpt-oss) thinks before it answers; its template must know reasoning_effort."""
     max_new_tokens: Annotated[int, Field(ge=1, le=2**24)] = 512
     """An answer is cut after this many tokens."""
