@@ -2,7 +2,7 @@
 
 import typer
 
-from afina.cli.data import check, split
+from afina.cli.data import check, show, split, stats
 from afina.language import _
 
 app = typer.Typer(
@@ -13,4 +13,8 @@ app = typer.Typer(
 app.command("check", help=_("Look at every row and name what is wrong: class, file, line, reason, advice."))(
     check.command
 )
+app.command("stats", help=_("Tokens, turns, what is learnt and what would be cut; with advice for the recipe."))(
+    stats.command
+)
+app.command("show", help=_("Samples as the model sees them: turn tokens, and in colour what is learnt."))(show.command)
 app.command("split", help=_("Deal the rows out to files: training, validation, test."))(split.command)
