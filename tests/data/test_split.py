@@ -19,11 +19,13 @@ def texts_of(rows: list[Sample]) -> Counter[str]:
     return Counter(row.prompt[0].content for row in rows)
 
 
+relaxed = settings(deadline=None, max_examples=40)
 SEEDS = st.integers(0, 2**63 - 1)
 SHARES = st.floats(0, 0.99)
 FEW_TEXTS = st.lists(st.sampled_from("abcdefghijklmnop"), min_size=1, max_size=60)
 
 
+@relaxed
 @given(FEW_TEXTS, SHARES, SEEDS, st.randoms())
 def test_a_partition_by_content_alone(texts, share, seed, random):
     rows = samples(texts)
@@ -45,6 +47,7 @@ def test_a_partition_by_content_alone(texts, share, seed, random):
     assert (texts_of(again[0]), texts_of(again[1])) == (texts_of(train), texts_of(held_out))
 
 
+@relaxed
 @given(st.integers(2, 400), st.floats(0.01, 0.9), SEEDS)
 def test_the_share_is_kept_within_rounding(count, share, seed):
     rows = samples([str(number) for number in range(count)])
@@ -56,6 +59,7 @@ def test_the_share_is_kept_within_rounding(count, share, seed):
         assert len(split(rows, share, seed)[1]) == wanted
 
 
+@relaxed
 @given(SEEDS)
 def test_a_sample_that_fills_the_file_does_not_fill_the_validation(seed):
     rows = samples(["again"] * 90 + [str(number) for number in range(10)])
@@ -87,7 +91,7 @@ def test_the_split_of_today_is_the_split_of_tomorrow():
 WORDS = [f"word{number}" for number in range(40)]
 
 
-@settings(deadline=None, max_examples=40)
+@relaxed
 @given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([0.1, 0.3]))
 def test_near_duplicates_never_lie_on_both_sides(seed, copies, share):
     random = Random(seed)
@@ -99,7 +103,7 @@ def test_near_duplicates_never_lie_on_both_sides(seed, copies, share):
     assert len(held_out) <= max(1, round(share * len(rows))) or len(bare[1]) == 1
 
 
-@settings(deadline=None, max_examples=40)
+@relaxed
 @given(st.integers(10, 120), st.integers(0, 30), st.floats(0.05, 0.5), SEEDS)
 def test_rows_that_are_added_move_no_more_than_their_own_number(count, added, share, seed):
     rows = samples([str(number) for number in range(count + added)])
@@ -108,6 +112,7 @@ def test_rows_that_are_added_move_no_more_than_their_own_number(count, added, sh
     assert len(before - after) <= added
 
 
+@relaxed
 @given(st.integers(20, 200), st.integers(20, 200), st.sampled_from([0.1, 0.2, 0.5]), SEEDS)
 def test_each_class_is_dealt_out_in_the_same_share(many, few, share, seed):
     labels = ["positive"] * many + ["negative"] * few
@@ -128,6 +133,7 @@ def test_rows_alike_by_their_wording_are_still_split():
     assert len(split(rows, 0.2, 1)[1]) == 20
 
 
+@relaxed
 @given(st.integers(10, 60), SEEDS)
 def test_parts_are_a_partition_of_the_wanted_sizes(count, seed):
     rows = samples([f"row {number}" for number in range(count)])
