@@ -56,6 +56,16 @@ class Console:
         """A line that begins a part."""
         self.line(text, style="bold")
 
+    def spans(self, parts: Sequence[tuple[str, str, bool]]) -> None:
+        """Texts end to end, each in its style; where there are no colours, marked ones stand in ⟦ ⟧."""
+        if not self.json:
+            screen = self.screen
+            text = Text()
+            for part, style, marked in parts:
+                plain = printable(part)
+                text.append(f"⟦{plain}⟧" if marked and not screen.is_terminal else plain, style=style)
+            screen.print(text)
+
     def stream(self, piece: str) -> None:
         """A piece of text as it arrives, with no line end."""
         if not self.json:

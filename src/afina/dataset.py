@@ -6,6 +6,7 @@ Each takes a recipe file, or a data source alone, with the same changes as `afin
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,9 @@ from afina.data.conversation import row_of
 from afina.data.problem import SHOWN
 from afina.data.read import read
 from afina.data.split import Part, deal, parts_of, written
+from afina.data.stats import Figures, advice, figures, spread, warnings
+from afina.data.template import Renderer
+from afina.data.tokenizer import load_tokenizer
 from afina.data.translate import Ask, Cache, Estimate, Job, Reply, estimate
 from afina.data.translate import translate as run_translation
 from afina.errors import DataError, Interrupted, OutputError, RecipeError
@@ -29,6 +33,8 @@ from afina.recipe.schema import Recipe
 
 PATIENCE = (0.5, 2.0, 8.0, 20.0)
 """Seconds before each further try of a translator that is busy; together with its answers half a minute."""
+CLASSES = 20
+"""Classes printed; the event for machines has all of them."""
 
 
 def check(
@@ -86,14 +92,9 @@ def check(
 def _labels(recipe: Recipe, folder: Path) -> tuple[Any, list[tuple[str, str]]]:
     """What judges labels as this recipe's model will see them, and what is odd about its tokenizer."""
     from afina.data.audit.labels import Labels, of_tokenizer
-    from afina.data.template import Renderer
-    from afina.data.tokenizer import load_tokenizer
 
-    model = recipe.model
-    tokenizer = load_tokenizer(
-        model_source(model.base, folder), template=model.chat_template, folder=folder, revision=model.revision
-    )
-    return Labels(Renderer(tokenizer, recipe.data.learn), model.max_length), of_tokenizer(tokenizer)
+    renderer = _renderer(recipe, folder)
+    return Labels(renderer, recipe.model.max_length), of_tokenizer(renderer.tokenizer)
 
 
 def split(
@@ -120,6 +121,135 @@ def split(
         )
     _say(dealt, place)
     return place
+
+
+def stats(source: str, changes: Sequence[str] = (), plot: str | Path | None = None) -> Figures:
+    """Print what `data.train` holds, as the model sees it, and what that says about the recipe. Raises AfinaError."""
+    recipe, folder = load_or_default(source, changes)
+    reading = read(recipe.data.train, recipe.data, folder)
+    rendered = _renderer(recipe, folder).samples(reading.samples)
+    found = figures(reading.samples, rendered, recipe.model.max_length)
+    console.line(
+        _("{count} samples in {files} file(s): {dialects}; {forms}; {encodings}").format(
+            count=len(reading.samples),
+            files=len(reading.files),
+            dialects=", ".join(sorted(reading.dialects)),
+            forms=", ".join(sorted(reading.forms)),
+            encodings=", ".join(reading.encodings),
+        )
+    )
+    named = {_("tokens"): found.lengths, _("learnt tokens"): found.learnt, _("messages"): found.turns}
+    rows = {name: spread(values) for name, values in named.items()}
+    console.table(
+        ["", _("smallest"), _("median"), _("mean"), "95%", _("largest"), _("in all")],
+        [[name, *(f"{value:,.0f}" for value in rows[name].values()), f"{named[name].sum():,}"] for name in rows],
+    )
+    console.line(
+        _("{share:.0%} of the tokens are learnt. {over} samples exceed model.max_length ({limit}).").format(
+            share=found.share, over=found.over, limit=found.context
+        )
+    )
+    if found.languages:
+        told = [f"{name} {count:,}" for name, count in found.languages.most_common()]
+        console.line(_("Answers by language: {languages}").format(languages=", ".join(told)))
+    if found.classes is not None:
+        shown = found.classes.most_common(CLASSES)
+        console.table([_("class"), _("samples"), _("share")], _shares(shown, len(reading.samples)))
+    suggested = advice(found, recipe)
+    for one in suggested:
+        said = _("{key}: {now:g} in the recipe, {better:g} suits: {reason}.")
+        if one.now == one.better:
+            said = _("{key}: {now:g} suits: {reason}.")
+        console.line(said.format(**asdict(one)))
+    for text in warnings(found, recipe):
+        console.warn(text)
+    console.event(
+        "stats",
+        samples=len(reading.samples),
+        files=[str(file) for file in reading.files],
+        dialects=sorted(reading.dialects),
+        tokens=spread(found.lengths),
+        learnt_tokens=spread(found.learnt),
+        messages=spread(found.turns),
+        total_tokens=found.tokens,
+        learnt_share=found.share,
+        over=found.over,
+        losing=found.losing,
+        classes=dict(found.classes or {}),
+        languages=dict(found.languages),
+        advice=[asdict(one) for one in suggested],
+    )
+    if plot is not None:
+        _draw(found, Path(plot))
+    return found
+
+
+def show(
+    source: str, changes: Sequence[str] = (), first: int = 1, count: int = 1, html: str | Path | None = None
+) -> None:
+    """Print samples of `data.train` as the model sees them, or write them as one HTML page. Raises AfinaError."""
+    from afina.data.preview import STYLES, page, runs, tokens
+
+    recipe, folder = load_or_default(source, changes)
+    reading = read(recipe.data.train, recipe.data, folder)
+    chosen = reading.samples[first - 1 : first - 1 + count]
+    if not chosen:
+        raise DataError(
+            _("There is no sample {number}: there are {count}.").format(number=first, count=len(reading.samples)),
+            hint=_("Ask for an earlier one with --first."),
+        )
+    renderer = _renderer(recipe, folder)
+    rows = renderer.samples(chosen)
+    shown = [(sample, tokens(row, renderer.tokenizer)) for sample, row in zip(chosen, rows, strict=True)]
+    if html is not None:
+        durable.write_text(
+            Path(html), page(shown, _("{name} as {base} sees it").format(name=source, base=recipe.model.base))
+        )
+        console.line(_("Written: {path}").format(path=html))
+        return
+    for sample, found in shown:
+        console.heading(sample.where)
+        console.spans([(text, STYLES[kind], kind.startswith("learnt")) for text, kind in runs(found)])
+        console.spans([(f"{token.id} ", STYLES[token.kind], False) for token in found])
+        console.line(
+            _("{count} tokens, {learnt} learnt").format(count=len(found), learnt=sum(token.learnt for token in found))
+        )
+        console.event(
+            "sample",
+            where=sample.where,
+            ids=[token.id for token in found],
+            learnt=[token.learnt for token in found],
+            texts=[token.text for token in found],
+        )
+
+
+def _renderer(recipe: Recipe, folder: Path) -> Renderer:
+    """The renderer that training would use."""
+    tokenizer = load_tokenizer(
+        model_source(recipe.model.base, folder),
+        template=recipe.model.chat_template,
+        folder=folder,
+        revision=recipe.model.revision,
+        turn_tokens=recipe.model.turn_tokens,
+    )
+    return Renderer(tokenizer, recipe.data.learn)
+
+
+def _shares(counts: Sequence[tuple[str, int]], total: int) -> list[list[object]]:
+    return [[name, count, f"{count / total:.1%}"] for name, count in counts]
+
+
+def _draw(found: Figures, place: Path) -> None:
+    from afina.evaluate.plot import lengths
+
+    if place.suffix not in (".svg", ".png"):
+        raise OutputError(
+            _("{path} is neither .svg nor .png.").format(path=place),
+            hint=_("Name the plot lengths.svg or lengths.png."),
+        )
+    drawn = lengths(found.lengths, found.learnt, found.context, fmt="svg" if place.suffix == ".svg" else "png")
+    durable.write_bytes(place, drawn)
+    console.line(_("Written: {path}").format(path=place))
 
 
 def _say(dealt: dict[Part, list], place: Path) -> None:

@@ -4,7 +4,7 @@ import gzip
 import io
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afina.data import lines as subject
@@ -14,6 +14,7 @@ from afina.errors import DataError
 zstandard = pytest.importorskip("zstandard", reason='install "afina[zstd]" to read Zstandard files')
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.binary(max_size=12).map(lambda raw: raw.replace(b"\n", b"\r"))), st.booleans(), st.integers(1, 9))
 def test_lines_and_their_places_are_those_of_the_file(parts, ended, chunk):
     content = b"\n".join(parts) + (b"\n" if ended and parts else b"")

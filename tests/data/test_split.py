@@ -1,13 +1,14 @@
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afina.data.conversation import Message, Sample
-from afina.data.split import split
-from afina.errors import DataError
+from afina.data.split import deal, parts_of, split
+from afina.errors import DataError, RecipeError
 
 
 def samples(texts: list[str]) -> list[Sample]:
@@ -18,11 +19,13 @@ def texts_of(rows: list[Sample]) -> Counter[str]:
     return Counter(row.prompt[0].content for row in rows)
 
 
+relaxed = settings(deadline=None, max_examples=40)
 SEEDS = st.integers(0, 2**63 - 1)
 SHARES = st.floats(0, 0.99)
 FEW_TEXTS = st.lists(st.sampled_from("abcdefghijklmnop"), min_size=1, max_size=60)
 
 
+@relaxed
 @given(FEW_TEXTS, SHARES, SEEDS, st.randoms())
 def test_a_partition_by_content_alone(texts, share, seed, random):
     rows = samples(texts)
@@ -44,6 +47,7 @@ def test_a_partition_by_content_alone(texts, share, seed, random):
     assert (texts_of(again[0]), texts_of(again[1])) == (texts_of(train), texts_of(held_out))
 
 
+@relaxed
 @given(st.integers(2, 400), st.floats(0.01, 0.9), SEEDS)
 def test_the_share_is_kept_within_rounding(count, share, seed):
     rows = samples([str(number) for number in range(count)])
@@ -55,6 +59,7 @@ def test_the_share_is_kept_within_rounding(count, share, seed):
         assert len(split(rows, share, seed)[1]) == wanted
 
 
+@relaxed
 @given(SEEDS)
 def test_a_sample_that_fills_the_file_does_not_fill_the_validation(seed):
     rows = samples(["again"] * 90 + [str(number) for number in range(10)])
@@ -81,3 +86,70 @@ def test_equal_means_role_and_text_and_where_each_begins():
 def test_the_split_of_today_is_the_split_of_tomorrow():
     rows = samples([str(number) for number in range(20)])
     assert sorted(texts_of(split(rows, 0.2, 42)[1])) == ["10", "11", "12", "15"]
+
+
+WORDS = [f"word{number}" for number in range(40)]
+
+
+@relaxed
+@given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([0.1, 0.3]))
+def test_near_duplicates_never_lie_on_both_sides(seed, copies, share):
+    random = Random(seed)
+    originals = [" ".join(random.choices(WORDS, k=60)) for _number in range(30)]
+    rows = samples([text + end for text in originals for end in ["", *("!" * one for one in range(1, copies + 1))]])
+    train, held_out = split(rows, share, seed)
+    bare = [{row.prompt[0].content.rstrip("!") for row in side} for side in (train, held_out)]
+    assert not bare[0] & bare[1]
+    assert len(held_out) <= max(1, round(share * len(rows))) or len(bare[1]) == 1
+
+
+@relaxed
+@given(st.integers(10, 120), st.integers(0, 30), st.floats(0.05, 0.5), SEEDS)
+def test_rows_that_are_added_move_no_more_than_their_own_number(count, added, share, seed):
+    rows = samples([str(number) for number in range(count + added)])
+    before = {row.line for row in split(rows[:count], share, seed)[1]}
+    after = {row.line for row in split(rows, share, seed)[1]}
+    assert len(before - after) <= added
+
+
+@relaxed
+@given(st.integers(20, 200), st.integers(20, 200), st.sampled_from([0.1, 0.2, 0.5]), SEEDS)
+def test_each_class_is_dealt_out_in_the_same_share(many, few, share, seed):
+    labels = ["positive"] * many + ["negative"] * few
+    rows = [
+        Sample((Message("user", f"row {number}"), Message("assistant", label)), Path("a"), number)
+        for number, label in enumerate(labels)
+    ]
+    kept = Counter(row.answer for row in split(rows, share, seed)[1])
+    assert abs(kept["positive"] - share * many) <= 1
+    assert abs(kept["negative"] - share * few) <= 1
+
+
+def test_rows_alike_by_their_wording_are_still_split():
+    """A long instruction around every row must not make one group of them all."""
+    rows = samples(
+        ["Say whether this review is kind, hostile, or neither of both: number " + str(n) for n in range(100)]
+    )
+    assert len(split(rows, 0.2, 1)[1]) == 20
+
+
+@relaxed
+@given(st.integers(10, 60), SEEDS)
+def test_parts_are_a_partition_of_the_wanted_sizes(count, seed):
+    rows = samples([f"row {number}" for number in range(count)])
+    dealt = deal(rows, parts_of("train,validation=0.1,test=3"), seed)
+    assert sorted(row.line for part in dealt.values() for row in part) == list(range(count))
+    assert {part.name: len(found) for part, found in dealt.items() if part.name != "train"} == {
+        "validation": max(1, round(0.1 * count)),
+        "test": 3,
+    }
+
+
+@pytest.mark.parametrize("text", ["", "train", "a,b", "a=1,b=2", "a,a=1", "a,b=x", "a,b=0", "a,../b=1", "a,b=-1"])
+def test_parts_that_cannot_be(text):
+    if text == "train":
+        assert [part.name for part in parts_of(text)] == ["train"]
+    else:
+        with pytest.raises(RecipeError) as raised:
+            parts_of(text)
+        assert raised.value.hint

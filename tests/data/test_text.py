@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from data.byte_level import build
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afina.data.conversation import DOCUMENT, PASSAGE, Message, Sample
@@ -19,6 +19,7 @@ TEXT = st.lists(
 ).map("".join)
 
 
+@settings(deadline=None, max_examples=60)
 @given(TEXT.filter(str.strip), st.sampled_from([DOCUMENT, PASSAGE]))
 def test_all_of_a_text_is_learnt_and_none_of_it_is_control(text, role):
     sample = Sample((Message(role, text),), Path("a.txt"), 1)

@@ -1,6 +1,7 @@
 """Which samples are kept back for validation or test: decided by seed and content, never by the order of rows.
 
-Equal samples stay together. Where the answers are classes, each class is dealt out in the same shares.
+Equal and nearly equal samples stay together, so that nothing is asked that was all but learnt. Where the answers are
+classes, each class is dealt out in the same shares.
 """
 
 import json
@@ -10,8 +11,13 @@ from dataclasses import dataclass
 
 from afina.data.classes import classes_of
 from afina.data.conversation import Sample, row_of
+from afina.data.near import groups
 from afina.errors import DataError, RecipeError
 from afina.language import _
+
+CLUSTER, CLUSTER_SHARE = 3, 0.05
+"""Samples that are nearly the same are kept together up to so many, and such a share of all: where more are alike, it
+is the wording around them that they have in common."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +75,12 @@ def split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample],
 
 
 def deal(samples: Sequence[Sample], parts: Sequence[Part], seed: int) -> dict[Part, list[Sample]]:
-    """The samples of each part, in the order given; equal samples lie in one part.
+    """The samples of each part, in the order given; equal and nearly equal samples lie in one part.
 
     Each part with an amount takes the samples with the smallest keyed hashes, class by class, of those that the parts
     before it left. A sample that occurs more often than there is room left is passed over.
     """
-    keys = [sample.digest(salt=f"split {seed}") for sample in samples]
+    keys = _keys(samples, seed)
     classes = [sample.answer.strip() for sample in samples] if classes_of(samples) else [""] * len(samples)
     sizes = Counter(keys)
     owner: dict[bytes, Part] = {}
@@ -88,6 +94,23 @@ def deal(samples: Sequence[Sample], parts: Sequence[Part], seed: int) -> dict[Pa
     for sample, key in zip(samples, keys, strict=True):
         dealt[owner.get(key, rest)].append(sample)
     return dealt
+
+
+def _keys(samples: Sequence[Sample], seed: int) -> list[bytes]:
+    """The keyed hash of each sample, of those that are nearly the same the smallest of theirs."""
+    own = [sample.digest(salt=f"split {seed}") for sample in samples]
+    owners = groups(_content(sample) for sample in samples).tolist()
+    members: dict[int, set[bytes]] = defaultdict(set)
+    for key, owner in zip(own, owners, strict=True):
+        members[owner].add(key)
+    most = max(CLUSTER, len(set(own)) * CLUSTER_SHARE)
+    together = {owner: min(keys) for owner, keys in members.items() if len(keys) <= most}
+    return [together.get(owner, key) for key, owner in zip(own, owners, strict=True)]
+
+
+def _content(sample: Sample) -> str:
+    """What is asked and answered; a system message is the same in many samples."""
+    return "\n".join(message.content for message in sample.messages if message.role != "system")
 
 
 def _smallest(free: dict[bytes, str], sizes: Counter[bytes], wanted: int) -> set[bytes]:

@@ -124,6 +124,30 @@ def accuracy_bars(tasks: Sequence[Mapping[str, Any]], *, fmt: Format = "png", wi
         return _bytes(figure, fmt)
 
 
+def lengths(tokens: Any, learnt: Any, context: int, *, fmt: Format = "png", width: float = WIDE) -> bytes:
+    """How many samples have how many tokens, and how many of these are learnt; a line where the context ends.
+
+    `tokens`, `learnt`: (samples,) counts.
+    """
+    with _styled():
+        figure = Figure(figsize=(width, 2.6), layout="constrained")
+        axes = figure.subplots()
+        end = max(int(max(tokens)), 1)
+        edges = [end * place / 60 for place in range(61)]
+        for values, colour, name in (
+            (tokens, PALETTE["base"], _("tokens")),
+            (learnt, PALETTE["tuned"], _("learnt tokens")),
+        ):
+            axes.hist(values, bins=edges, color=colour, alpha=0.75, label=name)
+        if context <= 1.5 * end:
+            axes.axvline(context, color=PALETTE["warm"], linewidth=1.2, label=f"model.max_length ({context})")
+        axes.set_xlabel(_("Tokens of a sample"))
+        axes.set_ylabel(_("Samples"))
+        axes.grid(axis="y")
+        axes.legend(loc="upper right")
+        return _bytes(figure, fmt)
+
+
 def confusion_matrix(labels: Sequence[str], counts: Sequence[Sequence[int]], *, fmt: Format = "png") -> bytes:
     """A heat map: rows what was expected, columns what was answered, shaded by the share of its row."""
     with _styled():

@@ -108,9 +108,7 @@ def _others(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
 
 
-def _learnt(
-    source: Source, name: str, tensors: dict[str, torch.Tensor], adapter: Path
-) -> Iterator[torch.Tensor]:
+def _learnt(source: Source, name: str, tensors: dict[str, torch.Tensor], adapter: Path) -> Iterator[torch.Tensor]:
     """What of the merged weights may be the adapter's tensor: the same tensor, or the rows of turn tokens in it."""
     if name.endswith(TOKEN_ROWS):
         layer = _plain(name).removesuffix(TOKEN_ROWS)

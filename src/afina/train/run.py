@@ -6,7 +6,6 @@ Knows nothing of evaluation, export or where the folder will finally lie.
 import heapq
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,17 @@ import torch
 from torch import nn
 
 from afina import durable
-from afina.artifact import parent, sha256
 from afina.console import Console
 from afina.data.batch import Batch, micro_batches
-from afina.data.conversation import Sample
+from afina.data.cache import FOLDER
 from afina.data.order import order_of
-from afina.data.read import read
-from afina.data.split import split
-from afina.data.template import Rendered, Renderer, audit
+from afina.data.template import Rendered, Renderer
 from afina.data.tokenizer import load_tokenizer
 from afina.engine.attention import covers, packed_attention
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
 from afina.engine.proof import prove
-from afina.errors import DataError, Interrupted
+from afina.errors import Interrupted
 from afina.language import _
 from afina.model.attach import save_adapter
 from afina.model.load import Hardware, choose_hardware
@@ -36,6 +32,7 @@ from afina.model.loss import summed_loss
 from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe, Training
+from afina.train.examples import Examples, places, prepare_once, say_examples
 from afina.train.keeper import Keeper
 from afina.train.loop import LossFunction, accumulate, mean_loss, train
 from afina.train.memory import Room
@@ -50,8 +47,6 @@ from afina.train.surroundings import surroundings
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "mps": 4096}
 """Computed at once where the recipe says nothing: enough to fill the device, little enough to fit by the weights."""
-SHOWN_PROBLEMS = 20
-"""Samples with problems printed one by one; the rest is counted, and the manifest has them all."""
 BACKWARD_WORK = 3
 """A learnt token costs about three times a token that is only looked at."""
 
@@ -61,72 +56,6 @@ STANDING = 3
 """Beside what learns: its two moments, and the gradients of the micro-batches before."""
 PROOF_TOKENS = 512
 """On so many tokens of the first step the fused engine is compared with the reference."""
-
-
-@dataclass
-class Examples:
-    """The samples of a recipe, rendered and audited. `origin`: where those of `train` come from; `files`: by hash."""
-
-    train: list[Rendered]
-    origin: list[Sample]
-    validation: list[Rendered]
-    rejected: list[tuple[Sample, str]]
-    rows: int
-    files: list[dict[str, str]]
-    dialects: list[str]
-    encodings: dict[str, int]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one pass over the training samples."""
-        return sum(row.ids.size for row in self.train)
-
-
-def prepare(recipe: Recipe, folder: Path, renderer: Renderer, console: Console) -> Examples:
-    """Read, split, render and audit the examples. Raises DataError before anything is loaded or trained."""
-    data = recipe.data
-    reading = read(data.train, data, folder)
-    rows = len(reading.samples)
-    if isinstance(data.validation, float | int):
-        kept, held_out = split(reading.samples, data.validation, recipe.seed)
-    else:
-        other = read(data.validation, data, folder)
-        kept, held_out, rows = reading.samples, other.samples, rows + len(other.samples)
-        reading.files += other.files
-    kept, held_out = renderer.apart(kept), renderer.apart(held_out)
-    if len(kept) + len(held_out) > rows:
-        console.line(
-            _(
-                "Template  it writes earlier answers otherwise than the last, so each answer is learnt as a sample of "
-                "its own: {rows} rows, {samples} samples (data.learn: last learns the last answers only)"
-            ).format(rows=rows, samples=len(kept) + len(held_out))
-        )
-        rows = len(kept) + len(held_out)
-    rejected: list[tuple[Sample, str]] = []
-    rendered: list[list[Rendered]] = []
-    for samples in (kept, held_out):
-        good, bad = _render(samples, renderer, recipe)
-        rendered.append(good)
-        rejected += bad
-    if not rendered[0]:
-        raise DataError(
-            _("No sample is left to learn from:") + "\n" + "\n".join(_listed(rejected)),
-            hint=_("Raise model.max_length, or shorten the samples."),
-        )
-    aside = {id(sample) for sample, _reason in rejected}
-    for encoding, files in reading.encodings.items():
-        if encoding != data.encoding[0]:
-            console.warn(_("{count} file(s) read as {encoding}.").format(count=len(files), encoding=encoding))
-    return Examples(
-        train=rendered[0],
-        origin=[sample for sample in kept if id(sample) not in aside],
-        validation=rendered[1],
-        rejected=rejected,
-        rows=rows,
-        files=[parent(file, sha256(file), "data") for file in reading.files],
-        dialects=sorted(reading.dialects),
-        encodings={encoding: len(files) for encoding, files in reading.encodings.items()},
-    )
 
 
 def train_run(
@@ -147,8 +76,8 @@ def train_run(
         turn_tokens=recipe.model.turn_tokens,
     )
     renderer = Renderer(tokenizer, recipe.data.learn)
-    examples = prepare(recipe, folder, renderer, console)
-    _say_data(examples, console)
+    examples = prepare_once(recipe, folder, renderer, console, place.parent / FOLDER)
+    say_examples(examples, console)
     model, counts = open_model(recipe, source, hardware, tokenizer, console)
     parents = [*([base] if base else []), *examples.files]
     run = enter(place, recipe, parents, examples.train + examples.validation)
@@ -165,7 +94,7 @@ def train_run(
             "rows": examples.rows,
             "train": len(examples.train),
             "validation": len(examples.validation),
-            "rejected": _places(examples.rejected),
+            "rejected": places(examples.rejected),
             "files": examples.files,
             "dialects": examples.dialects,
             "encodings": examples.encodings,
@@ -295,68 +224,6 @@ def _choose_engine(
     return engine.summed_loss, _(
         "fused blocks; on the first batch loss and gradients are the reference's to {loss:.0e} and {gradient:.0e}"
     ).format(loss=proof.loss, gradient=proof.gradient)
-
-
-def _render(
-    samples: list[Sample], renderer: Renderer, recipe: Recipe
-) -> tuple[list[Rendered], list[tuple[Sample, str]]]:
-    """Rendered samples that pass the audit, and those set aside. Raises DataError where none may be."""
-    rendered = renderer.samples(samples)
-    limit = recipe.model.max_length
-    too_long = {id(sample) for sample, row in zip(samples, rendered, strict=True) if row.ids.size > limit}
-    reasons: dict[int, tuple[Sample, str]] = {}
-    for sample, reason in audit(samples, rendered, renderer.tokenizer, limit):
-        reasons[id(sample)] = (sample, f"{reasons[id(sample)][1]}; {reason}" if id(sample) in reasons else reason)
-    aside = too_long if recipe.data.too_long == "reject" else set()
-    fatal = [problem for key, problem in reasons.items() if key not in aside]
-    if fatal:
-        raise DataError(
-            _("{count} of {all} samples cannot be learnt as they are:").format(count=len(fatal), all=len(samples))
-            + "\n"
-            + "\n".join(_listed(fatal)),
-            file=fatal[0][0].file,
-            line=fatal[0][0].line,
-            hint=_(
-                "Raise model.max_length, shorten them, or set data.too_long to reject to go on without the long ones."
-            )
-            if all(id(sample) in too_long for sample, _reason in fatal)
-            else _("Mend these samples, or use a chat template that closes the answer (model.chat_template)."),
-        )
-    good = [row for sample, row in zip(samples, rendered, strict=True) if id(sample) not in aside]
-    return good, list(reasons.values())
-
-
-def _say_data(examples: Examples, console: Console) -> None:
-    """Account for every row: what is learnt, what is kept back, and which were set aside and why."""
-    console.line(
-        _("Data      {rows} rows = {train} to learn + {validation} for validation + {rejected} rejected").format(
-            rows=examples.rows,
-            train=len(examples.train),
-            validation=len(examples.validation),
-            rejected=len(examples.rejected),
-        )
-    )
-    for line in _listed(examples.rejected):
-        console.line(f"          {line}")
-    console.event(
-        "data",
-        rows=examples.rows,
-        train=len(examples.train),
-        validation=len(examples.validation),
-        rejected=_places(examples.rejected),
-    )
-
-
-def _places(rejected: Sequence[tuple[Sample, str]]) -> list[dict[str, str | int]]:
-    """Rejected samples for the manifest and for machines."""
-    return [{"file": str(sample.file), "line": sample.line, "reason": reason} for sample, reason in rejected]
-
-
-def _listed(problems: Sequence[tuple[Sample, str]]) -> list[str]:
-    """The first problems, a line each, and how many more there are."""
-    shown = [f"{sample.where}: {reason}" for sample, reason in problems[:SHOWN_PROBLEMS]]
-    more = len(problems) - len(shown)
-    return [*shown, _("... and {count} more").format(count=more)] if more else shown
 
 
 def _longest(rows: Sequence[Rendered], training: Training) -> list[int]:

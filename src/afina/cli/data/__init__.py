@@ -2,7 +2,7 @@
 
 import typer
 
-from afina.cli.data import check, split, translate
+from afina.cli.data import check, show, split, stats, translate
 from afina.language import _
 
 app = typer.Typer(
@@ -13,5 +13,9 @@ app = typer.Typer(
 app.command("check", help=_("Look at every row and name what is wrong: class, file, line, reason, advice."))(
     check.command
 )
+app.command("stats", help=_("Tokens, turns, what is learnt and what would be cut; with advice for the recipe."))(
+    stats.command
+)
+app.command("show", help=_("Samples as the model sees them: turn tokens, and in colour what is learnt."))(show.command)
 app.command("split", help=_("Deal the rows out to files: training, validation, test."))(split.command)
 app.command("translate", help=_("Conversations in another language; code and formulas stay."))(translate.command)

@@ -1,0 +1,189 @@
+"""The examples of a recipe: read, split, rendered and audited; or taken from the last run on the same data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from afina.artifact import parent, sha256
+from afina.console import Console
+from afina.data.cache import Stopwatch, keep, kept, key_of
+from afina.data.conversation import Sample
+from afina.data.files import find
+from afina.data.read import read
+from afina.data.split import split
+from afina.data.template import Rendered, Renderer, audit
+from afina.errors import DataError
+from afina.language import _
+from afina.recipe.schema import Recipe
+
+SHOWN_PROBLEMS = 20
+"""Samples with problems printed one by one; the rest is counted, and the manifest has them all."""
+
+
+@dataclass
+class Examples:
+    """The samples of a recipe, rendered and audited. `origin`: where those of `train` come from; `files`: by hash."""
+
+    train: list[Rendered]
+    origin: list[Sample]
+    validation: list[Rendered]
+    rejected: list[tuple[Sample, str]]
+    rows: int
+    files: list[dict[str, str]]
+    dialects: list[str]
+    encodings: dict[str, int]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one pass over the training samples."""
+        return sum(row.ids.size for row in self.train)
+
+
+def prepare(recipe: Recipe, folder: Path, renderer: Renderer, console: Console) -> Examples:
+    """Read, split, render and audit the examples. Raises DataError before anything is loaded or trained."""
+    data = recipe.data
+    reading = read(data.train, data, folder)
+    rows = len(reading.samples)
+    if isinstance(data.validation, float | int):
+        kept, held_out = split(reading.samples, data.validation, recipe.seed)
+    else:
+        other = read(data.validation, data, folder)
+        kept, held_out, rows = reading.samples, other.samples, rows + len(other.samples)
+        reading.files += other.files
+    kept, held_out = renderer.apart(kept), renderer.apart(held_out)
+    if len(kept) + len(held_out) > rows:
+        console.line(
+            _(
+                "Template  it writes earlier answers otherwise than the last, so each answer is learnt as a sample of "
+                "its own: {rows} rows, {samples} samples (data.learn: last learns the last answers only)"
+            ).format(rows=rows, samples=len(kept) + len(held_out))
+        )
+        rows = len(kept) + len(held_out)
+    rejected: list[tuple[Sample, str]] = []
+    rendered: list[list[Rendered]] = []
+    for samples in (kept, held_out):
+        good, bad = _render(samples, renderer, recipe)
+        rendered.append(good)
+        rejected += bad
+    if not rendered[0]:
+        raise DataError(
+            _("No sample is left to learn from:") + "\n" + "\n".join(_listed(rejected)),
+            hint=_("Raise model.max_length, or shorten the samples."),
+        )
+    aside = {id(sample) for sample, _reason in rejected}
+    for encoding, files in reading.encodings.items():
+        if encoding != data.encoding[0]:
+            console.warn(_("{count} file(s) read as {encoding}.").format(count=len(files), encoding=encoding))
+    return Examples(
+        train=rendered[0],
+        origin=[sample for sample in kept if id(sample) not in aside],
+        validation=rendered[1],
+        rejected=rejected,
+        rows=rows,
+        files=[parent(file, sha256(file), "data") for file in reading.files],
+        dialects=sorted(reading.dialects),
+        encodings={encoding: len(files) for encoding, files in reading.encodings.items()},
+    )
+
+
+def prepare_once(recipe: Recipe, folder: Path, renderer: Renderer, console: Console, cache: Path) -> Examples:
+    """As `prepare`, from the entry that an earlier run on the same data left in `cache`, or leaving one there."""
+    data = recipe.data
+    sources = [data.train, *([] if isinstance(data.validation, float | int) else [data.validation])]
+    files = [
+        file
+        for given in sources
+        for one in ([given] if isinstance(given, str) else given)
+        for file in find(one, folder)
+    ]
+    parts = {"data": data.model_dump(mode="json"), "seed": recipe.seed, "max_length": recipe.model.max_length}
+    key = key_of(files, renderer.tokenizer, parts)
+    found = kept(cache, key)
+    if found is not None:
+        sets, facts = found
+        console.line(_("Data      as it was rendered before: taken from {place}").format(place=cache / key))
+        origin = [Sample((), Path(facts["named"][file]), line) for file, line in facts.pop("origin")]
+        facts.pop("named")
+        return Examples(train=sets["train"], validation=sets["validation"], origin=origin, rejected=[], **facts)
+    watch = Stopwatch()
+    made = prepare(recipe, folder, renderer, console)
+    if watch.worth and not made.rejected:
+        keep(cache, key, {"train": made.train, "validation": made.validation}, _facts(made))
+    return made
+
+
+def _facts(made: Examples) -> dict[str, Any]:
+    """What an entry of the cache says beside the rendered samples."""
+    named = list(dict.fromkeys(str(sample.file) for sample in made.origin))
+    place = {name: number for number, name in enumerate(named)}
+    return {
+        "named": named,
+        "origin": [[place[str(sample.file)], sample.line] for sample in made.origin],
+        "rows": made.rows,
+        "files": made.files,
+        "dialects": made.dialects,
+        "encodings": made.encodings,
+    }
+
+
+def _render(
+    samples: list[Sample], renderer: Renderer, recipe: Recipe
+) -> tuple[list[Rendered], list[tuple[Sample, str]]]:
+    """Rendered samples that pass the audit, and those set aside. Raises DataError where none may be."""
+    rendered = renderer.samples(samples)
+    limit = recipe.model.max_length
+    too_long = {id(sample) for sample, row in zip(samples, rendered, strict=True) if row.ids.size > limit}
+    reasons: dict[int, tuple[Sample, str]] = {}
+    for sample, reason in audit(samples, rendered, renderer.tokenizer, limit):
+        reasons[id(sample)] = (sample, f"{reasons[id(sample)][1]}; {reason}" if id(sample) in reasons else reason)
+    aside = too_long if recipe.data.too_long == "reject" else set()
+    fatal = [problem for key, problem in reasons.items() if key not in aside]
+    if fatal:
+        raise DataError(
+            _("{count} of {all} samples cannot be learnt as they are:").format(count=len(fatal), all=len(samples))
+            + "\n"
+            + "\n".join(_listed(fatal)),
+            file=fatal[0][0].file,
+            line=fatal[0][0].line,
+            hint=_(
+                "Raise model.max_length, shorten them, or set data.too_long to reject to go on without the long ones."
+            )
+            if all(id(sample) in too_long for sample, _reason in fatal)
+            else _("Mend these samples, or use a chat template that closes the answer (model.chat_template)."),
+        )
+    good = [row for sample, row in zip(samples, rendered, strict=True) if id(sample) not in aside]
+    return good, list(reasons.values())
+
+
+def say_examples(examples: Examples, console: Console) -> None:
+    """Account for every row: what is learnt, what is kept back, and which were set aside and why."""
+    console.line(
+        _("Data      {rows} rows = {train} to learn + {validation} for validation + {rejected} rejected").format(
+            rows=examples.rows,
+            train=len(examples.train),
+            validation=len(examples.validation),
+            rejected=len(examples.rejected),
+        )
+    )
+    for line in _listed(examples.rejected):
+        console.line(f"          {line}")
+    console.event(
+        "data",
+        rows=examples.rows,
+        train=len(examples.train),
+        validation=len(examples.validation),
+        rejected=places(examples.rejected),
+    )
+
+
+def places(rejected: Sequence[tuple[Sample, str]]) -> list[dict[str, str | int]]:
+    """Rejected samples for the manifest and for machines."""
+    return [{"file": str(sample.file), "line": sample.line, "reason": reason} for sample, reason in rejected]
+
+
+def _listed(problems: Sequence[tuple[Sample, str]]) -> list[str]:
+    """The first problems, a line each, and how many more there are."""
+    shown = [f"{sample.where}: {reason}" for sample, reason in problems[:SHOWN_PROBLEMS]]
+    more = len(problems) - len(shown)
+    return [*shown, _("... and {count} more").format(count=more)] if more else shown
