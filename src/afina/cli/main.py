@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from afina import __version__
-from afina.cli import chat, data, evaluate, export, init, run, train
+from afina.cli import chat, data, evaluate, export, init, push, run, train
 from afina.cli.options import Debug, Json
 from afina.console import console
 from afina.errors import AfinaError, Interrupted, RecipeError
@@ -31,6 +31,7 @@ app.command("train", help=_("Fine-tune as a recipe says; leaves a run folder."))
 app.command("eval", help=_("Put a recipe's tasks to base, tuned, exported files, and anyone else."))(evaluate.command)
 app.command("export", help=_("Make files that llama.cpp, Ollama, LM Studio or transformers run."))(export.command)
 app.command("chat", help=_("Talk to a run, a model folder or a GGUF file."))(chat.command)
+app.command("push", help=_("Upload a run's adapter or exported files to a model hub."))(push.command)
 app.add_typer(data.app, name="data")
 
 
