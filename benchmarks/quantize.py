@@ -3,12 +3,15 @@
     python benchmarks/quantize.py errors [--ggml LIBGGML_BASE]
     python benchmarks/quantize.py speed [--shape 1b] [--formats q8_0,q4_k_m] [--device cuda] [--peer PYTHON]
     python benchmarks/quantize.py models [--peer PYTHON]
+    python benchmarks/quantize.py quality [--peer PYTHON] [--tokens 30000] [--formats q4_k_m,...] [--model FOLDER]
 
 LIBGGML_BASE is ggml's shared library and PYTHON an interpreter with llama_cpp, both as the llama-cpp-python source
 package builds them. `errors`: root mean square, ours over llama.cpp's, block for block from the same floats. `speed`:
 a random model in bf16, safetensors to GGUF; the peer quantises a GGUF file in F16 that was made before, so its own
 conversion is not counted. `models`: KL of each format on afina/tiny, ours and the peer's from the same F32 file.
-Results are printed and appended to results/quantize.jsonl.
+`quality`: the same in
+transformers on the dequantised files, over many tokens: KL and perplexity, ours over the peer's, with standard errors;
+and whether the blocks are equal to the byte. Results are printed and appended to results/quantize.jsonl.
 """
 
 import argparse
@@ -37,6 +40,7 @@ from afina.export import certificate, quants
 from afina.export.families import read_shape
 from afina.export.gguf import write_gguf
 from afina.export.mixes import FORMATS, PLAIN
+from afina.gguf_file import GgufFile
 from afina.model.load import choose_hardware, load_model
 from afina.recipe.place import BUNDLED
 from afina.recipe.schema import Model
@@ -204,7 +208,7 @@ def peer(python: str, source: Path, out: Path, kind: str, threads: int) -> float
 
 def models(options: argparse.Namespace) -> None:
     """Every format on afina/tiny, in llama.cpp."""
-    certificate.LIMITS.update(dict.fromkeys(FORMATS, certificate.Limits(1e9, 0.0, 1e9)))
+    certificate.LIMITS.update(dict.fromkeys(FORMATS, certificate.Limits(1e9, 1e9, 0.0)))
     model = load_model(str(TINY), choose_hardware(Model(precision="fp32", device="cpu")))
     renderer = Renderer(load_tokenizer(str(TINY)))
     rows = [Sample((Message("user", text), Message("assistant", "x")), TINY, 1) for text in QUESTIONS]
@@ -228,18 +232,117 @@ def models(options: argparse.Namespace) -> None:
             note(what="models", model="afina/tiny", format=kind, **said)
 
 
+def quality(options: argparse.Namespace) -> None:
+    """Ours and the peer's file of each format, dequantised by our reader, in one and the same model in fp32."""
+    source = Path(options.model) if options.model else TINY
+    model: Any = load_model(str(source), choose_hardware(Model(precision="fp32", device="cpu")))
+    batches = _batches(source, options.tokens)
+    exact = [torch.log_softmax(_logits(model, ids), -1) for ids in batches]
+    plans = _plans(source)
+    formats = [kind for kind in FORMATS if kind not in (*PLAIN, "q2_k_s", "mxfp4")]
+    formats = options.formats.split(",") if options.formats != "q8_0,q4_k_m" else formats
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with tempfile.TemporaryDirectory() as place:
+        plain = Path(place) / "f32.gguf"
+        write_gguf(source, plain, "f32")
+        for kind in formats:
+            ours, theirs = Path(place) / f"{kind}-ours.gguf", Path(place) / f"{kind}-peer.gguf"
+            write_gguf(source, ours, kind)
+            files = [ours]
+            if options.peer:
+                peer(options.peer, plain, theirs, kind, 1)
+                files.append(theirs)
+            found = [_quality(model, state, plans, file, batches, exact) for file in files]
+            model.load_state_dict(state)
+            (kl, surprise), *rest = found
+            said = dict(kl_ours=float(kl.mean()), perplexity_ours=float(surprise.mean().exp()), tokens=len(kl))
+            if rest:
+                (kl_peer, surprise_peer), *_none = rest
+                said |= dict(kl_peer=float(kl_peer.mean()), perplexity_peer=float(surprise_peer.mean().exp()))
+                ratio = float(kl.mean() / kl_peer.mean())
+                error = float((kl - ratio * kl_peer).std() / len(kl) ** 0.5 / kl_peer.mean())
+                equal = _same_blocks(ours, theirs)
+                said |= dict(kl_ratio=ratio, kl_ratio_standard_error=error, tensors_equal_to_the_byte=equal)
+                said["perplexity_ratio"] = said["perplexity_ours"] / said["perplexity_peer"]
+            rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in said.items()}
+            note(what="quality", model=source.name, format=kind, **rounded)
+
+
+def _batches(source: Path, tokens: int) -> list[torch.Tensor]:
+    """The bundled data sets as rows of ids, 256 to a row, as many as make `tokens`."""
+    tokenizer = load_tokenizer(str(source))
+    texts = [line for path in sorted((BUNDLED / "data").rglob("*.jsonl")) for line in path.read_text().splitlines()]
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    ids = [index for place in order[:4000] for index in tokenizer.encode([texts[place]])[0]][:tokens]
+    return [torch.tensor(ids[at : at + 256])[None] for at in range(0, len(ids) - 255, 256)]
+
+
+@torch.inference_mode()
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=ids).logits[0].float()
+    return found
+
+
+def _plans(source: Path) -> list[Any]:
+    from contextlib import closing
+
+    from afina.export import gguf as writer
+    from afina.export.weights import Source
+
+    shape = read_shape(source)
+    with closing(Source(source)) as tensors:
+        return writer._plan_tensors(shape, tensors, "f32", source, False)
+
+
+def _quality(
+    model: Any,
+    state: dict[str, torch.Tensor],
+    plans: list[Any],
+    file: Path,
+    batches: list[torch.Tensor],
+    exact: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(model || file) and the surprise at the next token, by position."""
+    stored = GgufFile(file)
+    read = dict(state)
+    for plan in plans:
+        values = torch.from_numpy(stored.values(plan.name).copy())
+        if plan.heads:
+            halves = values.reshape(plan.heads, values.shape[0] // plan.heads // 2, 2, *values.shape[1:])
+            values = halves.transpose(1, 2).reshape(values.shape)
+        read[plan.source] = values - plan.plus
+        if plan.source == "model.embed_tokens.weight" and model.config.tie_word_embeddings:
+            read["lm_head.weight"] = read[plan.source]
+    model.load_state_dict(read)
+    kls, surprises = [], []
+    for ids, ours in zip(batches, exact, strict=True):
+        theirs = torch.log_softmax(_logits(model, ids), -1)
+        kls.append((ours.exp() * (ours - theirs)).sum(-1))
+        surprises.append(-theirs[:-1].gather(1, ids[0, 1:, None])[:, 0])
+    return torch.cat(kls), torch.cat(surprises)
+
+
+def _same_blocks(ours: Path, theirs: Path) -> str:
+    one, other = GgufFile(ours), GgufFile(theirs)
+    same = sum(np.array_equal(one.raw(name), other.raw(name)) for name in one.tensors if name in other.tensors)
+    return f"{same} of {len(one.tensors)}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("errors", "speed", "models"))
+    parser.add_argument("what", choices=("errors", "speed", "models", "quality"))
     parser.add_argument("--ggml", help="ggml's shared library, to compare with")
     parser.add_argument("--peer", help="a Python with llama_cpp, to compare with")
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--formats", default="q8_0,q4_k_m")
     parser.add_argument("--device")
+    parser.add_argument("--model", help="a model folder; afina/tiny if not given")
+    parser.add_argument("--tokens", type=int, default=30000)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--place", help="where the model is laid out; the system's temporary folder if not given")
     options = parser.parse_args()
-    {"errors": errors, "speed": speed, "models": models}[options.what](options)
+    {"errors": errors, "speed": speed, "models": models, "quality": quality}[options.what](options)
     return 0
 
 

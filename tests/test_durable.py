@@ -344,3 +344,29 @@ class TestSweep:
     def test_the_machine_is_named_without_naming_it(self):
         assert len(durable._machine()) == 8
         assert platform.node() not in durable._machine()
+
+
+def test_what_an_interrupted_process_left_is_taken_up(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), durable.taken_up(out, "this") as place:
+        (place / "half").write_text("half")
+        raise KeyboardInterrupt
+    assert not out.exists()
+    with durable.taken_up(out, "this") as place:
+        assert (place / "half").read_text() == "half"
+        with pytest.raises(OutputError, match="in the hands of"), durable.taken_up(out, "this"):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "half"]
+    with pytest.raises(OutputError, match="exists already"), durable.taken_up(out, "this"):
+        pass
+
+
+def test_what_was_left_of_something_else_is_thrown_away(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), durable.taken_up(out, "this") as place:
+        (place / "half").write_text("half")
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError), durable.taken_up(out, "that") as place:
+        assert not list(place.iterdir())
+        raise ValueError
+    assert not list(tmp_path.iterdir())

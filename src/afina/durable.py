@@ -24,13 +24,15 @@ from typing import IO, Any
 
 import psutil
 
-from afina.errors import AfinaError, OutputError
+from afina.errors import AfinaError, Interrupted, OutputError
 from afina.language import _
 
 PARTIAL = ".partial"
 """What a temporary name contains, then the writer's machine and process; `sweep` removes what a killed process left."""
 CLOCK_S = 2.0
 """A process that began so long after the last change of a file did not write it, though it has its writer's id."""
+KEY = "key"
+"""The file beside an unfinished folder that says what it is to become."""
 LOCK = "lock"
 """The file in a claimed folder that says who holds it."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -85,6 +87,39 @@ def new_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        _sync(path.parent)
+
+
+@contextmanager
+def taken_up(path: Path, key: str) -> Iterator[Path]:
+    """As `new_folder`, but what an interrupted or killed process left of it is found in the yielded folder again.
+
+    `key` says what is being made: what was left of anything else is thrown away. A failure leaves nothing, an
+    interruption leaves all. Raises OutputError as `new_folder` does, and where another process is at the same work.
+    """
+    if os.path.lexists(path):
+        raise _exists(path)
+    place = path.with_name(f".{path.name}.unfinished")
+    made, said = place / "made", f"{key}\n"
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(place)
+        try:
+            if not (place / KEY).is_file() or (place / KEY).read_text("utf-8") != said:
+                remove(made)
+                write_text(place / KEY, said)
+            made.mkdir(exist_ok=True)
+            sweep(made)
+            yield made
+            _sync_tree(made)
+            made.rename(path)
+            shutil.rmtree(place, ignore_errors=True)
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, Interrupted):
+                shutil.rmtree(place, ignore_errors=True)
+            raise
+        finally:
+            os.close(lock)
         _sync(path.parent)
 
 

@@ -6,7 +6,7 @@ init → train → evaluate → export → chat, or run, which does all of it an
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from afina import durable
 from afina.artifact import MANIFEST, Artifact, open_artifact, parent, seal, sha256, source_digest, versions
@@ -16,6 +16,10 @@ from afina.language import _
 from afina.recipe.load import dump, load, places_told
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from afina.data.conversation import Sample
+    from afina.export.certificate import Right
 
 RUNS = Path("runs")
 """Where run folders go when no place is named."""
@@ -143,17 +147,57 @@ def _prompts_of(llama: Any) -> Any:
 def export(run: str | Path, formats: Sequence[str] = ()) -> Path:
     """Write the files of the recipe's `export.formats`, or of `formats`; returns RUN/export. Raises AfinaError."""
     from afina.evaluate.report import draw
+    from afina.export.ollama import create_in_ollama
     from afina.export.run import export_run
     from afina.train.reopen import recipe_of
 
     run = _run_folder(run)
     place = run / "export"
     _refuse_existing(place, _("Remove the folder to export again."))
-    wanted = formats or recipe_of(open_artifact(run, "run"))[0].export.formats
+    recipe, start = recipe_of(open_artifact(run, "run"))
     console.heading(_("Exporting {run}").format(run=run))
-    export_run(run, place, wanted, console)
+    wanted = formats or recipe.export.formats
+    export_run(run, place, wanted, console, _marker(recipe, start))
+    if "ollama" in wanted:
+        create_in_ollama(place, recipe.name, console)
     draw(run)
     return place
+
+
+def push(
+    run: str | Path, repository: str, what: Sequence[str] = ("adapter",), *, private: bool = True, dry_run: bool = False
+) -> None:
+    """Upload adapter, merged model or GGUF files of a run, with their card, to OWNER/NAME on the hub.
+
+    Raises AfinaError.
+    """
+    from afina.export.push import chosen_files, push_files
+
+    files = chosen_files(_run_folder(run), what)  # type: ignore[arg-type]
+    rows = [(place, size(path.stat().st_size)) for place, path in files]
+    console.table((_("file"), _("size")), rows, title=repository)
+    address = None if dry_run else push_files(files, repository, private=private)
+    if address is not None:
+        console.line(_("Uploaded: {address}").format(address=address))
+    console.event("push", repository=repository, files=[place for place, _path in files], address=address)
+
+
+def _marker(recipe: Recipe, folder: Path) -> "Right":
+    """Whether an answer is right, as the recipe's first task marks it."""
+    from afina.evaluate.measure import KINDS
+    from afina.evaluate.systems.asking import Answer
+    from afina.export.certificate import the_same
+
+    task = next((task for task in recipe.tasks if task.data is not None), None)
+    if task is None or task.kind not in ("exact", "json"):
+        return the_same
+    kind = KINDS[task.kind]
+
+    def right(sample: "Sample", given: str) -> bool:
+        (mark,) = kind.mark(kind.prepare(task, [sample], folder), [0], [[Answer(given)]])
+        return bool(mark.right)
+
+    return right
 
 
 def run(recipe: str | Path, out: str | Path | None = None, overrides: Sequence[str] = ()) -> Path:

@@ -1,5 +1,6 @@
 """A run to files that others run: what is kept, what is refused, and that a wrong file is noticed."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from journey.tiny import lay_out
 from transformers import AutoModelForCausalLM
 
 import afina
+from afina import durable
 from afina.artifact import open_artifact
 from afina.console import Console
-from afina.errors import ProofError, RecipeError
+from afina.errors import ProofError, RecipeError, ResourceError
+from afina.export import merge as merge_room
 from afina.export import run as room
 from afina.export.gguf import write_gguf
 from afina.export.run import export_run
@@ -79,6 +82,7 @@ def test_a_file_of_other_weights_is_refused_and_nothing_kept(run, tmp_path, monk
         with pytest.raises(ProofError):
             export_run(run, tmp_path / "export", [kind], quiet())
         assert not (tmp_path / "export").exists() and not list(tmp_path.glob(".*"))
+        assert (tmp_path / "export-failed" / "certificate.html").is_file()
 
 
 def test_a_file_that_sees_another_prompt_is_refused(run, tmp_path, monkeypatch):
@@ -97,3 +101,66 @@ def test_formats_there_are_not(run, tmp_path, formats, complaint):
     with pytest.raises(RecipeError, match=complaint) as caught:
         export_run(run, tmp_path / "export", formats, quiet())
     assert caught.value.hint and not (tmp_path / "export").exists()
+
+
+def test_an_interrupted_export_is_taken_up(run, tmp_path, monkeypatch):
+    written = []
+
+    def counted(folder, out, kind, **named):
+        written.append(kind)
+        if kind == "f16" and written.count("f16") == 1:
+            raise KeyboardInterrupt
+        return write_gguf(folder, out, kind, **named)
+
+    monkeypatch.setattr(room, "write_gguf", counted)
+    with pytest.raises(KeyboardInterrupt):
+        export_run(run, tmp_path / "export", ["q8_0", "f16"], quiet())
+    assert not (tmp_path / "export").exists()
+    monkeypatch.setattr(merge_room, "fold", None)  # is not needed again
+    export = export_run(run, tmp_path / "export", ["q8_0", "f16"], quiet())
+    assert written == ["q8_0", "f16", "f16"]
+    export.verify()
+    assert [len(entry["checks"]) > 0 for entry in export.manifest["exports"]] == [True, True]
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_file_that_changed_meanwhile_is_written_again(run, tmp_path, monkeypatch):
+    def stop(*_given, **_named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "_add_other", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export_run(run, tmp_path / "export", ["q8_0", "lmstudio"], quiet())
+    monkeypatch.undo()
+    (file,) = tmp_path.rglob("*.gguf")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"x")
+    export_run(run, tmp_path / "export", ["q8_0", "lmstudio"], quiet())
+    assert (tmp_path / "export" / file.name).read_bytes() == content
+
+
+def test_no_room_is_said_before_anything_is_written(run, tmp_path, monkeypatch):
+    needed = []
+
+    def enough(_path):
+        return needed[0] if needed else 10**12
+
+    monkeypatch.setattr(durable, "free_bytes", enough)
+    export = export_run(run, tmp_path / "export", ["q8_0", "merged"], quiet())
+    needed.append(sum(path.stat().st_size for path in export.folder.glob("**/*.*f*")) // 2)
+    with pytest.raises(ResourceError, match=r"needs .* on the disk"):
+        export_run(run, tmp_path / "again", ["q8_0", "merged"], quiet())
+    assert not (tmp_path / "again").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_merge_in_sixteen_bits(run, tmp_path):
+    record = json.loads((run / "manifest.json").read_text())
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    record["recipe"]["export"]["precision"] = "bf16"
+    (copy / "manifest.json").write_text(json.dumps(record))
+    export_run(copy, tmp_path / "export", ["merged", "q8_0"], quiet())
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "export" / "merged")
+    assert whole.dtype == torch.bfloat16
+    said = json.loads((tmp_path / "export" / "certificate.json").read_text())
+    assert 0 < said["merge"]["divergence"] < 0.01 and said["merge"]["precision"] == "bf16"

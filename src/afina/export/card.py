@@ -61,6 +61,11 @@ def model_card(recipe: Recipe, facts: dict[str, Any], versions: dict[str, str]) 
             *_use(recipe, adapter),
             "```",
             "",
+            "## Licence",
+            "",
+            f"Made from {recipe.model.base}. That model's licence goes on to hold for this one, and for every file",
+            "made of it: read it before you hand these on. The licence of the training data may say more.",
+            "",
         ]
     )
 

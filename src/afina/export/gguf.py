@@ -1,8 +1,8 @@
 """A transformers model folder as one GGUF file, the format of llama.cpp, Ollama and LM Studio.
 
-The one door to the `gguf` package, which writes the head of the file and knows the names of tensors. What the
-architectures are stands in families.py, what is stored in which type in mixes.py, the blocks of few bits in quants.py,
-the tokenizer in gguf_vocab.py. A few rows of one tensor at a time are in memory.
+A door to the `gguf` package, which writes the head of the file and knows the names of tensors. What stands in the head
+is gguf_head.py's, what the architectures are families.py's, what is stored in which type mixes.py's, the blocks of few
+bits quants.py's, the tokenizer gguf_vocab.py's. A few rows of one tensor at a time are in memory.
 """
 
 import math
@@ -22,12 +22,12 @@ from afina.errors import ModelError
 from afina.export import quants
 from afina.export.experts import open_source
 from afina.export.families import EMBEDDING, HEAD, Family, Shape, read_shape
-from afina.export.gguf_vocab import Vocabulary, read_vocabulary
-from afina.export.mixes import FORMATS, PLAIN, Mix
+from afina.export.gguf_head import add_metadata, position_tables, safe_name
+from afina.export.gguf_vocab import read_vocabulary
+from afina.export.mixes import PLAIN, Mix
 from afina.export.weights import Source
 from afina.language import _
 
-QUANTIZATION_VERSION = 2
 DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Tensors that old checkpoints carry although they follow from the configuration."""
 CHUNK_BYTES = 64 * 2**20
@@ -71,6 +71,13 @@ def check_exportable(model_folder: Path) -> None:
     read_vocabulary(model_folder)
 
 
+def planned_bytes(model_folder: Path, kind: str) -> int:
+    """Bytes of the tensors that `write_gguf` would write; reads no weights. Raises ModelError as it does."""
+    shape = read_shape(model_folder)
+    with closing(open_source(model_folder, shape.family.architecture)) as source:
+        return sum(plan.bytes for plan in _plan_tensors(shape, source, kind, model_folder, False))
+
+
 def write_gguf(
     model_folder: Path,
     out: Path,
@@ -94,7 +101,7 @@ def write_gguf(
     """
     shape = read_shape(model_folder)
     vocabulary = read_vocabulary(model_folder)
-    title = _safe_name(name or model_folder.resolve().name)
+    title = safe_name(name or model_folder.resolve().name)
     with ExitStack() as stack:
         source = stack.enter_context(closing(open_source(model_folder, shape.family.architecture)))
         rows = source.shape(EMBEDDING)[0]
@@ -108,9 +115,9 @@ def write_gguf(
         vocabulary.pad_to(rows)
         plans = _plan_tensors(shape, source, kind, model_folder, importance is not None)
         temporary = stack.enter_context(durable.new_file(out))
-        tables = _position_tables(shape)
+        tables = position_tables(shape)
         with closing(gguf.GGUFWriter(temporary, shape.family.architecture)) as writer:
-            _add_metadata(writer, shape, vocabulary, kind, title)
+            add_metadata(writer, shape, vocabulary, kind, title)
             _write_head(writer, plans, tables)
         with temporary.open("ab") as file:
             for table in tables.values():
@@ -143,7 +150,7 @@ def write_tensors(out: Path, shape: Shape, tensors: Mapping[str, torch.Tensor], 
     known = gguf.get_tensor_name_map(_architecture(shape.family), shape.layers)
     with durable.new_file(out) as temporary, closing(gguf.GGUFWriter(temporary, shape.family.architecture)) as writer:
         writer.add_type("adapter")
-        writer.add_name(_safe_name(name))
+        writer.add_name(safe_name(name))
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
         for key, tensor in tensors.items():
@@ -293,107 +300,3 @@ def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """
     halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
-
-
-def _position_tables(shape: Shape) -> dict[str, np.ndarray]:
-    """Tensors that follow from the configuration: what each rotation frequency is divided by."""
-    if shape.rope["rope_type"] == "llama3":
-        return {"rope_freqs.weight": _llama3_frequencies(shape)}
-    if shape.rope["rope_type"] == "longrope":
-        kinds = ("long", "short")
-        return {f"rope_factors_{kind}.weight": np.array(shape.rope[f"{kind}_factor"], np.float32) for kind in kinds}
-    return {}
-
-
-def _llama3_frequencies(shape: Shape) -> np.ndarray:
-    """What each rotation frequency is divided by: 1 for short waves, `factor` for long ones, between them a ramp in
-    the number of turns within the original context (Llama 3.1's long-context scaling)."""
-    rope = shape.rope
-    waves = 2 * np.pi * shape.theta ** (np.arange(0, shape.head_dim, 2) / shape.head_dim)
-    turns = rope["original"] / waves
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    ramp = np.clip((turns - low) / (high - low), 0, 1)
-    divisors: np.ndarray = (1 / ((1 - ramp) / factor + ramp)).astype(np.float32)
-    return divisors
-
-
-def _add_metadata(writer: Any, shape: Shape, vocabulary: Vocabulary, kind: str, title: str) -> None:
-    writer.add_type("model")
-    writer.add_name(title)
-    writer.add_file_type(gguf.LlamaFileType[FORMATS[kind][1]])
-    if kind not in PLAIN:
-        writer.add_quantization_version(QUANTIZATION_VERSION)
-    writer.add_context_length(shape.context)
-    writer.add_embedding_length(shape.hidden)
-    writer.add_block_count(shape.layers)
-    writer.add_feed_forward_length(shape.intermediate)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    if shape.family.epsilon == "layer_norm_eps":
-        writer.add_layer_norm_eps(shape.epsilon)
-    else:
-        writer.add_layer_norm_rms_eps(shape.epsilon)
-    if shape.window is not None:
-        writer.add_sliding_window(shape.window)
-    if shape.experts[0]:
-        writer.add_expert_count(shape.experts[0])
-        writer.add_expert_used_count(shape.experts[1])
-        writer.add_expert_feed_forward_length(shape.intermediate)
-    attention, logits = shape.softcaps
-    if attention is not None:
-        writer.add_attn_logit_softcapping(float(attention))
-    if logits is not None:
-        writer.add_final_logit_softcapping(float(logits))
-    writer.add_vocab_size(len(vocabulary.tokens))
-    _add_rope(writer, shape)
-    _add_vocabulary(writer, vocabulary)
-
-
-def _add_rope(writer: Any, shape: Shape) -> None:
-    rope = shape.rope
-    writer.add_rope_dimension_count(shape.rotated)
-    writer.add_rope_freq_base(shape.theta)
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-    if rope["rope_type"] == "longrope":
-        writer.add_rope_scaling_orig_ctx_len(rope["original"])
-        writer.add_rope_scaling_attn_factors(rope["attention"])
-    if rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-        writer.add_rope_scaling_orig_ctx_len(rope["original"])
-        writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
-        writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
-
-
-def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
-    writer.add_token_scores(vocabulary.scores)
-    for add, index in (
-        (writer.add_bos_token_id, vocabulary.bos),
-        (writer.add_eos_token_id, vocabulary.eos),
-        (writer.add_unk_token_id, vocabulary.unk),
-        (writer.add_pad_token_id, vocabulary.pad),
-        (writer.add_eot_token_id, vocabulary.eot),
-        (writer.add_eom_token_id, vocabulary.eom),
-    ):
-        if index is not None:
-            add(index)
-    writer.add_add_bos_token(vocabulary.add_bos)
-    writer.add_add_eos_token(vocabulary.add_eos)
-    if vocabulary.add_space_prefix is not None:
-        writer.add_add_space_prefix(vocabulary.add_space_prefix)
-    if vocabulary.chat_template is not None:
-        writer.add_chat_template(vocabulary.chat_template)
-
-
-def _safe_name(name: str) -> str:
-    """llama.cpp treats the tokens of any model whose name has "phi-3" in it in another way, or fails to load it."""
-    return re.sub(r"(?i)(phi)-?(?=3)", r"\1 ", name)

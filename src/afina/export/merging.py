@@ -19,60 +19,69 @@ from afina.language import _
 
 ROWS = 8
 """Rows of each module that are compared, evenly spread."""
-LENGTHS = ".lora_magnitude_vector"
-"""What DoRA's row lengths are called."""
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 """How PEFT names the rows of an embedding that learn: those of turn tokens."""
-CLOSE = 1e-4
-"""What the merged rows may differ by from base plus change, as a share of the largest weight: in F32 it is 1e-7."""
+CLOSE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""What the merged rows may differ by from base plus change, as a share of the largest weight: in F32 it is 1e-7, in the
+others half a unit of the last place."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter does to one module: `rows` of the base's weight and of what is added to it, and the share of the
-    base's norm that is added."""
+    """What an adapter does to one tensor of the model: `rows` of the base's and of what is added to it (of three
+    dimensions, the first entries of the second), and the share of the base's norm that is added. `keys` are the
+    adapter's tensors that say so."""
 
-    module: str
+    tensor: str
     rows: torch.Tensor
     base: torch.Tensor
     added: torch.Tensor
     share: float
+    keys: frozenset[str]
+
+    @property
+    def module(self) -> str:
+        """The module, or where a parameter of its own carries the adapter, that."""
+        return self.tensor.removesuffix(".weight")
 
 
 @torch.no_grad()
 def expected_changes(model: nn.Module) -> list[Change]:
-    """The change of every module that carries a low-rank adapter; empty where there is none."""
+    """The change of every tensor that carries a low-rank adapter; empty where there is none."""
     changes = []
     for name, module in model.named_modules():
         if not (hasattr(module, "lora_A") and len(module.lora_A)):
             continue
-        weight = module.get_base_layer().weight  # type: ignore[operator]
-        added = _added(module, weight)
+        of_its_own = getattr(module, "parameter_name", None)  # a tensor of experts, not a linear layer
+        weight = module.get_param() if of_its_own else module.get_base_layer().weight  # type: ignore[operator]
+        weight = weight.detach().float()
+        added = module.get_delta_weight("default").float()  # type: ignore[operator]
+        sides = {"lora_A.weight", "lora_B.weight"}
+        if getattr(module, "use_dora", {}).get("default"):  # type: ignore[union-attr]
+            lengths = module.lora_magnitude_vector["default"].weight  # type: ignore[index, union-attr]
+            added = (weight + added) * (lengths / (weight + added).norm(dim=1))[:, None] - weight
+            sides.add("lora_magnitude_vector")
         rows = torch.linspace(0, weight.shape[0] - 1, min(ROWS, weight.shape[0])).long()
-        share = float(added.norm() / weight.float().norm().clamp(min=1e-30))
-        base = weight[rows.to(weight.device)].float().cpu()
-        changes.append(Change(_plain(name), rows, base, added[rows.to(added.device)].cpu(), share))
+        share = float(added.norm() / weight.norm().clamp(min=1e-30))
+        tensor = f"{_plain(name)}.{of_its_own or 'weight'}"
+        keys = frozenset(f"{name}.{side}" for side in sides)
+        changes.append(Change(tensor, rows, _some(weight, rows), _some(added, rows), share, keys))
     return changes
 
 
-def _added(module: Any, weight: torch.Tensor) -> torch.Tensor:
-    """What the adapter adds to a weight (rows, columns). With DoRA every row of their sum has a learnt length."""
-    low: torch.Tensor = module.get_delta_weight("default").float()
-    if "default" not in module.lora_magnitude_vector:
-        return low
-    whole = weight.float() + low.to(weight.device)
-    lengths = module.lora_magnitude_vector["default"].weight.float().to(weight.device)
-    turned: torch.Tensor = whole * (lengths / whole.norm(dim=1))[:, None] - weight.float()
-    return turned
+def _some(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    chosen = weight[rows.to(weight.device)]
+    return (chosen[:, :ROWS] if chosen.ndim > 2 else chosen).cpu()
 
 
-def prove_merge(changes: list[Change], adapter: Path, merged: Path) -> dict[str, Any]:
+def prove_merge(
+    changes: list[Change], adapter: Path, merged: Path, precision: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """Compare the merged model's files with base and adapter. Returns the facts; raises ProofError on a difference."""
     tensors = tensors_of(adapter)
-    sides = ("lora_A", "lora_B", *(["lora_magnitude_vector"] if any(LENGTHS in name for name in tensors) else []))
-    used = {f"{change.module}.{side}" for change in changes for side in sides}
-    there = {_plain(name).removesuffix(".weight") for name in tensors if ".lora_" in name}
-    if used != there or len(there) != sum(".lora_" in name for name in tensors):
+    there = {name for name in tensors if ".lora_" in name}
+    used = {key for change in changes for key in change.keys}
+    if used != there or sum(len(change.keys) for change in changes) != len(there):
         raise ProofError(
             _("The adapter has tensors that the merge did not use, such as {name}.").format(
                 name=min(used ^ there, default="")
@@ -83,17 +92,18 @@ def prove_merge(changes: list[Change], adapter: Path, merged: Path) -> dict[str,
     modules = []
     try:
         for change in changes:
-            name = f"{change.module}.weight"
-            found = torch.cat([source.rows(name, row, row + 1) for row in change.rows.tolist()]).float()
+            found = torch.cat([source.rows(change.tensor, row, row + 1) for row in change.rows.tolist()]).float()
+            found = found[:, :ROWS] if found.ndim > 2 else found
             expected = change.base + change.added
-            if float((found - expected).abs().max()) > CLOSE * float(expected.abs().max()):
+            if float((found - expected).abs().max()) > CLOSE[precision] * float(expected.abs().max()):
                 raise ProofError(
                     _("The merged model lacks the training of {module}.").format(module=change.module),
                     hint=_("Nothing was kept. Please report this with the model's name."),
                 )
             modules.append({"module": change.module, "change": change.share})
         for name, tensor in _others(tensors).items():
-            if not any(torch.equal(found, tensor.float()) for found in _learnt(source, name, tensors, adapter)):
+            wanted = tensor.to(precision).float()
+            if not any(torch.equal(found, wanted) for found in _learnt(source, name, tensors, adapter)):
                 raise ProofError(
                     _("The merged model lacks the training of {module}.").format(module=_plain(name)),
                     hint=_("Nothing was kept. Please report this with the model's name."),

@@ -6,15 +6,21 @@ kind. A template that does more, such as writing today's date, is refused. Knows
 """
 
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from shutil import which
 
+from afina.console import Console
 from afina.data.tokenizer import Tokenizer
 from afina.errors import ModelError
 from afina.language import _
 from afina.recipe.schema import Chat
 
 Row = dict[str, str]
+TIMEOUT_S = 1800.0
+"""Seconds after which Ollama counts as stuck; it copies the file, which may be large."""
 SYSTEM, USER, ANSWER = "\ue0f4s\ue0f5", "\ue0f4u\ue0f5", "\ue0f4a\ue0f5"
 """Contents of the probes: private-use characters, which no template writes."""
 
@@ -223,3 +229,31 @@ def _quoted(text: str) -> str:
 
 def _one_line(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+def create_in_ollama(folder: Path, name: str, console: Console) -> bool:
+    """Hand the Modelfile in `folder` to Ollama where it is installed; says what it did, or how to do it by hand.
+
+    The export is whole and proved by then: whatever Ollama says, it stays.
+    """
+    model = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "model"
+    program = which("ollama")
+    by_hand = _("In {folder}: ollama create {name} -f Modelfile").format(folder=folder, name=model)
+    if program is None:
+        console.line(by_hand)
+        return False
+    try:
+        done = subprocess.run(
+            [program, "create", model, "-f", "Modelfile"], cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        console.warn(_("Ollama did not take the model: {reason}").format(reason=error))
+        console.line(by_hand)
+        return False
+    if done.returncode:
+        last = (done.stderr or done.stdout).strip().split("\n")[-1]
+        console.warn(_("Ollama did not take the model: {reason}").format(reason=last))
+        console.line(by_hand)
+        return False
+    console.line(_("Ollama has it: ollama run {name}").format(name=model))
+    return True

@@ -1,53 +1,58 @@
 """A finished run to files that others run: merged, converted, and each GGUF proved to be the model in llama.cpp."""
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
 from afina import durable
-from afina.artifact import Artifact, open_artifact, parent, seal, sha256
+from afina.artifact import Artifact, open_artifact, parent, seal, sha256, versions
 from afina.console import Console, size
-from afina.data.conversation import Sample
+from afina.data.conversation import Message, Sample
 from afina.data.read import read
 from afina.errors import ProofError, RecipeError, ResourceError
-from afina.export.certificate import LIMITS, TOP, Question, certify, distributions, pose
+from afina.export.certificate import NotTheModel, Question, Right, certify, pose, the_same
 from afina.export.gguf import write_gguf
-from afina.export.imatrix import SAMPLES, collect
 from afina.export.lora import write_lora
-from afina.export.merging import expected_changes, prove_merge
+from afina.export.merge import check_room, merge
 from afina.export.mixes import EXPORTS
 from afina.export.mixes import FORMATS as GGUF
 from afina.export.ollama import modelfile
+from afina.export.page import certificate_of, page
 from afina.language import _
-from afina.model.attach import merged, save_whole
+from afina.model.load import DTYPES
+from afina.recipe.place import model_source
 from afina.recipe.schema import PrefixTuning, PromptTuning, Recipe
 from afina.train.reopen import Tuned, check_unchanged, recipe_of, reopen
 
 QUESTIONS = 16
 """Held-out prompts that the model and each GGUF file are both asked."""
+BEGINNING = 200
+"""Characters of plain text that are put as a question."""
 AROUND = ("ollama", "lmstudio")
 """Formats that are a folder around a GGUF file: the first one asked for, or q8_0."""
-MERGED_DIVERGENCE = 1e-5
-"""Nats a token between merged and adapter beside base, both in F32: 1e-9 was measured; a module left out gives 1e-2."""
-CERTIFICATE = "certificate.json"
+CERTIFICATE, PAGE = "certificate.json", "certificate.html"
+JOURNAL = "journal.json"
+"""What is finished, in an export under way."""
 
 
 @dataclass
 class Export:
-    """An export under way: the run, the folder it fills, what the model was asked, and the entries so far."""
+    """An export under way: the run, the folder it fills, what the model was asked, who says whether an answer is right,
+    and what there is so far. `merge` and `entries` are in the journal as soon as they are true."""
 
     tuned: Tuned
     folder: Path
     console: Console
     questions: list[Question]
+    right: Right
     importance: dict[str, torch.Tensor] | None = None
+    merge: dict[str, Any] | None = None
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -60,33 +65,72 @@ class Export:
         """What the files are called by."""
         return self.tuned.recipe.name
 
+    @property
+    def precision(self) -> torch.dtype:
+        """How the merged model is written."""
+        return DTYPES[self.tuned.recipe.export.precision]
 
-def export_run(run: Path, out: Path, formats: Sequence[str], console: Console) -> Artifact:
-    """Write `formats` (see EXPORTS of mixes.py) into the new folder `out`, with a certificate.
+    def take_up(self) -> None:
+        """What an interrupted export of the same run has finished, its files as they were written."""
+        journal = self.folder / JOURNAL
+        said = json.loads(journal.read_text("utf-8")) if journal.is_file() else {"merge": None, "entries": []}
+        self.merge = said["merge"] if self.whole.is_dir() else None
+        if self.merge is None:
+            durable.remove(self.whole)
+        for entry in said["entries"]:
+            file = self.folder / entry["file"]
+            if self.merge is not None and file.is_file() and sha256(file) == entry["sha256"]:
+                self.entries.append(entry)
+                self.console.line(_("{file} was written before.").format(file=entry["file"]))
+            else:
+                durable.remove(file)
 
-    Raises ProofError, leaving nothing, when the merge did not take effect, or a file is not the model.
+    def note(self) -> None:
+        """Let the journal say what is done."""
+        durable.write_json(self.folder / JOURNAL, {"merge": self.merge, "entries": self.entries})
+
+
+def export_run(run: Path, out: Path, formats: Sequence[str], console: Console, right: Right = the_same) -> Artifact:
+    """Write `formats` (see EXPORTS of mixes.py) into the new folder `out`, with a certificate and its page.
+
+    `right` says whether an answer is as good as the sample's own. An interrupted export is taken up where it was.
+    Raises ResourceError where the disk has no room, before anything is written; ProofError when the merge did not take
+    effect, or a file is not the model: nothing is left then but a folder beside, OUT-failed, that says why.
     """
     formats = _wanted(run, formats)
-    check_unchanged(open_artifact(run, "run"))
-    _refuse_virtual(recipe_of(open_artifact(run, "run"))[0])
+    record = open_artifact(run, "run")
+    check_unchanged(record)
+    recipe, start = recipe_of(record)
+    _refuse_virtual(recipe)
+    base = run / "adapter" if recipe.method.name == "full" else Path(model_source(recipe.model.base, start))
+    check_room(base, out, formats, recipe.export.precision, console)
+    failed = out.with_name(f"{out.name}-failed")
+    durable.remove(failed)
     tuned = reopen(run, "fp32")
-    with durable.new_folder(out) as folder:
-        export = Export(tuned, folder, console, pose(tuned.model, tuned.renderer, _held_out(tuned)))
-        merge, model = _merge(export, run)
-        if tuned.recipe.export.imatrix:
-            export.importance = collect(model, _training_ids(tuned))
-        del model
-        for kind in formats:
-            if kind in GGUF:
-                _add_gguf(export, kind)
+    settings = [recipe.export.precision, recipe.export.imatrix, QUESTIONS, versions().get("afina")]
+    with durable.taken_up(out, f"{record.digest} {settings}") as folder:
+        export = Export(tuned, folder, console, pose(tuned.model, tuned.renderer, _held_out(tuned)), right)
+        export.take_up()
+        try:
+            merge(export, run, base)
+            for kind in formats:
+                if kind in GGUF and not any(entry["format"] == kind for entry in export.entries):
+                    _add_gguf(export, kind)
+        except ProofError as error:
+            _tell_failure(export, error, failed)
+            raise
+        export.entries = [entry for entry in export.entries if entry["format"] in formats]
         for kind in formats:
             if kind not in GGUF:
                 _add_other(export, kind, run)
         if "merged" not in formats:
             shutil.rmtree(export.whole)
         export.entries.sort(key=lambda entry: formats.index(entry["format"]))
-        durable.write_json(folder / CERTIFICATE, _certificate(export, merge))
-        seal(folder, "export", parents=[parent(run.name, tuned.run.digest, "run")], exports=export.entries)
+        said = certificate_of(export)
+        durable.write_json(folder / CERTIFICATE, said)
+        durable.write_text(folder / PAGE, page(said, export.name))
+        durable.remove(folder / JOURNAL)
+        seal(folder, "export", parents=[parent(run.name, record.digest, "run")], exports=export.entries)
     show(export.entries, out, console)
     return open_artifact(out, "export")
 
@@ -137,57 +181,26 @@ def _refuse_virtual(recipe: Recipe) -> None:
 def _held_out(tuned: Tuned) -> list[Sample]:
     """Samples the model was not trained on where the recipe has some, else the first of its training files."""
     data = tuned.recipe.data
-    asked = next((task for task in tuned.recipe.tasks if task.data is not None and task.mapping is None), None)
-    source = asked.data if asked is not None and asked.data is not None else data.train
-    samples: list[Sample] = read(source, data, tuned.folder).samples
-    return sorted(samples, key=lambda sample: sample.digest("export"))[:QUESTIONS]
+    task = next((task for task in tuned.recipe.tasks if task.data is not None), None)
+    if task is not None and task.mapping is not None:
+        data = data.model_copy(update={"mapping": task.mapping, "dialect": "mapping"})
+    source = data.train if task is None or task.data is None else task.data
+    samples = sorted(read(source, data, tuned.folder).samples, key=lambda sample: sample.digest("export"))
+    return [_asked(sample) for sample in samples[:QUESTIONS]]
 
 
-def _training_ids(tuned: Tuned) -> list[list[int]]:
-    data = tuned.recipe.data
-    samples = sorted(read(data.train, data, tuned.folder).samples, key=lambda sample: sample.digest("imatrix"))
-    rendered = tuned.renderer.samples(samples[:SAMPLES])
-    return [row.ids[: tuned.recipe.model.max_length].tolist() for row in rendered]
-
-
-def _merge(export: Export, run: Path) -> tuple[dict[str, Any], nn.Module]:
-    """Merge, save, and prove that what was saved is base plus adapter. Returns the facts and the merged model."""
-    tuned = export.tuned
-    changes = expected_changes(tuned.model)
-    model = merged(tuned.model)
-    facts: dict[str, Any] = {"method": tuned.recipe.method.name}
-    if changes:
-        away, largest = _apart(model, export.questions)
-        facts |= {"divergence": away, "largest_difference": largest}
-        if not away <= MERGED_DIVERGENCE:
-            raise ProofError(
-                _("The merged model is {divergence:.2g} nats a token away from base and adapter.").format(
-                    divergence=away
-                ),
-                hint=_("Nothing was kept. Please report this with the model's name."),
-            )
-    save_whole(model, export.whole)
-    tuned.renderer.tokenizer.save(export.whole)
-    if changes:
-        facts |= prove_merge(changes, run / "adapter" / "adapter_model.safetensors", export.whole)
-    return facts, model
-
-
-def _apart(model: nn.Module, questions: Sequence[Question]) -> tuple[float, float]:
-    """Mean KL(adapter beside base || merged) over all positions, in nats, and the largest difference of a log-
-    probability that is not negligible."""
-    found, largest = [], 0.0
-    for question in questions:
-        ours, theirs = question.logprobs, distributions(model, question.prompt, question.answer)
-        found += (np.exp(ours) * (ours - theirs)).sum(-1).tolist()
-        largest = max(largest, float(np.abs(ours - theirs)[ours > -10].max()))
-    return max(0.0, float(np.mean(found))), largest
+def _asked(sample: Sample) -> Sample:
+    """Of plain text, which asks nothing, the beginning as a question."""
+    if not sample.is_text:
+        return sample
+    start = sample.messages[-1].content[:BEGINNING]
+    return replace(sample, messages=(Message("user", start), Message("assistant", "")))
 
 
 def _add_gguf(export: Export, kind: str) -> None:
     file = export.folder / f"{export.name}-{kind}.gguf"
     label = _("Writing {file}").format(file=file.name)
-    weights = sum(path.stat().st_size for path in export.whole.glob("*.safetensors")) / 4
+    weights = sum(path.stat().st_size for path in export.whole.glob("*.safetensors")) / export.precision.itemsize
     with export.console.progress(label, weights) as progress:
         facts = write_gguf(
             export.whole,
@@ -198,19 +211,37 @@ def _add_gguf(export: Export, kind: str) -> None:
             device="cuda" if torch.cuda.is_available() else None,
             on_progress=lambda count: progress.advance(count, f"{count:,}"),
         )
+    keys = ("types", "fallbacks", "not_quantised", "bits_per_weight", "notes")
     entry = {"file": file.name, "format": kind, "bytes": file.stat().st_size, "sha256": sha256(file), "checks": []}
+    entry |= {key: facts[key] for key in keys}
     for note in facts["notes"]:
         export.console.warn(note)
     try:
         with export.console.progress(_("Asking {file}").format(file=file.name), len(export.questions)) as progress:
-            proof = certify(file, kind, export.questions, export.tuned.renderer, progress.advance)
+            proof = certify(file, kind, export.questions, export.tuned.renderer, progress.advance, export.right)
     except ResourceError as error:
         export.console.warn(_("{file} was not run: {reason}").format(file=file.name, reason=error.message))
+    except NotTheModel as error:
+        proof = error.found
+        export.entries.append(entry | {"checks": proof.pop("checks"), "certificate": proof, "failed": error.message})
+        raise
+    except ProofError as error:
+        export.entries.append(entry | {"failed": error.message})
+        raise
     else:
         entry["checks"] = proof.pop("checks")
         entry["certificate"] = proof
-    keys = ("types", "fallbacks", "not_quantised", "bits_per_weight", "notes")
-    export.entries.append(entry | {key: facts[key] for key in keys})
+    export.entries.append(entry)
+    export.note()
+
+
+def _tell_failure(export: Export, error: ProofError, place: Path) -> None:
+    """A folder with the certificate of what failed and its page, without the files."""
+    said = certificate_of(export) | {"failed": error.message}
+    with durable.new_folder(place) as folder:
+        durable.write_json(folder / CERTIFICATE, said)
+        durable.write_text(folder / PAGE, page(said, export.name))
+    error.hint = f"{error.hint} {_('{file} shows what was measured.').format(file=place / PAGE)}".strip()
 
 
 def _add_other(export: Export, kind: str, run: Path) -> None:
@@ -249,26 +280,6 @@ def _add_modelfile(export: Export, file: Path, gguf: dict[str, Any]) -> list[str
     for note in notes:
         export.console.warn(note)
     return notes
-
-
-def _certificate(export: Export, merge: dict[str, Any]) -> dict[str, Any]:
-    """What certificate.json says: how it was measured, the merge, and each file's figures beside its limits."""
-    return {
-        "format": 1,
-        "questions": len(export.questions),
-        "held_out": bool(export.tuned.recipe.tasks),
-        "measure": f"KL(model || file) in nats a token at the positions of the model's greedy answer; tokens beyond "
-        f"llama.cpp's {TOP} likeliest count as one, so it is a lower bound",
-        "reference": "base and adapter in fp32, by transformers",
-        "merge": merge,
-        "imatrix": {"samples": SAMPLES, "matrices": len(export.importance)} if export.importance else None,
-        "files": [
-            {key: entry[key] for key in ("file", "format", "bytes", "certificate", "fallbacks") if key in entry}
-            | {"passed": "certificate" in entry or None}
-            for entry in export.entries
-            if entry["format"] in LIMITS
-        ],
-    }
 
 
 def _bytes(folder: Path) -> int:

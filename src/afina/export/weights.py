@@ -25,16 +25,26 @@ class Source:
         self._folder = model_folder
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
+        self._places: dict[str, list[str]] = {}
         for path in _weight_files(model_folder):
             try:
                 file = self._stack.enter_context(safe_open(path, "pt"))
             except (OSError, SafetensorError) as error:
                 raise ModelError(_("The weights cannot be read: {reason}.").format(reason=error), file=path) from error
-            self._files |= dict.fromkeys(file.keys(), file)
+            self._places[path.name] = list(file.keys())
+            self._files |= dict.fromkeys(self._places[path.name], file)
 
     def names(self) -> set[str]:
         """The tensors there are."""
         return set(self._files)
+
+    def by_file(self) -> dict[str, list[str]]:
+        """The tensors of each file, in its order."""
+        return self._places
+
+    def is_float(self, name: str) -> bool:
+        """Whether there is such a tensor and it is of floats."""
+        return name in self._files and self.stored_kind(name) in FLOATS
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it. Raises ModelError when it is missing or not of floats."""
@@ -52,6 +62,14 @@ class Source:
     def stored_shape(self, name: str) -> tuple[int, ...]:
         """The same whatever it holds. Raises ModelError when it is missing."""
         return tuple(self._slice(name).get_shape())
+
+    def stored_kind(self, name: str) -> str:
+        """The type of its numbers, as safetensors names it. Raises ModelError when it is missing."""
+        return str(self._slice(name).get_dtype())
+
+    def width(self, name: str) -> int:
+        """Bytes of each of its numbers."""
+        return self.tensor(name).element_size()
 
     def _slice(self, name: str) -> Any:
         file = self._files.get(name)

@@ -236,6 +236,16 @@ def _doubled(config: Any) -> Any:
     return wide
 
 
+def save_configuration(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Write what transformers reads beside the weights of the model under an adapter, held in `dtype`."""
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = copy.deepcopy(whole.config)
+    config.architectures, config.dtype = [type(whole).__name__], dtype
+    config.save_pretrained(folder)
+    if whole.can_generate():
+        whole.generation_config.save_pretrained(folder)
+
+
 def save_whole(model: nn.Module, folder: Path) -> None:
     """Write a model as transformers reads it, in safetensors. Raises OSError."""
     with _refusals_told():

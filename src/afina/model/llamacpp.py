@@ -165,19 +165,26 @@ class LlamaCpp:
                 if piece := event.get("content"):
                     yield str(piece)
 
-    def logprobs(self, ids: Sequence[int], *, top: int) -> list[dict[int, float]]:
-        """Entry i: natural log-probabilities of the `top` likeliest tokens after ids[: i + 1], the likeliest first."""
+    def logprobs(self, ids: Sequence[int], *, top: int, start: int = 1) -> list[dict[int, float]]:
+        """Entry i: natural log-probabilities of the `top` likeliest tokens after ids[: start + i], the likeliest first,
+        up to those after all of `ids`."""
         found = []
         # Where the chosen token ends inside a character, llama.cpp keeps text and log-probabilities back. So a harmless
         # token is chosen; the bias touches the choice, not the log-probabilities, which are of the logits.
         harmless = self.tokenize("a", False)[-1]
-        options = {"stream": False, "n_probs": top, "logit_bias": [[harmless, 1e9]]}
-        for end in range(1, len(ids) + 1):
-            body = _request(ids[:end], 1, 0.0, 1.0, 0, (), True) | options
-            answer = self._call("POST", "/completion", body)
-            entries = answer["completion_probabilities"][0]["top_logprobs"]
+        for end in range(start, len(ids) + 1):
+            entries = self._forced(ids[:end], harmless, 1, n_probs=top)["completion_probabilities"][0]["top_logprobs"]
             found.append({int(entry["id"]): float(entry["logprob"]) for entry in entries})
         return found
+
+    def ends_at(self, ids: Sequence[int], token: int) -> bool:
+        """Whether an answer to `ids` is over when the model says `token`."""
+        return bool(self._forced(ids, token, 2)["stop_type"] == "eos")
+
+    def _forced(self, ids: Sequence[int], token: int, count: int, **asked: int) -> dict[str, Any]:
+        """What llama.cpp says of an answer of `count` tokens that are all `token`."""
+        body = _request(ids, count, 0.0, 1.0, 0, (), True) | {"stream": False, "logit_bias": [[token, 1e9]]} | asked
+        return self._call("POST", "/completion", body)
 
     def _events(self, body: dict[str, Any]) -> Generator[dict[str, Any]]:
         with closing(self._open("POST", "/completion", body)) as connection:

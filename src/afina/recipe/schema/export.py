@@ -40,3 +40,5 @@ class Export(Section):
     lora: the adapter alone as GGUF. The rest: GGUF files for llama.cpp, the more bits the nearer to the model."""
     imatrix: bool = False
     """Measure on training samples which columns of each matrix matter, and round those best. Helps below 5 bits."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """How the merged model is written, from which GGUF files are made. The 16 bits take half the disk and round."""

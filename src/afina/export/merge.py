@@ -1,0 +1,136 @@
+"""The merged model of an export: room for it, base plus adapter on the disk, and the proof that it took effect."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from afina import durable
+from afina.console import Console, size
+from afina.data.read import read
+from afina.errors import ProofError, ResourceError
+from afina.export.certificate import LIMITS, Question, distributions
+from afina.export.folding import can_fold, fold, read_adapter
+from afina.export.gguf import planned_bytes
+from afina.export.imatrix import SAMPLES, collect
+from afina.export.merging import expected_changes, prove_merge
+from afina.export.mixes import FORMATS
+from afina.export.weights import Source
+from afina.language import _
+from afina.model.attach import merged, save_configuration, save_whole
+from afina.model.load import DTYPES, Hardware, load_model
+from afina.train.reopen import Tuned
+
+if TYPE_CHECKING:
+    from afina.export.run import Export
+
+DIVERGENCE = {
+    torch.float32: 1e-5,
+    torch.float16: LIMITS["f16"].divergence,
+    torch.bfloat16: LIMITS["bf16"].divergence,
+}
+"""Nats a token between merged and adapter beside base. In F32 1e-9 was measured; a module left out gives 1e-2."""
+SPARE = 64 * 2**20
+"""Bytes of the disk left alone."""
+
+
+def check_room(base: Path, out: Path, formats: Sequence[str], precision: str, console: Console) -> None:
+    """Say what the export of a model like the one in `base` takes, and raise ResourceError where there is no room."""
+    if not base.is_dir():  # a hub name: what it weighs is known when it is there
+        return
+    source = Source(base)
+    try:
+        weights = sum(math.prod(source.stored_shape(name)) for name in source.names())
+    finally:
+        source.close()
+    needed = weights * DTYPES[precision].itemsize + sum(
+        planned_bytes(base, kind) for kind in formats if kind in FORMATS
+    )
+    free = durable.free_bytes(out)
+    console.line(
+        _("Takes {needed} of the disk, of which {free} are free, and {memory} of memory.").format(
+            needed=size(needed), free=size(free), memory=size(4 * weights)
+        )
+    )
+    if needed + SPARE > free:
+        raise ResourceError(
+            _("The export needs {needed} on the disk of {out}, and {free} are free.").format(
+                needed=size(needed), out=out, free=size(free)
+            ),
+            hint=_("Free some space, name fewer formats with --to, or set export.precision to bf16."),
+        )
+
+
+def merge(export: "Export", run: Path, base: Path) -> None:
+    """Write the merged model into `export.whole`, and prove that what was written is base plus adapter.
+
+    Sets `export.merge`, and `export.importance` where it is wanted. The model in memory is let go.
+    """
+    tuned = export.tuned
+    changes = expected_changes(tuned.model)
+    if export.merge is None:
+        with durable.new_folder(export.whole) as folder:
+            facts = _write(export, run, base, folder)
+            tuned.renderer.tokenizer.save(folder)
+    else:
+        facts = export.merge
+    export.tuned = tuned = replace(tuned, model=nn.Identity())
+    model = load_model(str(export.whole), Hardware(tuned.hardware.device, torch.float32))
+    if changes:
+        away, largest = apart(model, export.questions)
+        facts |= {"divergence": away, "largest_difference": largest}
+        if not away <= DIVERGENCE[export.precision]:
+            raise ProofError(
+                _("The merged model is {divergence:.2g} nats a token away from base and adapter.").format(
+                    divergence=away
+                ),
+                hint=_("Nothing was kept. Please report this with the model's name."),
+            )
+        facts |= prove_merge(changes, run / "adapter" / "adapter_model.safetensors", export.whole, export.precision)
+    if tuned.recipe.export.imatrix:
+        export.importance = collect(model, _training_ids(tuned))
+    export.merge = facts
+    export.note()
+
+
+def _write(export: "Export", run: Path, base: Path, folder: Path) -> dict[str, Any]:
+    """Base plus adapter as files: streamed where the adapter is no more than sums, else by PEFT in memory."""
+    tuned = export.tuned
+    facts: dict[str, Any] = {"method": tuned.recipe.method.name, "precision": tuned.recipe.export.precision}
+    if tuned.recipe.method.name != "full" and tuned.recipe.model.quantization == "none":
+        adapter = read_adapter(run / "adapter")
+        if adapter is not None and can_fold(base, adapter):
+            source = Source(base)
+            weights = sum(math.prod(source.stored_shape(name)) for name in source.names())
+            source.close()
+            with export.console.progress(_("Merging"), weights) as progress:
+                facts |= fold(
+                    base, adapter, folder, export.precision, lambda count: progress.advance(count, f"{count:,}")
+                )
+            save_configuration(tuned.model, folder, export.precision)
+            return facts | {"streamed": True}
+    save_whole(merged(tuned.model).to(export.precision), folder)
+    return facts | {"streamed": False}
+
+
+def apart(model: nn.Module, questions: Sequence[Question]) -> tuple[float, float]:
+    """Mean KL(adapter beside base || merged) over all positions, in nats, and the largest difference of a log-
+    probability that is not negligible."""
+    found, largest = [], 0.0
+    for question in questions:
+        ours, theirs = question.logprobs, distributions(model, question.prompt, question.answer)
+        found += (np.exp(ours) * (ours - theirs)).sum(-1).tolist()
+        largest = max(largest, float(np.abs(ours - theirs)[ours > -10].max()))
+    return max(0.0, float(np.mean(found))), largest
+
+
+def _training_ids(tuned: Tuned) -> list[list[int]]:
+    data = tuned.recipe.data
+    samples = sorted(read(data.train, data, tuned.folder).samples, key=lambda sample: sample.digest("imatrix"))
+    rendered = tuned.renderer.samples(samples[:SAMPLES])
+    return [row.ids[: tuned.recipe.model.max_length].tolist() for row in rendered]
