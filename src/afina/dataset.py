@@ -13,7 +13,7 @@ from afina.console import console
 from afina.data.audit.finding import Finding, Report
 from afina.data.read import read
 from afina.data.split import Part, deal, parts_of, written
-from afina.errors import DataError, OutputError
+from afina.errors import DataError, ModelError, OutputError
 from afina.language import _
 from afina.recipe.load import load_or_default
 from afina.recipe.place import model_source
@@ -27,12 +27,13 @@ def check(
     html: str | Path | None = None,
     fix: str | Path | None = None,
     strict: bool = False,
+    near: bool = False,
 ) -> Report:
     """Look at every row of a data source, or of all that a recipe names, and tell what is wrong.
 
     Of a recipe the labels are looked at too, as its model's tokenizer and chat template make them. html: a page to
-    write; fix: a new folder for a repaired copy. Raises DataError when rows cannot be used, with `strict` also when one
-    has a warning.
+    write; fix: a new folder for a repaired copy; near: look for rows that are nearly the same too. Raises DataError
+    when rows cannot be used, with `strict` also when one has a warning.
     """
     from afina.data.audit.fix import Mend
     from afina.data.audit.kinds import Severity
@@ -50,7 +51,7 @@ def check(
             mend.note(found)
 
     labels, about = _labels(recipe, folder) if labelled else (None, [])
-    report = Audit(data, folder, held_out, labels, tell).run(console)
+    report = Audit(data, folder, held_out, labels, tell, near).run(console)
     for kind, detail in about:
         report.add(Finding(kind, Path(source), 0, 0, 0, detail))
     say(report, console, folder)
@@ -77,12 +78,18 @@ def _labels(recipe: Recipe, folder: Path) -> tuple[Any, list[tuple[str, str]]]:
     from afina.data.audit.labels import Labels, of_tokenizer
     from afina.data.template import Renderer
     from afina.data.tokenizer import load_tokenizer
+    from afina.export.gguf_vocab import read_vocabulary
 
     model = recipe.model
-    tokenizer = load_tokenizer(
-        model_source(model.base, folder), template=model.chat_template, folder=folder, revision=model.revision
-    )
-    return Labels(Renderer(tokenizer, recipe.data.learn), model.max_length), of_tokenizer(tokenizer)
+    source = model_source(model.base, folder)
+    tokenizer = load_tokenizer(source, template=model.chat_template, folder=folder, revision=model.revision)
+    about = of_tokenizer(tokenizer)
+    if Path(source).is_dir() and set(recipe.export.formats) - {"merged"}:
+        try:
+            read_vocabulary(Path(source))
+        except ModelError as error:
+            about.append(("unknown-splitter", error.message))
+    return Labels(Renderer(tokenizer, recipe.data.learn), model.max_length), about
 
 
 def split(

@@ -33,7 +33,7 @@ def sound(rng: random.Random) -> bytes:
     elif extra == 1:
         answer = f"Write `x = [i ** 2 for i in range({rng.randint(2, 99)})]` & see.\n```python\nprint(a < b)\n```"
     elif extra == 2:
-        asked = f"¿Qué significa «{sentence(rng, 6, 'es')[:-1]}»? 😀"
+        asked = f"¿Qué significa «{sentence(rng, 12, 'es')[:-1]}»? 😀"
     elif extra == 3:
         answer += f" It cost ${rng.randint(1, 999)}.50 – or {rng.randint(10, 99)} % less… naïve café, coöperate."
     texts, roles = [asked, answer], ("user", "assistant")

@@ -41,7 +41,7 @@ SCRIPTS = {
 """Scripts that tell a language, or a group of languages called by its largest."""
 LANGUAGES = ("", *LATIN, *SCRIPTS)
 """The code of a language is its place here; 0 is none."""
-LEAST = 5
+LEAST = 4
 """Little words, at least, that tell a language: twice as many as those of the next one, or nearly so many more."""
 SHORT = 5
 """Letters of the longest word that is looked up."""
