@@ -258,7 +258,7 @@ class _Reader:
                 self._look = TYPED[self.dialect]() if self.dialect in TYPED else None
             messages = checked(self._make(row), None)
         except BadRow as reason:
-            kind, text = chat.refused(row.value, self.dialect, str(reason))
+            kind, text = chat.refused(row.value, self.dialect)
             found[at] = [*notes, _blame(row.raw, kind, text, str(reason))]
             return
         if any(kinds()[note.kind].severity is Severity.ERROR for note in notes):
