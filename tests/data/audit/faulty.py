@@ -19,6 +19,12 @@ def sentence(rng: random.Random, words: int, language: str = "en") -> str:
     return " ".join(rng.choices(WORDS[language], k=words)).capitalize() + "."
 
 
+def passage(rng: random.Random, words: int, language: str) -> str:
+    """Words in the order in which people write them, from a place chosen at random."""
+    start = rng.randrange(len(WORDS[language]))
+    return " ".join((WORDS[language] * 3)[start : start + words]).capitalize() + "."
+
+
 def row(*texts: str, roles: tuple[str, ...] = ("user", "assistant"), ascii_only: bool = False, **more: object) -> bytes:
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     return json.dumps({"messages": messages, **more}, ensure_ascii=ascii_only).encode()
