@@ -65,7 +65,10 @@ def _lower() -> bytes:
     return bytes(table)
 
 
-SLOT_BITS = 16
+SLOT_BITS = 14
+"""The table stays in the processor's second cache."""
+MULTIPLIER = 0x9E3779B97F4AA73B
+"""Keeps these words apart in the table; where they change, the search for another one begins here."""
 _MASKS = np.array([(1 << 8 * count) - 1 for count in range(LETTERS)] + [2**64 - 1], np.uint64)
 
 
@@ -79,7 +82,7 @@ def _words() -> tuple[np.ndarray, np.ndarray, np.uint64]:
                 key = int.from_bytes(word.encode("latin-1"), "little")
                 lanes[key] = lanes.get(key, 0) | 1 << 8 * number
     keys = np.array(sorted(lanes), np.uint64)
-    multiplier = 0x9E3779B97F4A7C15
+    multiplier = MULTIPLIER
     while True:
         slots = _slots(keys, np.uint64(multiplier))
         if np.unique(slots).size == slots.size:
