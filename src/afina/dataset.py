@@ -24,7 +24,7 @@ from afina.data.template import Renderer
 from afina.data.tokenizer import load_tokenizer
 from afina.data.translate import Ask, Cache, Estimate, Job, Reply, estimate
 from afina.data.translate import translate as run_translation
-from afina.errors import DataError, Interrupted, OutputError, RecipeError
+from afina.errors import DataError, Interrupted, ModelError, OutputError, RecipeError
 from afina.language import _
 from afina.model.endpoint import Endpoint, EndpointError
 from afina.recipe.load import load_or_default
@@ -44,12 +44,13 @@ def check(
     html: str | Path | None = None,
     fix: str | Path | None = None,
     strict: bool = False,
+    near: bool = False,
 ) -> Report:
     """Look at every row of a data source, or of all that a recipe names, and tell what is wrong.
 
     Of a recipe the labels are looked at too, as its model's tokenizer and chat template make them. html: a page to
-    write; fix: a new folder for a repaired copy. Raises DataError when rows cannot be used, with `strict` also when one
-    has a warning.
+    write; fix: a new folder for a repaired copy; near: look for rows that are nearly the same too. Raises DataError
+    when rows cannot be used, with `strict` also when one has a warning.
     """
     from afina.data.audit.fix import Mend
     from afina.data.audit.kinds import Severity
@@ -67,7 +68,7 @@ def check(
             mend.note(found)
 
     labels, about = _labels(recipe, folder) if labelled else (None, [])
-    report = Audit(data, folder, held_out, labels, tell).run(console)
+    report = Audit(data, folder, held_out, labels, tell, near).run(console)
     for kind, detail in about:
         report.add(Finding(kind, Path(source), 0, 0, 0, detail))
     say(report, console, folder)
@@ -92,9 +93,17 @@ def check(
 def _labels(recipe: Recipe, folder: Path) -> tuple[Any, list[tuple[str, str]]]:
     """What judges labels as this recipe's model will see them, and what is odd about its tokenizer."""
     from afina.data.audit.labels import Labels, of_tokenizer
+    from afina.export.gguf_vocab import read_vocabulary
 
     renderer = _renderer(recipe, folder)
-    return Labels(renderer, recipe.model.max_length), of_tokenizer(renderer.tokenizer)
+    about = of_tokenizer(renderer.tokenizer)
+    source = Path(model_source(recipe.model.base, folder))
+    if source.is_dir() and set(recipe.export.formats) - {"merged"}:
+        try:
+            read_vocabulary(source)
+        except ModelError as error:
+            about.append(("unknown-splitter", error.message))
+    return Labels(renderer, recipe.model.max_length), about
 
 
 def split(

@@ -14,14 +14,16 @@ SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why the row at `file:line` cannot be used."""
+    """Why the row at `file:line` cannot be used; `kind` is the id of its class (audit/kinds.py), where it has one."""
 
     file: Path
     line: int
     reason: str
+    kind: str = ""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason}"
+        said = f"{self.file}:{self.line}: {self.reason}"
+        return f"{said} [{self.kind}]" if self.kind else said
 
 
 class BadRows(DataError):

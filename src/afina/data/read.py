@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from afina.data.audit.chat import class_of
 from afina.data.conversation import Sample
 from afina.data.dialects import Make, checked, dialect_of, maker
 from afina.data.files import find
@@ -43,7 +44,7 @@ def read(sources: Sources, data: Data, folder: Path) -> Reading:
         if isinstance(found, Sample):
             reading.samples.append(found)
         else:
-            problems.append(Problem(file, row.line, found))
+            problems.append(Problem(file, row.line, found, class_of(row, reading.dialects)))
         if len(problems) == MOST_PROBLEMS:
             break
     if problems:

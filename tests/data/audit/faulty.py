@@ -19,6 +19,12 @@ def sentence(rng: random.Random, words: int, language: str = "en") -> str:
     return " ".join(rng.choices(WORDS[language], k=words)).capitalize() + "."
 
 
+def passage(rng: random.Random, words: int, language: str) -> str:
+    """Words in the order in which people write them, from a place chosen at random."""
+    start = rng.randrange(len(WORDS[language]))
+    return " ".join((WORDS[language] * 3)[start : start + words]).capitalize() + "."
+
+
 def row(*texts: str, roles: tuple[str, ...] = ("user", "assistant"), ascii_only: bool = False, **more: object) -> bytes:
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     return json.dumps({"messages": messages, **more}, ensure_ascii=ascii_only).encode()
@@ -33,7 +39,7 @@ def sound(rng: random.Random) -> bytes:
     elif extra == 1:
         answer = f"Write `x = [i ** 2 for i in range({rng.randint(2, 99)})]` & see.\n```python\nprint(a < b)\n```"
     elif extra == 2:
-        asked = f"¿Qué significa «{sentence(rng, 6, 'es')[:-1]}»? 😀"
+        asked = f"¿Qué significa «{sentence(rng, 12, 'es')[:-1]}»? 😀"
     elif extra == 3:
         answer += f" It cost ${rng.randint(1, 999)}.50 – or {rng.randint(10, 99)} % less… naïve café, coöperate."
     texts, roles = [asked, answer], ("user", "assistant")

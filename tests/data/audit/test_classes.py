@@ -75,7 +75,7 @@ def test_what_the_audit_calls_an_error_stops_training_and_nothing_else_does(kind
     try:
         read("rows.jsonl", Data(train="rows.jsonl"), tmp_path)
     except BadRows as error:
-        assert wrong and [problem.line for problem in error.problems] == [2]
+        assert wrong and [(problem.line, problem.kind) for problem in error.problems] == [(2, kind)]
     except DataError as error:  # a file that is not of its encoding
         assert wrong and error.line == 2
     else:

@@ -14,6 +14,7 @@ Fix = Annotated[
     typer.Option("--fix", help=_("Write a repaired copy into this new folder and show each change.")),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help=_("Fail on warnings too, not on errors alone."))]
+Nearly = Annotated[bool, typer.Option("--near", help=_("Look for rows that are nearly the same too; slower."))]
 
 
 def command(
@@ -22,10 +23,11 @@ def command(
     html: Page = None,
     fix: Fix = None,
     strict: Strict = False,
+    near: Nearly = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Every fault of every row."""
     from afina import dataset
 
-    dataset.check(source, changes or [], html=html, fix=fix, strict=strict)
+    dataset.check(source, changes or [], html=html, fix=fix, strict=strict, near=near)

@@ -119,7 +119,8 @@ class Across:
     def held(self) -> np.ndarray:
         """(rows,) bool: whether a row is of a file that is only validated on."""
         marks = np.zeros(self.rows, np.bool_)
-        for file, first, last in zip(self.files, self._firsts, [*self._firsts[1:], self.rows], strict=True):
+        for at, (file, first) in enumerate(zip(self.files, self._firsts, strict=True)):
+            last = self._firsts[at + 1] if at + 1 < len(self._firsts) else self.rows
             marks[first:last] = file in self.held_out
         return marks
 
@@ -147,6 +148,23 @@ class Across:
                     yield self.finding("leak", row, self.named(int(learnt[0])))
                 elif row != rows[0]:
                     yield self.finding("duplicate", row, self.named(int(rows[0])))
+
+    def nearly(self, groups: np.ndarray) -> Iterator[Finding]:
+        """Rows that are nearly, and not quite, the same as the first of their group. groups: (rows,) that first one."""
+        whole, held = np.frombuffer(self._whole, np.int64), self.held()
+        learnt: dict[int, int] = {}
+        for row in np.flatnonzero(~held).tolist():
+            learnt.setdefault(int(groups[row]), row)
+        seen = set(whole[np.unique(groups)].tolist())
+        for row in np.flatnonzero(groups != np.arange(groups.size)).tolist():
+            if int(whole[row]) in seen:
+                continue  # a duplicate of a row that was told, or the first of its group
+            seen.add(int(whole[row]))
+            first = learnt.get(int(groups[row]))
+            kind = "near-leak" if held[row] and first is not None else "near-duplicate"
+            yield self.finding(
+                kind, row, self.named(first if kind == "near-leak" and first is not None else int(groups[row]))
+            )
 
     def _contradictions(self) -> Iterator[Finding]:
         whole = np.frombuffer(self._whole, np.int64) if self._whole else np.zeros(0, np.int64)

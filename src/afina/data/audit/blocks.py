@@ -1,14 +1,15 @@
 """A file as blocks of some thousand rows: the raw lines of JSON Lines, and of all else the rows as they are read."""
 
-import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from afina.data.lines import CHUNK, ROW_BYTES, open_raw
+from afina.data.lines import ROW_BYTES
 from afina.data.rows import Row, Shape, open_text, rows
 
+CHUNK = 2**19
+"""Bytes read at once: the arrays made of them stay in the processor's second cache."""
 ROWS = 2000
 """Rows of a block where they come one by one."""
 
@@ -25,12 +26,14 @@ class Block:
     rows: list[Row] | None = None
     cut: bool = False
     size: int = 0
+    returns: int = 0
+    """Lines that end in CR LF."""
 
 
 def line_blocks(path: Path, encoding: str) -> Iterator[Block]:
     """JSON Lines, unparsed. A line over ROW_BYTES comes cut and is the last."""
     with open_text(path, encoding) as file:
-        number, offset, rest = 1, _mark(path, encoding), b""
+        number, offset, rest = 1, 0, b""
         while chunk := file.read(CHUNK):
             if len(rest) > ROW_BYTES:
                 break
@@ -41,6 +44,7 @@ def line_blocks(path: Path, encoding: str) -> Iterator[Block]:
             raws[0] = rest + raws[0]
             rest = raws.pop()
             block = _block(raws, number, offset)
+            block.returns = chunk.count(b"\r\n")
             yield block
             number, offset = number + len(raws), offset + block.size
         if rest:
@@ -48,13 +52,6 @@ def line_blocks(path: Path, encoding: str) -> Iterator[Block]:
             block.cut = len(rest) > ROW_BYTES
             block.size = len(rest)
             yield block
-
-
-def _mark(path: Path, encoding: str) -> int:
-    """Bytes of the mark that a file of UTF-8 may begin with; it is no part of its first row."""
-    with open_raw(path) as file:
-        marked = encoding.lower() in ("utf-8", "utf8") and file.read(3) == codecs.BOM_UTF8
-    return 3 if marked else 0
 
 
 def _block(raws: list[bytes], number: int, offset: int) -> Block:

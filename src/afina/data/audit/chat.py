@@ -2,14 +2,16 @@
 and turns that it accepts. Whether a row is refused is decided by data/dialects.py alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
 
+from afina.data.audit.syntax import unreadable
 from afina.data.conversation import ROLES
 from afina.data.dialects import PAIRS, SHAREGPT
 from afina.data.messages import REFUSED
+from afina.data.rows import Row
 
 CALLED = ("tool_calls", "function_call")
 TOOL_ROLES = ("tool", "function", "ipython", "observation", "environment")
@@ -34,7 +36,7 @@ def unread(value: Any, dialect: str) -> set[str]:
     return value.keys() - set(KEYS[dialect]) - BESIDE.get(dialect, set())
 
 
-def refused(value: Any, dialect: str, reason: str) -> tuple[str, str | None]:
+def refused(value: Any, dialect: str) -> tuple[str, str | None]:
     """The class of a row that the reader refuses, and the text in it that is to blame, where one is."""
     if not isinstance(value, dict):
         return _no_object(value), None
@@ -53,6 +55,14 @@ def refused(value: Any, dialect: str, reason: str) -> tuple[str, str | None]:
             return "history", None
         return _cells([value.get(key) for key in (*KEYS[dialect], "input", "system") if key in value])
     return ("mapping-misfit" if dialect == "mapping" else "unknown-shape"), None
+
+
+def class_of(row: Row, dialects: Collection[str]) -> str:
+    """The class of a row that the reader refuses, among files of these dialects."""
+    if row.fault:
+        wrong = unreadable(row.raw)[1] if row.raw else []
+        return wrong[0].kind if wrong else "not-json"
+    return refused(row.value, next(iter(dialects)) if len(dialects) == 1 else "")[0]
 
 
 def _no_object(value: Any) -> str:

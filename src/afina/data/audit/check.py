@@ -28,6 +28,7 @@ from afina.data.audit.text import ALL, faults
 from afina.data.audit.tongue import languages
 from afina.data.conversation import Message, Sample
 from afina.data.dialects import Make, checked, dialect_of, maker
+from afina.data.near import Near
 from afina.data.rows import BadRow, Row, Shape
 from afina.recipe.schema import Data
 
@@ -76,7 +77,8 @@ class Pass:
     plain: bool = False
     """Look at every text in full: slow, and what the tests hold the fast way against."""
     markup: bool = True
-    keep: Callable[[Path, Block, dict[int, list[Fault]]], None] | None = None
+    near: Near | None = None
+    """Given every conversation, where rows that are nearly the same are looked for too."""
 
     def file(self, path: Path, form: str, encoding: str, advance: Callable[[int], None] = lambda _size: None) -> None:
         """Read one file to its end. Raises DataError when it cannot be read at all."""
@@ -85,10 +87,16 @@ class Pass:
         reader = _Reader(self.data, form == "text")
         self.across.start(path)
         before = self.report.rows, self.report.rejected
+        lines = returns = 0
         for block in line_blocks(path, encoding) if quick_lines else row_blocks(path, shape, form):
             self._block(path, block, reader)
             self.report.size += block.size
+            lines, returns = lines + len(block.raws), returns + block.returns
             advance(block.size)
+        if 0 < returns < lines - 1:
+            self.report.add(Finding("mixed-line-ends", path, 0, 0, 0, f"CR LF {returns} : {lines - returns} LF"))
+        if reader.blank:
+            self.report.add(Finding("blank-lines", path, 0, 0, 0, str(reader.blank)))
         if reader.unread:
             names = ", ".join(sorted(map(str, reader.unread))[:KEYS_TOLD])
             self.report.add(Finding("unread-keys", path, 0, 0, 0, names[:200]))
@@ -104,6 +112,9 @@ class Pass:
         """What shows only now that all rows are known."""
         for found in self.across.findings():
             self.report.add(found)
+        if self.near is not None:
+            for found in self.across.nearly(self.near.groups()):
+                self.report.add(found)
         return self.report
 
     def _block(self, path: Path, block: Block, reader: "_Reader") -> None:
@@ -123,8 +134,11 @@ class Pass:
                     fault._replace(begin=0, end=len(block.raws[taken.rows[at]]))
                 )
         self._tell(path, block, found)
-        if self.keep is not None:
-            self.keep(path, block, found)
+        if self.near is not None:
+            at = 0
+            for count in taken.counts:
+                self.near.add("\n".join(taken.texts[at : at + count]))
+                at += count
         rows = np.array(taken.rows, np.int64)
         lines, begins = np.array(block.lines, np.int64)[rows], np.array(block.begins, np.int64)[rows]
         ends = begins + np.fromiter((len(block.raws[row]) for row in taken.rows), np.int64, len(taken.rows))
@@ -165,6 +179,7 @@ class _Reader:
     data: Data
     passages: bool = False
     dialect: str = ""
+    blank: int = 0
     unread: set[str] = field(default_factory=set)
     seen: int = 0
     """Rows of the last block."""
@@ -216,6 +231,7 @@ class _Reader:
             self._careful(at, Row(value, block.lines[at], block.begins[at], raw), taken, found)
             look = self._look
         self.seen = len(block.raws) - blank
+        self.blank += blank
         if slow * 2 > len(block.raws) > ENOUGH:
             self._look = loose(self.dialect)
 
@@ -231,7 +247,7 @@ class _Reader:
     def _careful(self, at: int, row: Row, taken: Taken, found: dict[int, list[Fault]]) -> None:
         """The slow way of one row: as the reader reads it, and everything that is odd about it."""
         notes: list[Fault] = []
-        if row.raw[:1] == b"{" and syntax.quotes(row.raw) != 2 * syntax.strings(row.value):
+        if row.raw.lstrip()[:1] == b"{" and syntax.quotes(row.raw) != 2 * syntax.strings(row.value):
             _value, notes = syntax.unreadable(row.raw)
         notes += [_about(row.raw, kind, shown) for kind, shown in syntax.strange_numbers(row.value)]
         notes += syntax.minus_zero(row.raw)
@@ -242,7 +258,7 @@ class _Reader:
                 self._look = TYPED[self.dialect]() if self.dialect in TYPED else None
             messages = checked(self._make(row), None)
         except BadRow as reason:
-            kind, text = chat.refused(row.value, self.dialect, str(reason))
+            kind, text = chat.refused(row.value, self.dialect)
             found[at] = [*notes, _blame(row.raw, kind, text, str(reason))]
             return
         if any(kinds()[note.kind].severity is Severity.ERROR for note in notes):

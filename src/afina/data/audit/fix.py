@@ -14,7 +14,7 @@ from afina.data.audit import syntax
 from afina.data.audit.blocks import Block, line_blocks, row_blocks
 from afina.data.audit.finding import Finding, Report
 from afina.data.audit.kinds import Severity, kinds
-from afina.data.audit.letters import RANGES, letters
+from afina.data.audit.letters import letters
 from afina.data.audit.mojibake import repair
 from afina.data.rows import Shape
 from afina.errors import OutputError, ProofError
@@ -25,6 +25,8 @@ REMOVED = frozenset({"nul", "control-character", "invisible", "direction", "nonc
 TEXTUAL = REMOVED | {"mojibake", "mojibake-twice", "line-separator", "decomposed"}
 """Classes that are repaired inside a text."""
 DROPPED = frozenset({"duplicate"})
+ROUNDS = 1000
+"""Of repairing a text: each takes out the first run of every class."""
 OLD = "cp1252"
 """A line that is not UTF-8 is read in this encoding, where that makes it a row."""
 
@@ -144,18 +146,18 @@ def mended(value: Any) -> Any:
 
 def text_mended(text: str) -> str:
     """A text without mojibake, odd line ends, letters apart from their accents, and characters that nobody sees."""
-    found = repair(text)
-    text = found.text if found is not None else text
-    text = text.replace("\u2028", "\n").replace("\u2029", "\n\n").replace("\x85", "\n")
-    if not unicodedata.is_normalized("NFC", text):
+    for _round in range(ROUNDS):  # what is taken out may bring together what belongs together
+        before = text
+        found = repair(text)
+        text = found.text if found is not None else text
+        text = text.replace("\u2028", "\n").replace("\u2029", "\n\n").replace("\x85", "\n")
         text = unicodedata.normalize("NFC", text)
-    for _round in range(len(RANGES)):  # `letters` tells the first run of each class
-        odd = [fault for fault in letters(text) if fault.kind in REMOVED]
-        if not odd:
-            return text
-        for fault in sorted(odd, key=lambda fault: -fault.begin):
-            text = text[: fault.begin] + text[fault.end :]
-    return "".join(character for character in text if not any(fault.kind in REMOVED for fault in letters(character)))
+        for fault in sorted(letters(text), key=lambda fault: -fault.begin):
+            if fault.kind in REMOVED:
+                text = text[: fault.begin] + text[fault.end :]
+        if text == before:
+            break
+    return text
 
 
 def differences(before: Any, after: Any) -> Iterator[tuple[str, str]]:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from afina.console import Console, size
-from afina.data.audit.blocks import Block
 from afina.data.audit.check import Pass
 from afina.data.audit.finding import Finding, Report
 from afina.data.audit.labels import Labels
-from afina.data.audit.letters import Fault
 from afina.data.files import find
 from afina.data.lines import GZIP, ZSTD
+from afina.data.near import Near
 from afina.data.rows import Shape, encoding_of, format_of
 from afina.errors import DataError
 from afina.language import _
@@ -26,7 +25,6 @@ WIDE = {
     codecs.BOM_UTF16_BE: "utf16",
 }
 HEAD = 256
-Keep = Callable[[Path, Block, dict[int, list[Fault]]], None]
 
 
 @dataclass
@@ -38,7 +36,6 @@ class Audit:
     held_out: Sequence[str] = ()
     labels: Labels | None = None
     tell: Callable[[Finding], None] = lambda _finding: None
-    keep: Keep | None = None
     near: bool = False
 
     def run(self, console: Console) -> Report:
@@ -47,15 +44,14 @@ class Audit:
         learnt = _files([self.data.train], self.data, self.folder)
         held = [file for file in _files(self.held_out, self.data, self.folder) if file not in learnt]
         report = Report(self.tell)
-        work = Pass(self.data, report, labels=self.labels, markup=self.labels is None, keep=self.keep)
+        work = Pass(self.data, report, labels=self.labels, markup=self.labels is None)
+        work.near = Near() if self.near else None
         work.across.held_out = frozenset(held)
         total = sum(file.stat().st_size for file in learnt + held)
         with console.progress(_("Checking"), total) as progress:
             for file in learnt + held:
                 self._file(file, work, lambda done: progress.advance(done, size(report.size)))
         work.finish()
-        if self.near:
-            self._near(work, console)
         report.seconds = time.perf_counter() - started
         report.facts = work.across.figures()
         if self.labels is not None:
@@ -63,9 +59,6 @@ class Audit:
             report.facts["learnt_tokens"] = self.labels.learnt
             report.facts["longest"] = self.labels.longest
         return report
-
-    def _near(self, work: Pass, console: Console) -> None:
-        """Rows that are almost others; near.py says which."""
 
     def _file(self, file: Path, work: Pass, advance: Callable[[int], None]) -> None:
         report = work.report

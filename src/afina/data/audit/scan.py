@@ -122,6 +122,9 @@ def _places(joined: Joined) -> Iterator[tuple[Look, np.ndarray]]:
         second = joined.codes[pairs + 1]
         known = _pairs()[joined.codes[pairs], np.where(second < 128, second, 0)] | (second == ord("｜"))
         pairs = pairs[known]
+        fences = joined.codes[pairs] == ord("`")
+        yield Look.FENCES, pairs[fences]
+        pairs = pairs[~fences]
         double = joined.codes[pairs + 1] == ord("<")  # << is an operator; <<SYS>> is Llama 2's
         third = joined.codes[np.minimum(pairs + 2, flags.size - 1)]
         yield Look.OPENING, pairs[~double | (third == ord("S")) | (third == ord("/"))]

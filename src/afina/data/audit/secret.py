@@ -34,7 +34,7 @@ EMAIL = re.compile(
 CARD = re.compile(
     r"(?<![\w.,/$€#-])(?:[3-6]\d{3}(?:[ -]?\d{4}){2}[ -]?\d{1,7}|3[47]\d{2}[ -]?\d{6}[ -]?\d{5})(?![\w-]|[.,]\d)"
 )
-ACCOUNT = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
+ACCOUNT = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?\d[A-Z0-9]{0,2})?\b")
 PLACEHOLDER = re.compile(r"example|xxx|your|test|dummy|sample|1234567|abcdef|000000|\.\.\.", re.IGNORECASE)
 NOBODY = re.compile(
     r"@(?:[\w-]+\.)*(?:example\.\w+|example|test|invalid|localhost|(?:tu|your|my|mi|el|the)?(?:domain|company|dominio|empresa|email|correo|site|shop|store)\.\w+)$",
@@ -94,7 +94,8 @@ def masked(secret: str) -> str:
 
 
 def _is_random(key: str) -> bool:
-    return len(set(key)) >= 10 and PLACEHOLDER.search(key) is None
+    words = key.startswith("sk-") and not (any(map(str.isdigit, key)) and any(map(str.isupper, key)))
+    return len(set(key)) >= 10 and PLACEHOLDER.search(key) is None and not words
 
 
 def is_card(digits: str) -> bool:

@@ -36,14 +36,16 @@ class Look(IntFlag):
     LETTERS = auto()
     MOJIBAKE = auto()
     OPENING = auto()
-    """Control tokens, entities, fences, addresses: what is told by its first characters."""
+    """Control tokens, entities, addresses: what is told by its first characters."""
     RUNS = auto()
     """Keys, cards, blobs, repetitions."""
     WORDS = auto()
     """Phrases."""
+    FENCES = auto()
+    """Blocks of code."""
 
 
-ALL = Look(31)
+ALL = Look(63)
 
 
 def faults(text: str, look: Look = ALL, *, plain_markup: bool = True) -> Iterator[Fault]:
@@ -62,9 +64,9 @@ def faults(text: str, look: Look = ALL, *, plain_markup: bool = True) -> Iterato
             yield from markup(text, CONTROL)
         if "&" in text and (entity := ENTITY.search(text)) is not None:
             yield Fault("html-entity", *entity.span(), entity.group())
-        if text.count(FENCE) % 2:
-            yield Fault("open-fence", text.rfind(FENCE), text.rfind(FENCE) + len(FENCE), FENCE)
         yield from addresses(text)
+    if look & Look.FENCES and text.count(FENCE) % 2:
+        yield Fault("open-fence", text.rfind(FENCE), text.rfind(FENCE) + len(FENCE), FENCE)
     if look & Look.RUNS:
         yield from keys(text)
         yield from numbers(text)

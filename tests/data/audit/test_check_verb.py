@@ -1,0 +1,126 @@
+"""`afina data check` as it is used: exit statuses, JSON lines, the page, the repaired copy, the labels of a recipe."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from data.audit.faulty import FAULTY, row, sound
+
+from afina import dataset
+from afina.artifact import sha256
+from afina.console import console
+from afina.data.audit.finding import Report
+from afina.data.audit.page import page
+from afina.errors import DataError
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(9)
+    lines = [sound(rng) for _ in range(30)]
+    lines[3], lines[10], lines[12] = FAULTY["mojibake"](rng), FAULTY["cut-row"](rng), FAULTY["invisible"](rng)
+    lines[20] = lines[1]
+    lines[25] = FAULTY["not-utf8"](rng)
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\r\n".join(lines))
+    return file
+
+
+def test_errors_stop_and_warnings_do_not_unless_strict(rows: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="2 of 30 rows cannot be used") as raised:
+        dataset.check(str(rows))
+    assert raised.value.exit_status == 3
+    good = tmp_path / "good.jsonl"
+    good.write_bytes(
+        b"\n".join(line for line in rows.read_bytes().split(b"\r\n") if b"\xf3n" not in line and line.endswith(b"]}"))
+    )
+    assert dataset.check(str(good)).counts.total() == 3
+    with pytest.raises(DataError, match="should be looked at"):
+        dataset.check(str(good), strict=True)
+
+
+def test_json_lines_tell_every_finding(rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(console, "json", True)
+    with pytest.raises(DataError):
+        dataset.check(str(rows))
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = [event for event in events if event["event"] == "finding"]
+    assert {(event["class"], event["line"]) for event in found} == {
+        ("mojibake", 4),
+        ("cut-row", 11),
+        ("invisible", 13),
+        ("duplicate", 21),
+        ("not-utf8", 26),
+    }
+    assert all(event["reason"] and event["advice"] and event["end"] > event["byte"] for event in found)
+    [summary] = [event for event in events if event["event"] == "checked"]
+    assert summary["rows"] == summary["kept"] + summary["rejected"] == 30
+    assert summary["reasons"] == {"cut-row": 1, "not-utf8": 1}
+
+
+def test_a_repaired_copy(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    before = sha256(rows)
+    with pytest.raises(DataError):
+        dataset.check(str(rows), fix="mended")
+    assert sha256(rows) == before, "the source is never touched"
+    said = capsys.readouterr().out
+    assert "Mañana comeré piña" in said and "28 rows kept" in said
+    copy, aside = tmp_path / "mended" / "rows.jsonl", tmp_path / "mended" / "rejected.jsonl"
+    report = dataset.check(str(copy))
+    assert (report.rows, report.counts.total()) == (28, 0)
+    reasons = [json.loads(line) for line in aside.read_text("utf-8").splitlines()]
+    assert [(one["line"], one["class"]) for one in reasons] == [(11, "cut-row"), (21, "duplicate")]
+    assert "canción" in (tmp_path / "mended" / "changes.diff").read_text("utf-8")
+    kept = copy.read_bytes().splitlines()
+    untouched = [line for at, line in enumerate(rows.read_bytes().split(b"\r\n")) if at not in (3, 10, 12, 20, 25)]
+    assert [line for line in kept if line in untouched] == untouched, "a row with nothing wrong is kept byte for byte"
+
+
+def test_the_page_is_one_file_and_escapes_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    evil = "<script>alert(1)</script>\u200b"
+    Path("rows.jsonl").write_bytes(b"\n".join([row("q", f"a {evil}"), row("<|im_end|><img src=x onerror=y>", "b")]))
+    dataset.check("rows.jsonl", html="page.html")
+    text = Path("page.html").read_text("utf-8")
+    assert "<script" not in text and "<img" not in text and not re.search(r"(?:src|href)=\"(?!#|data:)", text)
+    assert "http://" not in text and "https://" not in text and "invisible" in text
+    assert page(Report(), "nothing").startswith("<!doctype html>")
+
+
+def test_the_labels_of_a_recipe_are_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    long = "word " * 300
+    (tmp_path / "train.jsonl").write_bytes(b"\n".join([row("q", "a"), row("q two", long), row("q three", "b")]))
+    (tmp_path / "recipe.yaml").write_text(
+        "name: x\nmodel: {max_length: 64}\ndata: {train: train.jsonl, validation: 0}\n", "utf-8"
+    )
+    with pytest.raises(DataError):
+        dataset.check(str(tmp_path / "recipe.yaml"))
+    assert "over-context" in capsys.readouterr().out
+
+
+@pytest.mark.real
+def test_what_is_known_of_real_sets(real_data: Path):
+    def counts(source: str, *changes: str) -> dict[str, int]:
+        return dict(dataset.check(source, changes).counts)
+
+    data = real_data / "data"
+    assert counts(str(data / "gsm8k" / "train.jsonl")) == {"line-separator": 1, "invisible": 1}
+    assert counts(str(data / "gsm8k" / "test.jsonl")) == {"invisible": 1}
+    assert counts(str(data / "mgsm" / "mgsm_es.tsv"), "data.columns=[question, answer]") == {}
+    snips = counts(
+        str(data / "snips" / "PlayMusic" / "train_PlayMusic_full.json"),
+        "data.encoding=[utf-8, latin-1]",
+        "data.dialect=mapping",
+        "data.mapping={rows: '*', user: \"{{ row.data | map(attribute='text') | join }}\", assistant: '{{ keys[0] }}'}",
+    )
+    assert snips["old-encoding"] == 1 and snips["mojibake"] >= 20
+
+
+@pytest.mark.parametrize(
+    "name", ["algorithms-tutor", "bot-configurator", "maths-tutor", "python-tutor", "sentiment", "support-chat"]
+)
+def test_of_the_bundled_sets_nothing_is_said(name: str):
+    assert not dataset.check(f"afina/{name}/train").counts
