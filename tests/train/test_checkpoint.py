@@ -160,7 +160,7 @@ def bad_states(tmp_path, monkeypatch, *, verified=True, syncs=True) -> tuple[int
         disk = Disk(folder, patched, syncs)
         disk._seen = dict(before)
         second = write(folder, "run", 2, small(2.0), {})
-        prune(folder, [second])
+        prune(folder, [second.place])
         disk._look()
     bad = count = 0
     seen = set()

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def is_finite(tensors: dict[str, torch.Tensor]) -> bool:
 
 def write(folder: Path, run: str, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> Checkpoint:
     """Save under the next number. Raises OutputError when the disk refuses; then nothing has changed."""
-    number = max((other for other, _step, _place in _listed(folder)), default=0) + 1
+    number = max((other for other, _step, _place in listed(folder)), default=0) + 1
     place = folder / f"{number:06d}-step-{step}"
     with durable.new_folder(place) as temporary:
         _save(tensors, temporary / TENSORS)
@@ -122,7 +122,7 @@ def newest(
     suits: Callable[[Checkpoint], bool] = lambda checkpoint: True,
 ) -> Checkpoint | None:
     """The newest checkpoint of `run` whose hashes hold, and that suits; each that is damaged is told."""
-    for _number, _step, place in sorted(_listed(folder), reverse=True):
+    for _number, _step, place in sorted(listed(folder), reverse=True):
         try:
             checkpoint = read(place, run)
         except Damaged as damage:
@@ -133,12 +133,18 @@ def newest(
     return None
 
 
-def restore(state: State, checkpoint: Checkpoint) -> None:
-    """Turn `state` into what was saved, in place. Raises Damaged when other weights learn now; then nothing changed."""
+def tensors_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The tensors of one. Raises Damaged."""
     try:
-        tensors = load_file(checkpoint.place / TENSORS)
+        tensors: dict[str, torch.Tensor] = load_file(checkpoint.place / TENSORS)
     except (OSError, SafetensorError, ValueError) as error:
         raise Damaged(_("{file} cannot be read").format(file=TENSORS)) from error
+    return tensors
+
+
+def restore(state: State, checkpoint: Checkpoint) -> None:
+    """Turn `state` into what was saved, in place. Raises Damaged when other weights learn now; then nothing changed."""
+    tensors = tensors_of(checkpoint)
     targets: dict[str, torch.Tensor] = {}
     for name, parameter in state.learning.items():
         targets[f"{name}|weight"] = parameter
@@ -160,11 +166,10 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
     state.step, state.validated = checkpoint.step, checkpoint.facts["validated"]
 
 
-def prune(folder: Path, kept: list[Checkpoint]) -> None:
+def prune(folder: Path, kept: Collection[Path]) -> None:
     """Remove every checkpoint but `kept`, once those are on the disk for good."""
-    places = {checkpoint.place for checkpoint in kept}
-    for _number, _step, place in _listed(folder):
-        if place not in places:
+    for _number, _step, place in listed(folder):
+        if place not in kept:
             durable.remove(place)
 
 
@@ -177,7 +182,7 @@ def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
         raise
 
 
-def _listed(folder: Path) -> list[tuple[int, int, Path]]:
+def listed(folder: Path) -> list[tuple[int, int, Path]]:
     """Number, step and place of what is named as a checkpoint is."""
     if not folder.is_dir():
         return []

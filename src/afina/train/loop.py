@@ -47,7 +47,7 @@ def train(
     while True:
         if state.step in validate_after and state.validated < state.step:
             model.eval()
-            follower.on_validation(state.step)
+            follower.on_validation(state)
             model.train()
             state.validated = state.step
         if state.watch.in_a_row >= PATIENCE:

@@ -19,19 +19,21 @@ METRICS = "metrics.jsonl"
 class Tally:
     """Figures gathered over all sessions of a run.
 
+    `best`: the step after which the figure that decides was best, its name and value, and the validation loss then.
     `ledger` is a hash chain over step and sample ids: two runs with the same one learnt the same samples in the same
     steps.
     """
 
     first_loss: float | None = None
     final_loss: float | None = None
-    validation: list[float] = field(default_factory=list)
+    validation: list[float | None] = field(default_factory=list)
     tokens: int = 0
     learnt: int = 0
     seconds: float = 0.0
     peak_memory: int = 0
     ledger: str = ""
     resumed_after: list[int] = field(default_factory=list)
+    best: dict[str, Any] | None = None
 
     def learn(self, step: int, samples: list[int]) -> None:
         """Add a step to the ledger."""

@@ -36,6 +36,7 @@ from afina.model.loss import summed_loss
 from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe, Training
+from afina.train.best import Criterion
 from afina.train.keeper import Keeper
 from afina.train.loop import LossFunction, accumulate, mean_loss, train
 from afina.train.memory import Room
@@ -215,6 +216,7 @@ def _run_loop(
         measure_work=held_out,
         validate_after=validate_after,
         where=lambda sample: examples.origin[sample].where,
+        criterion=Criterion() if training.keep == "best" else None,
         surroundings=surroundings(str(hardware), "reference" if isinstance(loss_fn, partial) else "fused"),
     )
     record, stop = Record(place), Stop()

@@ -1,5 +1,6 @@
 """One sitting of a run: follows the loop, writes its log, saves and restores its state, and ends it in good order."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -12,6 +13,7 @@ from afina.data.batch import Batch
 from afina.errors import Interrupted, OutputError
 from afina.language import _
 from afina.model.load import Hardware
+from afina.train.best import VALIDATION, Criterion, Weights, put_back, weights_of
 from afina.train.checkpoint import Checkpoint, Damaged, restore
 from afina.train.keeper import Keeper
 from afina.train.memory import Room, peak_memory, probe
@@ -30,7 +32,8 @@ class Plan:
     """What this run is to do. `work(step)`: units of progress of a step (from 0); `epoch(step)`: passes done by then.
 
     `measure()` is the validation loss and `measure_work` its units of progress; `where(sample)` names a sample's line.
-    `surroundings`: what the last bits depend on.
+    `surroundings`: what the last bits depend on. `criterion`: by which figure the best weights are kept and taken at
+    the end; None: the last ones are.
     """
 
     steps: int
@@ -42,6 +45,7 @@ class Plan:
     validate_after: frozenset[int]
     where: Callable[[int], str]
     surroundings: dict[str, str]
+    criterion: Criterion | None = None
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Session(Follower):
     room: Room
     tally: Tally = field(default_factory=Tally)
     saved: int | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
     _waits: bool = False
 
@@ -112,7 +117,44 @@ class Session(Follower):
         """Save what the last step left; returns the hash of weights and moments, None when the disk refused them."""
         self._save(state, wait=True)
         saved = self.keeper.good[-1] if self.keeper.good else None
+        self._take_best(state)
         return saved.digest if saved is not None and saved.step == state.step else None
+
+    def offer(self, figure: str, value: float, state: State) -> bool:
+        """A figure was measured of these weights: remember them when it is the one that decides and none was better."""
+        criterion, best = self.plan.criterion, self.tally.best
+        if criterion is None or criterion.figure != figure:
+            return False
+        if not criterion.prefers(value, best["value"] if best else None):
+            return False
+        held_out = self.tally.validation[-1] if self.tally.validation else None
+        self.tally.best = {"step": state.step, "figure": figure, "value": value, "validation_loss": held_out}
+        self.keeper.best = Weights(state.step, weights_of(state), {"best": self.tally.best})
+        return True
+
+    def _take_best(self, state: State) -> None:
+        best = self.tally.best
+        self.kept = {
+            "step": state.step,
+            "validation_loss": self.tally.validation[-1] if self.tally.validation else None,
+        }
+        if best is None or best["step"] == state.step:
+            return
+        weights = self.keeper.weights(best["step"])
+        if weights is None or not put_back(state, weights):
+            self.console.warn(
+                _("The weights after step {step}, which were the best, cannot be read; the last ones are kept.").format(
+                    step=best["step"]
+                )
+            )
+            return
+        self.kept = {key: best[key] for key in self.kept}
+        self.console.line(
+            _("Best      {figure} {value:.4f} after step {step} of {steps}: those weights are kept").format(
+                steps=self.plan.steps, **best
+            )
+        )
+        self.console.event("best", **best)
 
     def figures(self, state: State, digest: str | None) -> dict[str, Any]:
         """What the manifest says of the training."""
@@ -128,7 +170,9 @@ class Session(Follower):
             "peak_memory_bytes": max(tally.peak_memory, peak_memory(self.plan.hardware)),
             "first_loss": tally.first_loss,
             "final_loss": tally.final_loss,
-            "validation_loss": tally.validation[-1] if tally.validation else None,
+            "validation_loss": self.kept["validation_loss"],
+            "best": tally.best,
+            "kept_step": self.kept["step"],
             "micro_batch_tokens": self.room.tokens,
             "out_of_memory": self.room.history,
             "rejected": [asdict(state.watch.known[step]) for step in sorted(state.watch.known)],
@@ -191,13 +235,17 @@ class Session(Follower):
         )
         self._advance([rejection.step - 1])
 
-    def on_validation(self, step: int) -> None:
+    def on_validation(self, state: State) -> None:
         with self.stop.raising():
-            loss = self.plan.measure()
+            measured = self.plan.measure()
+        loss = measured if math.isfinite(measured) else None
         self.tally.validation.append(loss)
-        self._log({"kind": "validation", "step": step, "loss": loss})
+        self._log({"kind": "validation", "step": state.step, "loss": loss})
         self.progress.advance(self.plan.measure_work)
-        self.console.event("validation", step=step, loss=loss)
+        self.console.event("validation", step=state.step, loss=loss)
+        if loss is None:
+            self.console.warn(_("The validation loss after step {step} is not a number.").format(step=state.step))
+        self.offer(VALIDATION, measured, state)
 
     def on_out_of_memory(self, step: int, batches: Sequence[Batch]) -> None:
         self._log(self.room.shrink(step + 1, batches))
@@ -243,6 +291,7 @@ class Session(Follower):
         more = {
             "saved": datetime.now(UTC).isoformat(timespec="seconds"),
             "tally": self.tally.dump(),
+            "best": self.tally.best["step"] if self.tally.best else None,
             "room": asdict(self.room),
             "log": mark,
             "surroundings": self.plan.surroundings,
@@ -261,6 +310,7 @@ class Session(Follower):
                 hint=_("Go on with the versions it was made with, or remove the run folder to begin anew."),
             ) from damage
         self.tally = Tally(**checkpoint.facts["tally"])
+        self.keeper.best = None  # it is of steps that will be done again
         self.room.tokens, self.room.history = checkpoint.facts["room"]["tokens"], checkpoint.facts["room"]["history"]
         if not self.record.cut(checkpoint.facts["log"]):
             self.console.warn(

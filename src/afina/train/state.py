@@ -62,8 +62,8 @@ class Follower:
     def on_rejection(self, rejection: Rejection) -> None:
         """A step was not taken; weights and optimiser are as before it."""
 
-    def on_validation(self, step: int) -> None:
-        """It is time to measure the validation loss; the model is in evaluation mode."""
+    def on_validation(self, state: State) -> None:
+        """It is time to measure how good these weights are; the model is in evaluation mode."""
 
     def on_whole(self, state: State) -> None:
         """Between two steps, before the first and after the last: now the state may be saved."""
