@@ -185,14 +185,22 @@ def claim(folder: Path) -> Iterator[None]:
     """
     with _explained(folder):
         lock = _lock(folder)
-        who = {"pid": os.getpid(), "host": platform.node(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, json.dumps(who).encode(), 0)
     try:
+        with _explained(folder):
+            who = {
+                "pid": os.getpid(),
+                "host": platform.node(),
+                "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, json.dumps(who).encode(), 0)
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        os.close(lock)
+        try:
+            with suppress(OSError):  # a name that stays is in nobody's way
+                (folder / LOCK).unlink(missing_ok=True)
+        finally:
+            os.close(lock)
         with suppress(OSError):
             folder.rmdir()
 

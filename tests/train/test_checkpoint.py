@@ -241,3 +241,15 @@ def test_a_state_of_no_numbers_is_not_saved(tmp_path):
     keeper = Keeper(tmp_path / "c", "run", Training(), print)
     keeper.save(broken, {}, wait=True)
     assert keeper.newest() is None
+
+
+def test_a_save_that_fails_for_any_reason_is_told(tmp_path, state, monkeypatch):
+    said: list[str] = []
+
+    def odd(tensors, file):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(checkpoint, "_save", odd)
+    keeper = Keeper(tmp_path / "c", "run", Training(), said.append)
+    keeper.save(state, {}, wait=True)
+    assert len(said) == 1 and "something else" in said[0] and not list((tmp_path / "c").iterdir())

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from afina import durable
 from afina.errors import OutputError
 from afina.language import _
 from afina.recipe.schema import Training
@@ -46,6 +47,8 @@ class Keeper:
         self._outcome: Checkpoint | OutputError | OSError | None = None
         self._began = 0.0
         self._writing: Weights | None = None
+        for place in (folder.parent, folder, folder / BEST):
+            durable.sweep(place)
 
     def newest(self, suits: Callable[[Checkpoint], bool] = lambda checkpoint: True) -> Checkpoint | None:
         """The newest good checkpoint there is; each damaged one is told."""
