@@ -44,7 +44,7 @@ class Keeper:
         self._due_at = 0.0
         self._failing = False
         self._thread: threading.Thread | None = None
-        self._outcome: Checkpoint | OutputError | OSError | None = None
+        self._outcome: Checkpoint | Exception | None = None
         self._began = 0.0
         self._writing: Weights | None = None
         for place in (folder.parent, folder, folder / BEST):
@@ -99,7 +99,7 @@ class Keeper:
             self._due_at = time.monotonic() + RETRY_S
         return True
 
-    def refused(self, error: OutputError | OSError) -> None:
+    def refused(self, error: Exception) -> None:
         """A save could not be: say so once, and try again soon."""
         self._due_at = time.monotonic() + min(RETRY_S, self._interval(0.0))
         if not self._failing:
@@ -127,7 +127,7 @@ class Keeper:
             if not is_finite(tensors):
                 return
             saved = write(self.folder, self.run, step, tensors, facts)
-        except (OutputError, OSError) as error:
+        except Exception as error:  # whatever it is: a thread that dies of it would tell nobody
             self._outcome = error
             return
         self.good.append(saved)
