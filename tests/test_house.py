@@ -92,6 +92,7 @@ BROAD = {
     "recipe/starter.py": 1,  # the same, for a project folder
     "data/lines.py": 1,  # an optional package's own error, told by its name
     "data/tokenizer.py": 2,  # the Rust side of tokenizers panics with a BaseException
+    "train/keeper.py": 1,  # in a thread, what is not caught is told to nobody
     "model/load.py": 1,  # what transformers raises on a damaged folder is anything at all
     "model/attach.py": 2,  # the same of PEFT; and safetensors hides a full disk in an exception of its own
 }

@@ -127,7 +127,7 @@ class Keeper:
             if not is_finite(tensors):
                 return
             saved = write(self.folder, self.run, step, tensors, facts)
-        except Exception as error:  # whatever it is: a thread that dies of it would tell nobody
+        except Exception as error:  # noqa: BLE001 - a thread that dies of it would tell nobody
             self._outcome = error
             return
         self.good.append(saved)
