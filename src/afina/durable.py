@@ -123,9 +123,9 @@ class Log:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = path.open("ab", buffering=0)
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Add one record as one line; on a full disk none of it. Raises OutputError."""
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+    def append(self, record: dict[str, Any]) -> bytes:
+        """Add one record as one line, and return it; on a full disk none of it. Raises OutputError."""
+        line = whole_line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
         with _explained(self.path):
             whole = os.fstat(self._file.fileno()).st_size
             try:
@@ -134,6 +134,7 @@ class Log:
             except OSError:
                 self._file.truncate(whole)
                 raise
+        return whole_line
 
     def sync(self) -> int:
         """Let all of it reach the disk; returns its length in bytes."""

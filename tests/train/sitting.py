@@ -57,6 +57,8 @@ def sit(
     training=None,
     measured=None,
     criterion=None,
+    fault_in_validation=lambda step, batches: None,
+    prepare=lambda model, state: None,
 ):
     """Train, or go on; returns what must not depend on where it was stopped. `fault(step, batch, loss)` may spoil.
 
@@ -69,6 +71,7 @@ def sit(
     console.warn = (said if said is not None else []).append  # type: ignore[method-assign]
     console.line = lambda *_text, **_style: None  # type: ignore[method-assign]
     state = begin(model, training, hardware)
+    prepare(model, state)
 
     def loss_fn(model, batch):
         if kill_at == state.step:
@@ -82,7 +85,8 @@ def sit(
         hardware,
         order.epoch,
         lambda step: 1,
-        lambda: measured[state.step],
+        lambda: micro_batches(SAMPLES[:8], range(8), budget=room.tokens, packing=False, pad_id=0),
+        lambda batches: fault_in_validation(state.step, batches) or measured[state.step],
         1,
         frozenset(measured),
         str,
@@ -123,4 +127,4 @@ def sit(
     }
 
 
-FLEETING = ("seconds", "peak_memory", "resumed_after")
+FLEETING = ("seconds", "peak_memory", "resumed_after", "checkpoints", "checkpoint_seconds")

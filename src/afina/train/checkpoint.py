@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from afina import durable
 from afina.artifact import sha256
 from afina.language import _
+from afina.train.memory import within_memory
 from afina.train.state import State
 from afina.train.watch import Watch
 
@@ -32,6 +33,8 @@ FORMAT = 1
 TENSORS, FACTS = "state.safetensors", "checkpoint.json"
 FACTS_BYTES = 2**26
 """No checkpoint.json is read beyond this."""
+SPARE = 2
+"""A copy is made on the GPU when this many times its size is free there."""
 NAME = re.compile(r"(\d{6,12})-step-(\d{1,12})")
 
 
@@ -50,14 +53,49 @@ class Checkpoint:
     digest: str
 
 
-def snapshot(state: State) -> dict[str, torch.Tensor]:
-    """Copies, in main memory, of what learns and of the optimiser's moments: the loop may go on at once."""
+class Snapshot:
+    """Copies of tensors as they are between two steps: the loop may go on at once.
+
+    On a GPU with room for it they are made there, which takes as long as its memory is read and written once, and
+    `fetch`, in the thread that writes, brings them to main memory beside the computation.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        on_gpu = [tensor for tensor in tensors.values() if tensor.is_cuda]
+        size = sum(tensor.nbytes for tensor in on_gpu)
+        self._ready: torch.cuda.Event | None = None
+        self._copies = None
+        if on_gpu and torch.cuda.mem_get_info(on_gpu[0].device)[0] > SPARE * size:
+            self._copies = within_memory(lambda: {name: tensor.clone() for name, tensor in tensors.items()})
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        if self._copies is None:
+            self._ready = None
+            self._copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    def fetch(self) -> dict[str, torch.Tensor]:
+        """All of them in main memory, once."""
+        copies, self._copies = self._copies or {}, None
+        if self._ready is None:
+            return {name: tensor.contiguous() for name, tensor in copies.items()}
+        with torch.cuda.stream(torch.cuda.Stream()):
+            self._ready.wait()
+            return {name: tensor.to("cpu").contiguous() for name, tensor in copies.items()}
+
+
+def everything(state: State) -> dict[str, torch.Tensor]:
+    """What learns and the optimiser's moments, by name."""
     tensors = {}
     for name, parameter in state.learning.items():
         tensors[f"{name}|weight"] = parameter.detach()
         for key, value in state.optimizer.state[parameter].items():
             tensors[f"{name}|{key}"] = torch.as_tensor(value)  # bitsandbytes counts steps in a plain number
-    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return tensors
+
+
+def snapshot(state: State) -> dict[str, torch.Tensor]:
+    """Copies of all that in main memory."""
+    return Snapshot(everything(state)).fetch()
 
 
 def facts_of(state: State) -> dict[str, Any]:

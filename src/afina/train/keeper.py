@@ -20,7 +20,19 @@ from afina.errors import OutputError
 from afina.language import _
 from afina.recipe.schema import Training
 from afina.train.best import Weights
-from afina.train.checkpoint import Checkpoint, facts_of, is_finite, listed, newest, prune, snapshot, tensors_of, write
+from afina.train.checkpoint import (
+    Checkpoint,
+    Snapshot,
+    everything,
+    facts_of,
+    is_finite,
+    listed,
+    newest,
+    prune,
+    tensors_of,
+    write,
+)
+from afina.train.memory import within_memory
 from afina.train.state import State
 
 BEST = "best"
@@ -62,18 +74,24 @@ class Keeper:
         """Whether it is time for the next save, and the last one is done."""
         return self.settle() and time.monotonic() >= self._due_at
 
-    def save(self, state: State, more: dict[str, Any], *, wait: bool = False) -> None:
+    def save(
+        self, state: State, more: dict[str, Any], *, wait: bool = False, first: Callable[[], object] = lambda: None
+    ) -> None:
         """Copy the state and write it, `more` beside it, in a thread; `wait` until it is on the disk or was refused.
 
-        `more["best"]` is the step of the best weights, or None.
+        `more["best"]` is the step of the best weights, or None. `first` is called in the thread before it writes.
         """
         self.settle(wait=True)
         self._began = time.monotonic()
-        tensors, facts, step = snapshot(state), {**facts_of(state), **more}, state.step
+        copy = within_memory(lambda: Snapshot(everything(state)))
+        if copy is None:
+            self.refused(OutputError(_("The memory does not hold a copy of the weights.")))
+            return
+        facts, step = {**facts_of(state), **more}, state.step
         # While steps are being rejected the weights are under suspicion: then nothing older is given up.
         sound = state.watch.in_a_row == 0
         self._writing, self.best = self.best, None
-        self._thread = threading.Thread(target=self._write, args=(step, tensors, facts, sound), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(step, copy, facts, sound, first), daemon=True)
         self._thread.start()
         if wait:
             self.settle(wait=True)
@@ -119,8 +137,12 @@ class Keeper:
         found = newest(self.folder / BEST, self.run, self._tell_damage, lambda saved: saved.step == step)
         return None if found is None else tensors_of(found)
 
-    def _write(self, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], sound: bool) -> None:
+    def _write(
+        self, step: int, copy: Snapshot, facts: dict[str, Any], sound: bool, first: Callable[[], object]
+    ) -> None:
         try:
+            tensors = copy.fetch()
+            first()
             if best := self._writing:
                 write(self.folder / BEST, self.run, best.step, best.tensors, best.facts)
                 self._writing = None

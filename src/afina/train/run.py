@@ -193,8 +193,8 @@ def _run_loop(
     def work(step: int) -> int:
         return BACKWARD_WORK * sum(examples.train[index].ids.size for index in order.step(step))
 
-    def measure() -> float:
-        return mean_loss(model, lay_out(examples.validation, range(len(examples.validation))), hardware, loss_fn)
+    def measure(batches: Sequence[Batch]) -> float:
+        return mean_loss(model, batches, hardware, loss_fn)
 
     def once(batch: Batch) -> None:
         on_device = batch.to(hardware.device)
@@ -212,6 +212,7 @@ def _run_loop(
         hardware=hardware,
         epoch=order.epoch,
         work=work,
+        held_out=lambda: lay_out(examples.validation, range(len(examples.validation))),
         measure=measure,
         measure_work=held_out,
         validate_after=validate_after,

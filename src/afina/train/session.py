@@ -16,7 +16,7 @@ from afina.model.load import Hardware
 from afina.train.best import VALIDATION, Criterion, Weights, put_back, weights_of
 from afina.train.checkpoint import Checkpoint, Damaged, restore
 from afina.train.keeper import Keeper
-from afina.train.memory import Room, peak_memory, probe
+from afina.train.memory import Room, peak_memory, probe, within_memory
 from afina.train.record import Record, Tally, told
 from afina.train.state import Follower, State, StepReport
 from afina.train.stop import Stop
@@ -31,16 +31,17 @@ SHOWN = 8
 class Plan:
     """What this run is to do. `work(step)`: units of progress of a step (from 0); `epoch(step)`: passes done by then.
 
-    `measure()` is the validation loss and `measure_work` its units of progress; `where(sample)` names a sample's line.
-    `surroundings`: what the last bits depend on. `criterion`: by which figure the best weights are kept and taken at
-    the end; None: the last ones are.
+    `held_out()`: the validation samples in micro-batches, `measure(batches)` their loss, `measure_work` its units of
+    progress; `where(sample)` names a sample's line. `surroundings`: what the last bits depend on. `criterion`: by which
+    figure the best weights are kept and taken at the end; None: the last ones are.
     """
 
     steps: int
     hardware: Hardware
     epoch: Callable[[int], float]
     work: Callable[[int], int]
-    measure: Callable[[], float]
+    held_out: Callable[[], Sequence[Batch]]
+    measure: Callable[[Sequence[Batch]], float]
     measure_work: int
     validate_after: frozenset[int]
     where: Callable[[int], str]
@@ -168,6 +169,8 @@ class Session(Follower):
             "seconds": tally.seconds,
             "tokens_per_second": tally.tokens / max(tally.seconds, 1e-9),
             "peak_memory_bytes": max(tally.peak_memory, peak_memory(self.plan.hardware)),
+            "checkpoints": tally.checkpoints,
+            "checkpoint_seconds": tally.checkpoint_seconds,
             "first_loss": tally.first_loss,
             "final_loss": tally.final_loss,
             "validation_loss": self.kept["validation_loss"],
@@ -236,8 +239,7 @@ class Session(Follower):
         self._advance([rejection.step - 1])
 
     def on_validation(self, state: State) -> None:
-        with self.stop.raising():
-            measured = self.plan.measure()
+        measured = self._measured(state)
         loss = measured if math.isfinite(measured) else None
         self.tally.validation.append(loss)
         self._log({"kind": "validation", "step": state.step, "loss": loss})
@@ -246,6 +248,15 @@ class Session(Follower):
         if loss is None:
             self.console.warn(_("The validation loss after step {step} is not a number.").format(step=state.step))
         self.offer(VALIDATION, measured, state)
+
+    def _measured(self, state: State) -> float:
+        while True:
+            batches = self.plan.held_out()
+            with self.stop.raising():
+                loss = within_memory(lambda batches=batches: self.plan.measure(batches))  # type: ignore[misc]
+            if loss is not None:
+                return loss
+            self.on_out_of_memory(state.step - 1, batches)
 
     def on_out_of_memory(self, step: int, batches: Sequence[Batch]) -> None:
         self._log(self.room.shrink(step + 1, batches))
@@ -280,6 +291,7 @@ class Session(Follower):
         self._save(state, wait=True)  # so that no kill makes us forget what is left out
 
     def _save(self, state: State, *, wait: bool) -> None:
+        began = time.perf_counter()
         self.tally.seconds += time.perf_counter() - self._since
         self._since = time.perf_counter()
         self.tally.peak_memory = max(self.tally.peak_memory, peak_memory(self.plan.hardware))
@@ -296,8 +308,11 @@ class Session(Follower):
             "log": mark,
             "surroundings": self.plan.surroundings,
         }
-        self.keeper.save(state, more, wait=wait)
+        self.keeper.save(state, more, wait=wait, first=self.record.sync)
         self.saved = state.step
+        if not wait:
+            self.tally.checkpoints += 1
+            self.tally.checkpoint_seconds += time.perf_counter() - began
 
     def _restore(self, state: State, checkpoint: Checkpoint) -> None:
         try:
