@@ -92,6 +92,7 @@ def sit(
         str,
         {},
         criterion,
+        held_out_samples=20,
     )
     with closing(Record(place)) as record, console.progress("x", 1) as progress, Stop().handled() as stop:
         session = Sitting(plan, console, progress, record, Keeper(place / "c", RUN, training, console.warn), stop, room)

@@ -275,3 +275,31 @@ def test_what_is_no_number_in_weight_or_input_is_seen_at_the_step(tmp_path, plac
     assert after["tensors"] == before["tensors"] and any("Step 6 was not taken" in line for line in said)
     on = sit(tmp_path / "c", steps=9, prepare=spoil)
     assert on["finite"] and on["tensors"] != before["tensors"] and len(on["watch"]["rejected"]) == 1
+
+
+def test_a_run_that_ended_early_stays_ended(tmp_path, monkeypatch):
+    """Killed between its last step and its end; and the mutant that forgets that it had ended."""
+    measured = {2: 1.0, 4: 1.2, 6: 1.5, 8: 1.6}
+    for name in ("whole", "killed", "mutant"):
+        (tmp_path / name).mkdir()
+    whole = sit(tmp_path / "whole", measured=measured)
+    last = whole["tally"]["findings"][-1]
+    assert last["ended"] and whole["kept"]["step"] == last["step"] < 12
+
+    def killed(self, state):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sessions.Session, "finish", killed)
+        for name in ("killed", "mutant"):
+            with pytest.raises(Killed):
+                sit(tmp_path / name, measured=measured, save_after=(0, last["step"]))
+    assert sit(tmp_path / "killed", measured=measured) == whole
+    real = sessions.Session._restore
+
+    def forgetful(self, state, checkpoint):
+        real(self, state, checkpoint)
+        state.last = None
+
+    monkeypatch.setattr(sessions.Session, "_restore", forgetful)
+    assert sit(tmp_path / "mutant", measured=measured) != whole

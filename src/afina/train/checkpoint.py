@@ -100,7 +100,12 @@ def snapshot(state: State) -> dict[str, torch.Tensor]:
 
 def facts_of(state: State) -> dict[str, Any]:
     """What else a step changes, as plain values."""
-    return {"validated": state.validated, "scaler": state.scaler.state_dict(), "watch": state.watch.dump()}
+    return {
+        "validated": state.validated,
+        "last": state.last,
+        "scaler": state.scaler.state_dict(),
+        "watch": state.watch.dump(),
+    }
 
 
 def is_finite(tensors: dict[str, torch.Tensor]) -> bool:
@@ -202,6 +207,7 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
     state.watch = Watch()
     state.watch.load(checkpoint.facts["watch"])
     state.step, state.validated = checkpoint.step, checkpoint.facts["validated"]
+    state.last = checkpoint.facts["last"]
 
 
 def prune(folder: Path, kept: Collection[Path]) -> None:

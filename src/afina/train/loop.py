@@ -53,7 +53,7 @@ def train(
         if state.watch.in_a_row >= PATIENCE:
             follower.go_back(state)
         follower.on_whole(state)
-        if state.step >= steps:
+        if state.step >= steps or state.step == state.last:
             break
 
         rejection = state.watch.known.get(state.step + 1)  # known after going back: its samples are left out

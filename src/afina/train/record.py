@@ -21,7 +21,8 @@ class Tally:
 
     `checkpoint_seconds`: how long the loop waited for so many `checkpoints`. `best`: the step after which the figure
     that decides was best, its name and value, and the validation loss then. `ledger` is a hash chain over step and
-    sample ids: two runs with the same one learnt the same samples in the same steps.
+    sample ids: two runs with the same one learnt the same samples in the same steps. `trained`: mean training losses
+    between the validations; `since`: sum and number since the last. `findings`: what these curves showed (trend.py).
     """
 
     first_loss: float | None = None
@@ -36,6 +37,15 @@ class Tally:
     ledger: str = ""
     resumed_after: list[int] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    trained: list[float] = field(default_factory=list)
+    since: list[float] = field(default_factory=lambda: [0.0, 0])
+    findings: list[dict[str, Any]] = field(default_factory=list)
+
+    def validated(self, loss: float | None) -> None:
+        """A validation ends a stretch of training."""
+        self.validation.append(loss)
+        self.trained.append(self.since[0] / max(1, self.since[1]))
+        self.since = [0.0, 0]
 
     def learn(self, step: int, samples: list[int]) -> None:
         """Add a step to the ledger."""

@@ -217,6 +217,8 @@ def _run_loop(
         measure_work=held_out,
         validate_after=validate_after,
         where=lambda sample: examples.origin[sample].where,
+        early_stop=training.early_stop,
+        held_out_samples=len(examples.validation),
         criterion=Criterion() if training.keep == "best" else None,
         surroundings=surroundings(str(hardware), "reference" if isinstance(loss_fn, partial) else "fused"),
     )

@@ -21,6 +21,7 @@ from afina.train.record import Record, Tally, told
 from afina.train.state import Follower, State, StepReport
 from afina.train.stop import Stop
 from afina.train.surroundings import differences
+from afina.train.trend import judge
 from afina.train.watch import PATIENCE, Diverged, Rejection
 
 SHOWN = 8
@@ -33,7 +34,8 @@ class Plan:
 
     `held_out()`: the validation samples in micro-batches, `measure(batches)` their loss, `measure_work` its units of
     progress; `where(sample)` names a sample's line. `surroundings`: what the last bits depend on. `criterion`: by which
-    figure the best weights are kept and taken at the end; None: the last ones are.
+    figure the best weights are kept and taken at the end; None: the last ones are. `early_stop`: whether what the
+    curves show may end the run; `held_out_samples`: how many the validation has.
     """
 
     steps: int
@@ -47,6 +49,8 @@ class Plan:
     where: Callable[[int], str]
     surroundings: dict[str, str]
     criterion: Criterion | None = None
+    early_stop: bool = True
+    held_out_samples: int = 0
 
 
 @dataclass
@@ -163,7 +167,9 @@ class Session(Follower):
         if tally.first_loss is None:
             raise Diverged(_("Not one step gave a loss to learn from."), hint=_("Lower training.learning_rate."))
         return {
-            "steps": self.plan.steps,
+            "steps": state.step,
+            "planned_steps": self.plan.steps,
+            "findings": tally.findings,
             "tokens": tally.tokens,
             "learnt_tokens": tally.learnt,
             "seconds": tally.seconds,
@@ -207,6 +213,7 @@ class Session(Follower):
         tally.final_loss = report.loss
         tally.tokens += report.tokens
         tally.learnt += report.learnt
+        tally.since = [tally.since[0] + report.loss, tally.since[1] + 1]
         tally.learn(report.step, list(samples))
         facts = {"kind": "step", "epoch": round(self.plan.epoch(report.step), 4), **vars(report)}
         self._log(facts)
@@ -241,13 +248,35 @@ class Session(Follower):
     def on_validation(self, state: State) -> None:
         measured = self._measured(state)
         loss = measured if math.isfinite(measured) else None
-        self.tally.validation.append(loss)
+        self.tally.validated(loss)
         self._log({"kind": "validation", "step": state.step, "loss": loss})
         self.progress.advance(self.plan.measure_work)
         self.console.event("validation", step=state.step, loss=loss)
         if loss is None:
             self.console.warn(_("The validation loss after step {step} is not a number.").format(step=state.step))
         self.offer(VALIDATION, measured, state)
+        self._look(state)
+
+    def _look(self, state: State) -> None:
+        """Say what the curves show, once a kind; end the run where it is beyond doubt and the recipe lets us."""
+        tally, criterion = self.tally, self.plan.criterion
+        finding = judge(tally.trained, tally.validation, self.plan.held_out_samples)
+        if finding is None:
+            return
+        by_loss = criterion is None or criterion.figure == VALIDATION
+        ends = self.plan.early_stop and by_loss and finding.sure and state.step < self.plan.steps
+        if not ends and finding.kind in {known["kind"] for known in tally.findings}:
+            return
+        tally.findings.append({"step": state.step, "kind": finding.kind, "ended": ends, "text": finding.text})
+        self._log({"kind": "finding", "step": state.step, "finding": finding.kind, "ended": ends})
+        self.console.warn(finding.text)
+        if ends:
+            state.last = state.step
+            self.console.warn(
+                _("The run ends early, after step {step} of {steps} (training.early_stop).").format(
+                    step=state.step, steps=self.plan.steps
+                )
+            )
 
     def _measured(self, state: State) -> float:
         while True:
