@@ -14,6 +14,7 @@ from train.torture import VARIANTS
 
 TORTURED = int(os.environ.get("AFINA_TORTURE", "0"))
 """How many kills each of the variants must survive; unset, three of them survive a hundred together."""
+KILLS = 34
 QUICK = ("lora-dropout-packed", "lora-packed-auto", "full-padded")
 TORTURE = Path(__file__).with_name("torture.py")
 
@@ -39,7 +40,7 @@ def torture(world: Path, kills: int, variant: str, signal_name: str = "SIGKILL")
 def test_kills_change_no_bit(world, variant):
     if not TORTURED and variant not in QUICK:
         pytest.skip("all variants: make torture")
-    kills = TORTURED or 34
+    kills = TORTURED or KILLS
     found = torture(world, kills, variant)
     assert found["wrong"] == [] and found["kills"] >= kills
 
