@@ -94,7 +94,7 @@ BROAD = {
     "data/tokenizer.py": 2,  # the Rust side of tokenizers panics with a BaseException
     "train/keeper.py": 1,  # in a thread, what is not caught is told to nobody
     "model/load.py": 1,  # what transformers raises on a damaged folder is anything at all
-    "model/attach.py": 2,  # the same of PEFT; and safetensors hides a full disk in an exception of its own
+    "model/attach.py": 3,  # the same of PEFT; and safetensors hides a full disk in an exception of its own
 }
 """`except Exception`, `except BaseException` and bare `except`, counted."""
 PRINTING = {"console.py", "evaluate/code_process.py", "evaluate/maths_process.py"}

@@ -25,17 +25,25 @@ DERIVED = ("report.html",)
 """Drawn anew from the artifacts by each verb, so no part of what is sealed."""
 
 
-def train(recipe: str | Path, out: str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
+def train(
+    recipe: str | Path, out: str | Path | None = None, overrides: Sequence[str] = (), *, resume: bool = False
+) -> Path:
     """Fine-tune as a recipe file says; returns the new run folder (runs/NAME). Raises AfinaError.
 
-    While it trains the folder has no manifest, and checkpoints; the same call goes on from the newest of them.
+    While it trains the folder has no manifest, and checkpoints; the same call goes on from the newest of them. With
+    `resume` it does only that, and never begins a run.
     """
-    from afina.train.resume import WORKING, clear, is_unfinished, refuse_other_recipe
+    from afina.train.resume import STATE, WORKING, clear, is_unfinished, refuse_other_recipe
 
     wanted, folder = load(Path(recipe), overrides), Path(recipe).resolve().parent
     place = Path(out) if out else RUNS / wanted.name
     if not is_unfinished(place):
         _refuse_existing(place)
+    if resume and not (place / STATE).is_file():
+        raise OutputError(
+            _("{path} holds no run that was stopped.").format(path=place),
+            hint=_("Leave out --resume to begin it."),
+        )
     with durable.claim(place):
         refuse_other_recipe(place, wanted)
 

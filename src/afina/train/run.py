@@ -40,7 +40,7 @@ from afina.train.best import Criterion
 from afina.train.keeper import Keeper
 from afina.train.loop import LossFunction, accumulate, mean_loss, train
 from afina.train.memory import Room
-from afina.train.opening import open_model, why_padded, why_reference
+from afina.train.opening import adapter_of, open_model, why_padded, why_reference
 from afina.train.record import Record
 from afina.train.resume import CHECKPOINTS
 from afina.train.resume import begin as enter
@@ -137,7 +137,10 @@ def train_run(
     renderer = Renderer(tokenizer, recipe.data.learn)
     examples = prepare(recipe, folder, renderer, console)
     _say_data(examples, console)
-    model, counts = open_model(recipe, source, hardware, tokenizer, console)
+    adapter = adapter_of(recipe, folder, base)
+    model, counts = open_model(recipe, source, hardware, tokenizer, console, adapter)
+    if adapter is not None:
+        examples.files.append(parent(adapter, sha256(adapter / "adapter_model.safetensors"), "adapter"))
     parents = [*([base] if base else []), *examples.files]
     run = enter(place, recipe, parents, examples.train + examples.validation)
     measured = _run_loop(model, recipe, examples, hardware, tokenizer.pad_id, place, run, console)

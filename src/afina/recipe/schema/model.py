@@ -29,5 +29,8 @@ class Model(Section):
     chat_template: str | None = Field(default=None, examples=["afina/chatml"])
     """A Jinja file to use instead of the model's own template; needed for a base that has none. `afina/chatml`,
     `afina/alpaca` and `afina/plain` are bundled."""
+    adapter: str | None = Field(default=None, examples=["runs/first/adapter"])
+    """Start a new run from this LoRA adapter: a finished run's folder, or one in PEFT's format, of the same base, rank
+    and alpha. To go on with a run that was stopped, give its command again instead."""
     revision: str | None = Field(default=None, examples=["main"])
     """Branch, tag or commit of a hub model."""
