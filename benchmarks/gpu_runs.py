@@ -263,11 +263,19 @@ def main() -> None:
     chosen = options.parse_args()
     device = "cuda" if chosen.shape == "1b" else "cpu"
     os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "4" if device == "cuda" else "1"}
+    # A forked process cannot open the GPU once its parent has: bitsandbytes would when imported, and asking whether
+    # there is one may go through NVML.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    import torch
+
     import afina.evaluate.report
     import afina.export.card
     import afina.train.run  # noqa: F401 - all that is imported here is not imported after the forks
     from afina.artifact import versions
 
+    if torch.cuda.is_initialized():
+        raise SystemExit("something that was imported has opened the GPU already; its import must wait for the forks")
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE)
     with tempfile.TemporaryDirectory(prefix="gpu-runs-") as name:
         runs, shape = Runs(Path(name), device), LLAMA_1B if device == "cuda" else TINY
