@@ -57,7 +57,7 @@ def test_signals_change_no_bit(world, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("twice", [False, True])
-def test_a_signal_closes_within_two_seconds(world, tmp_path, twice):
+def test_a_signal_closes_in_good_order(world, tmp_path, twice):
     asked = [sys.executable, "-m", "afina", "train", "recipe.yaml", "training.steps=100000", "--json"]
     process = subprocess.Popen(
         [*asked, "--out", str(tmp_path / "run")],
@@ -77,7 +77,5 @@ def test_a_signal_closes_within_two_seconds(world, tmp_path, twice):
     process.communicate(timeout=60)
     taken = time.monotonic() - started
     print(f"closed in {taken:.2f} s")
-    assert (
-        process.returncode in ((130, -2) if twice else (130,)) and taken < 20
-    )  # 2 s on a machine of its own; a time decides no test
+    assert process.returncode in ((130, -2) if twice else (130,))  # 2 s are aimed at; a time decides no test
     assert not list(tmp_path.glob("**/checkpoints/0*")) or (tmp_path / "run" / "state.json").is_file()
