@@ -99,8 +99,9 @@ BROAD = {
     "data/patterns.py": 2,  # the same, where it harms nobody
     "model/translator.py": 1,  # what transformers raises on a damaged folder is anything at all
     "export/push.py": 1,  # what the hub, its client and the network raise has no one parent
+    "train/keeper.py": 1,  # in a thread, what is not caught is told to nobody
     "model/load.py": 1,  # what transformers raises on a damaged folder is anything at all
-    "model/attach.py": 2,  # the same of PEFT; and safetensors hides a full disk in an exception of its own
+    "model/attach.py": 3,  # the same of PEFT; and safetensors hides a full disk in an exception of its own
 }
 """`except Exception`, `except BaseException` and bare `except`, counted."""
 PRINTING = {"console.py", "evaluate/code_process.py", "evaluate/maths_process.py"}

@@ -158,9 +158,9 @@ class Log:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = path.open("ab", buffering=0)
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Add one record as one line; on a full disk none of it. Raises OutputError."""
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+    def append(self, record: dict[str, Any]) -> bytes:
+        """Add one record as one line, and return it; on a full disk none of it. Raises OutputError."""
+        line = whole_line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
         with _explained(self.path):
             whole = os.fstat(self._file.fileno()).st_size
             try:
@@ -169,6 +169,7 @@ class Log:
             except OSError:
                 self._file.truncate(whole)
                 raise
+        return whole_line
 
     def sync(self) -> int:
         """Let all of it reach the disk; returns its length in bytes."""
@@ -220,14 +221,22 @@ def claim(folder: Path) -> Iterator[None]:
     """
     with _explained(folder):
         lock = _lock(folder)
-        who = {"pid": os.getpid(), "host": platform.node(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, json.dumps(who).encode(), 0)
     try:
+        with _explained(folder):
+            who = {
+                "pid": os.getpid(),
+                "host": platform.node(),
+                "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, json.dumps(who).encode(), 0)
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        os.close(lock)
+        try:
+            with suppress(OSError):  # a name that stays is in nobody's way
+                (folder / LOCK).unlink(missing_ok=True)
+        finally:
+            os.close(lock)
         with suppress(OSError):
             folder.rmdir()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from afina import durable
 from afina.artifact import MANIFEST, Artifact, open_artifact, parent, seal, sha256, source_digest, versions
 from afina.console import console, duration, size
-from afina.errors import AfinaError, OutputError, RecipeError
+from afina.errors import AfinaError, OutputError, RecipeError, ResourceError
 from afina.language import _
 from afina.recipe.load import dump, load, places_told
 from afina.recipe.place import model_source
@@ -29,17 +29,25 @@ DERIVED = ("report.html", "report.md", "report.json")
 """Drawn anew from the artifacts by each verb, so no part of what is sealed."""
 
 
-def train(recipe: str | Path, out: str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
+def train(
+    recipe: str | Path, out: str | Path | None = None, overrides: Sequence[str] = (), *, resume: bool = False
+) -> Path:
     """Fine-tune as a recipe file says; returns the new run folder (runs/NAME). Raises AfinaError.
 
-    While it trains the folder has no manifest, and checkpoints; the same call goes on from the newest of them.
+    While it trains the folder has no manifest, and checkpoints; the same call goes on from the newest of them. With
+    `resume` it does only that, and never begins a run.
     """
-    from afina.train.resume import WORKING, clear, is_unfinished, refuse_other_recipe
+    from afina.train.resume import STATE, WORKING, clear, is_unfinished, refuse_other_recipe
 
     wanted, folder = load(Path(recipe), overrides), Path(recipe).resolve().parent
     place = Path(out) if out else RUNS / wanted.name
     if not is_unfinished(place):
         _refuse_existing(place)
+    if resume and not (place / STATE).is_file():
+        raise OutputError(
+            _("{path} holds no run that was stopped.").format(path=place),
+            hint=_("Leave out --resume to begin it."),
+        )
     with durable.claim(place):
         refuse_other_recipe(place, wanted)
 
@@ -224,17 +232,45 @@ def run(recipe: str | Path, out: str | Path | None = None, overrides: Sequence[s
     return place
 
 
-def init(use_case: str, folder: str | Path | None = None) -> Path:
-    """Lay out a project folder with a commented recipe; returns it. Raises AfinaError."""
-    from afina.recipe.starter import create_project
+def init(use_case: str, folder: str | Path | None = None, base: str | None = None) -> Path:
+    """Lay out a project folder with a commented recipe; returns it. Raises AfinaError.
+
+    For a `base`, the recipe gets the method that fits it on this machine, and the reason is said.
+    """
+    from afina.recipe.starter import create_project, known, rows_of
 
     place = Path(folder) if folder else Path(use_case)
-    made = create_project(place, use_case)
+    changes: dict[str, Any] = {}
+    if base is not None:
+        from afina.model.machine import look
+        from afina.recipe.advice import advise
+
+        machine = look(Path())
+        advice = advise(base, rows_of(known(use_case)), machine.device_memory, gpu=bool(machine.gpus))
+        if advice.method is None:
+            raise ResourceError(advice.why)
+        changes = {**advice.overrides, "model": {"base": base, **advice.overrides.get("model", {})}}
+        console.line(_("Method    {why}").format(why=advice.why))
+    made = create_project(place, use_case, changes)
     for file in made:
         console.line(f"  {file}")
     console.line(_("Next: cd {folder} && afina run recipe.yaml").format(folder=place))
     console.event("init", folder=str(place), files=[str(file) for file in made])
     return place
+
+
+def doctor(base: str | None = None, rows: int | None = None) -> None:
+    """Print what this machine is, which models each method trains on it, and, for a `base`, which method fits it."""
+    from afina.model.machine import look, show
+    from afina.recipe.advice import advise
+
+    machine = look(Path())
+    fits = show(machine, console)
+    advice = None if base is None else advise(base, rows, machine.device_memory, gpu=bool(machine.gpus))
+    if advice is not None:
+        console.line(_("Method    {why}").format(why=advice.why))
+    facts = {"method": advice.method, "why": advice.why, "needs": advice.needs} if advice is not None else None
+    console.event("doctor", machine=machine.facts(), fits=fits, advice=facts)
 
 
 def chat(

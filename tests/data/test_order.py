@@ -1,10 +1,13 @@
+import time
 from itertools import chain, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from train.test_loop import rows
 
-from afina.data.order import Order, derived_seed, order_of
+from afina.data.batch import micro_batches
+from afina.data.order import Order, _permutation, derived_seed, order_of
 from afina.recipe.schema import Training
 
 SEEDS = st.integers(0, 2**63 - 1)
@@ -93,3 +96,35 @@ def test_steps_of_tokens_deal_out_every_sample_as_often_as_asked(lengths, tokens
 def test_steps_of_samples_are_the_order_itself():
     assert order_of([3] * 10, Training(batch_size=4, epochs=2), 1) == Order(10, 4, 2.0, 1)
     assert order_of([3] * 10, Training(batch_size=4, steps=5), 1).steps == 5
+
+
+def test_a_resume_at_any_step_of_three_epochs_finds_the_same_samples():
+    """Nothing is remembered between steps: an order made anew at step s goes on as the one that began at 0."""
+    whole = [Order(50, 8, 3.0, 5).step(step) for step in range(Order(50, 8, 3.0, 5).steps)]
+    for start in range(len(whole)):
+        again = Order(50, 8, 3.0, 5)
+        assert [again.step(step) for step in range(start, again.steps)] == whole[start:]
+    assert sorted(sample for step in whole for sample in step) == sorted(list(range(50)) * 3)
+
+
+@pytest.mark.parametrize("budget", [8, 32, 64, 100, 4096])
+def test_how_a_step_is_cut_changes_no_sample_and_no_target(budget):
+    """Micro-batch times accumulation: any cut of a step holds the same samples and learns the same tokens."""
+    samples, order = rows(50, seed=3), Order(50, 8, 3.0, 5)
+    for step in range(order.steps):
+        cut = micro_batches(samples, order.step(step), budget=budget, packing=step % 2 == 0, pad_id=0)
+        assert sorted(sample for batch in cut for sample in batch.samples) == sorted(order.step(step))
+        learnt = sorted(token for batch in cut for token in batch.targets.tolist())
+        assert learnt == sorted(
+            token for index in order.step(step) for token in samples[index].ids[1:][samples[index].learnt[1:]].tolist()
+        )
+
+
+def test_step_a_million_is_found_by_shuffling_one_epoch_or_two():
+    """Constant time: what is computed for a step does not grow with its number."""
+    for number in (0, 1_000, 1_000_000):
+        _permutation.cache_clear()
+        began = time.perf_counter()
+        found = Order(10_000, 16, 1_700.0, 1).step(number)
+        print(f"step {number:,} found in {1000 * (time.perf_counter() - began):.1f} ms")
+        assert len(found) == 16 and _permutation.cache_info().misses <= 2

@@ -16,6 +16,7 @@ from afina.data.order import Order
 from afina.model.attach import attach
 from afina.model.loss import summed_loss
 from afina.recipe.schema import Lora, Training
+from afina.train.best import weights_of
 from afina.train.checkpoint import snapshot
 from afina.train.keeper import Keeper
 from afina.train.loop import train
@@ -44,8 +45,25 @@ class Sitting(Session):
             self._save(state, wait=True)
 
 
-def sit(place: Path, *, steps=12, save_after=(0, 5), fault=None, hardware=CPU, kill_at=None, said=None, training=None):
-    """Train, or go on; returns what must not depend on where it was stopped. `fault(step, batch, loss)` may spoil."""
+def sit(
+    place: Path,
+    *,
+    steps=12,
+    save_after=(0, 5),
+    fault=None,
+    hardware=CPU,
+    kill_at=None,
+    said=None,
+    training=None,
+    measured=None,
+    criterion=None,
+    fault_in_validation=lambda step, batches: None,
+    prepare=lambda model, state: None,
+):
+    """Train, or go on; returns what must not depend on where it was stopped. `fault(step, batch, loss)` may spoil.
+
+    `measured`: the validation loss after each step of it.
+    """
     order, room = Order(len(SAMPLES), 4, 100.0, 7), Room(80)
     training = training or Training(learning_rate=1e-2, warmup=0, schedule="constant", checkpoint_minutes=1e-9)
     model = attach(llama(), Lora(rank=4, dropout=0.1), seed=0)
@@ -53,6 +71,7 @@ def sit(place: Path, *, steps=12, save_after=(0, 5), fault=None, hardware=CPU, k
     console.warn = (said if said is not None else []).append  # type: ignore[method-assign]
     console.line = lambda *_text, **_style: None  # type: ignore[method-assign]
     state = begin(model, training, hardware)
+    prepare(model, state)
 
     def loss_fn(model, batch):
         if kill_at == state.step:
@@ -60,7 +79,21 @@ def sit(place: Path, *, steps=12, save_after=(0, 5), fault=None, hardware=CPU, k
         loss = summed_loss(model, batch)
         return fault(state.step, batch, loss) if fault else loss
 
-    plan = Plan(steps, hardware, order.epoch, lambda step: 1, lambda: 1.0, 1, frozenset({8}), str, {})
+    measured = measured or {8: 1.0}
+    plan = Plan(
+        steps,
+        hardware,
+        order.epoch,
+        lambda step: 1,
+        lambda: micro_batches(SAMPLES[:8], range(8), budget=room.tokens, packing=False, pad_id=0),
+        lambda batches: fault_in_validation(state.step, batches) or measured[state.step],
+        1,
+        frozenset(measured),
+        str,
+        {},
+        criterion,
+        held_out_samples=20,
+    )
     with closing(Record(place)) as record, console.progress("x", 1) as progress, Stop().handled() as stop:
         session = Sitting(plan, console, progress, record, Keeper(place / "c", RUN, training, console.warn), stop, room)
         session.save_after = frozenset(save_after)
@@ -77,10 +110,15 @@ def sit(place: Path, *, steps=12, save_after=(0, 5), fault=None, hardware=CPU, k
             follower=session,
             validate_after=plan.validate_after,
         )
+        last = hashlib.sha256(save(snapshot(state))).hexdigest()
+        digest = session.finish(state)
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_bytes().splitlines()]
     tally = {key: value for key, value in session.tally.dump().items() if key not in FLEETING}
     return {
-        "tensors": hashlib.sha256(save(snapshot(state))).hexdigest(),
+        "tensors": last,
+        "held": hashlib.sha256(save(weights_of(state))).hexdigest(),
+        "kept": session.kept,
+        "saved": digest is not None,
         "finite": all(bool(torch.isfinite(parameter).all()) for parameter in state.learning.values()),
         "watch": state.watch.dump(),
         "scaler": state.scaler.state_dict(),
@@ -90,4 +128,4 @@ def sit(place: Path, *, steps=12, save_after=(0, 5), fault=None, hardware=CPU, k
     }
 
 
-FLEETING = ("seconds", "peak_memory", "resumed_after")
+FLEETING = ("seconds", "peak_memory", "resumed_after", "checkpoints", "checkpoint_seconds")

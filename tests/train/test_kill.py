@@ -13,7 +13,9 @@ from journey.tiny import lay_out
 from train.torture import VARIANTS
 
 TORTURED = int(os.environ.get("AFINA_TORTURE", "0"))
-"""How many kills each variant must survive; unset, a few of them do, a few times."""
+"""How many kills each of the variants must survive; unset, three of them survive a hundred together."""
+KILLS = 34
+QUICK = ("lora-dropout-packed", "lora-packed-auto", "full-padded")
 TORTURE = Path(__file__).with_name("torture.py")
 
 
@@ -26,24 +28,19 @@ def world(tmp_path_factory) -> Path:
 
 def torture(world: Path, kills: int, variant: str, signal_name: str = "SIGKILL") -> dict:
     asked = [sys.executable, str(TORTURE), str(world), str(kills), "1", variant, signal_name]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(variant, found)
     return found
 
 
-def test_a_few_kills_change_no_bit(world):
-    found = torture(world, 4, "lora-dropout-packed")
-    assert found["wrong"] == [] and found["kills"] >= 4
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kills_change_no_bit(world, variant):
-    if not TORTURED and variant != "full-padded":
-        pytest.skip("minutes a variant: set AFINA_TORTURE to a number of kills")
-    kills = TORTURED or 3
+    if not TORTURED and variant not in QUICK:
+        pytest.skip("all variants: make torture")
+    kills = TORTURED or KILLS
     found = torture(world, kills, variant)
     assert found["wrong"] == [] and found["kills"] >= kills
 
@@ -52,7 +49,7 @@ def test_kills_change_no_bit(world, variant):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_signals_change_no_bit(world, name):
     if not TORTURED and name != "SIGTERM":
-        pytest.skip("minutes a signal: set AFINA_TORTURE to a number of signals")
+        pytest.skip("all signals: make torture")
     kills = TORTURED or 2
     found = torture(world, kills, "lora-reference", name)
     assert found["wrong"] == [] and found["kills"] >= kills
@@ -60,7 +57,7 @@ def test_signals_change_no_bit(world, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("twice", [False, True])
-def test_a_signal_closes_within_two_seconds(world, tmp_path, twice):
+def test_a_signal_closes_in_good_order(world, tmp_path, twice):
     asked = [sys.executable, "-m", "afina", "train", "recipe.yaml", "training.steps=100000", "--json"]
     process = subprocess.Popen(
         [*asked, "--out", str(tmp_path / "run")],
@@ -80,7 +77,5 @@ def test_a_signal_closes_within_two_seconds(world, tmp_path, twice):
     process.communicate(timeout=60)
     taken = time.monotonic() - started
     print(f"closed in {taken:.2f} s")
-    assert (
-        process.returncode in ((130, -2) if twice else (130,)) and taken < 20
-    )  # 2 s on a machine of its own; a time decides no test
+    assert process.returncode in ((130, -2) if twice else (130,))  # 2 s are aimed at; a time decides no test
     assert not list(tmp_path.glob("**/checkpoints/0*")) or (tmp_path / "run" / "state.json").is_file()

@@ -6,6 +6,7 @@ from train.sitting import Killed, sit
 
 from afina.errors import Interrupted, ResourceError
 from afina.model.load import Hardware
+from afina.train import keeper as keepers
 from afina.train import session as sessions
 from afina.train.watch import Diverged
 
@@ -192,3 +193,113 @@ def test_a_signal_in_the_middle_of_a_step_is_raised_there_and_loses_no_step(tmp_
     with pytest.raises(Interrupted) as caught:
         sit(tmp_path, fault=hit)
     assert caught.value.exit_status == 143
+
+
+def test_out_of_memory_while_validating_is_survived(tmp_path):
+    """The samples of the validation are cut smaller, and the run ends as it would have: only its log knows."""
+
+    def greedy(step, batches):
+        if any(batch.input_ids.numel() > 40 for batch in batches):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    smooth, found = sit(tmp_path / "a"), sit(tmp_path / "b", fault_in_validation=greedy)
+    assert found["room"]["tokens"] <= 40 and {entry["step"] for entry in found["room"]["history"]} == {8}
+    assert found["tally"]["ledger"] == smooth["tally"]["ledger"]
+    assert found["tally"]["validation"] == smooth["tally"]["validation"] and found["finite"]
+
+
+@pytest.mark.parametrize("phase", ["backward", "clip", "copy"])
+def test_out_of_memory_in_any_phase_changes_no_sample(tmp_path, monkeypatch, phase):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    smooth, struck = sit(tmp_path / "a"), []
+
+    def once(real):
+        def failing(*given, **more):
+            if not struck:
+                struck.append(phase)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(*given, **more)
+
+        return failing
+
+    def spoil(step, batch, loss):
+        if step == 5 and batch.input_ids.numel() > 40:
+            struck.append(phase)
+            loss.register_hook(once_in_backward)
+        return loss
+
+    def once_in_backward(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    said: list[str] = []
+    if phase == "clip":
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", once(torch.nn.utils.clip_grad_norm_))
+    if phase == "copy":
+        monkeypatch.setattr(keepers, "Snapshot", once(keepers.Snapshot))
+    found = sit(tmp_path / "b", fault=spoil if phase == "backward" else None, said=said)
+    assert struck and found["tally"]["ledger"] == smooth["tally"]["ledger"]
+    if phase != "backward":
+        assert found["tensors"] == smooth["tensors"]
+    if phase == "copy":
+        assert any("copy of the weights" in line and "goes on" in line for line in said)
+
+
+@pytest.mark.parametrize("place", ["weight", "input"])
+def test_what_is_no_number_in_weight_or_input_is_seen_at_the_step(tmp_path, place):
+    """A weight of the base, or what is looked up of the embedding, is no number while step 6 is computed."""
+
+    def spoil(model, state):
+        embedding = model.get_input_embeddings()
+        base = next(value for name, value in model.named_parameters() if "down_proj.base_layer.weight" in name)
+        sound = base.detach().clone()
+
+        def weight(*_given):
+            base.data.copy_(sound * (float("nan") if state.step == 5 else 1.0))
+
+        def looked_up(_module, _given, output):
+            return output * float("inf") if state.step == 5 else output
+
+        if place == "weight":
+            embedding.register_forward_pre_hook(weight)
+        else:
+            embedding.register_forward_hook(looked_up)
+
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    said: list[str] = []
+    before = sit(tmp_path / "a", steps=5)
+    after = sit(tmp_path / "b", steps=6, prepare=spoil, said=said)
+    assert after["tensors"] == before["tensors"] and any("Step 6 was not taken" in line for line in said)
+    on = sit(tmp_path / "c", steps=9, prepare=spoil)
+    assert on["finite"] and on["tensors"] != before["tensors"] and len(on["watch"]["rejected"]) == 1
+
+
+def test_a_run_that_ended_early_stays_ended(tmp_path, monkeypatch):
+    """Killed between its last step and its end; and the mutant that forgets that it had ended."""
+    measured = {2: 1.0, 4: 1.2, 6: 1.5, 8: 1.6}
+    for name in ("whole", "killed", "mutant"):
+        (tmp_path / name).mkdir()
+    whole = sit(tmp_path / "whole", measured=measured)
+    last = whole["tally"]["findings"][-1]
+    assert last["ended"] and whole["kept"]["step"] == last["step"] < 12
+
+    def killed(self, state):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sessions.Session, "finish", killed)
+        for name in ("killed", "mutant"):
+            with pytest.raises(Killed):
+                sit(tmp_path / name, measured=measured, save_after=(0, last["step"]))
+    assert sit(tmp_path / "killed", measured=measured) == whole
+    real = sessions.Session._restore
+
+    def forgetful(self, state, checkpoint):
+        real(self, state, checkpoint)
+        state.last = None
+
+    monkeypatch.setattr(sessions.Session, "_restore", forgetful)
+    assert sit(tmp_path / "mutant", measured=measured) != whole

@@ -16,14 +16,22 @@ UseCase = Annotated[
 Folder = Annotated[Path | None, typer.Argument(help=_("The new folder; named after the use case if not given."))]
 
 
-def command(use_case: UseCase = None, folder: Folder = None, json: Json = False, debug: Debug = False) -> None:
+Base = Annotated[
+    str | None,
+    typer.Option("--for", help=_("The model to tune: the recipe gets the method that fits it here."), metavar="MODEL"),
+]
+
+
+def command(
+    use_case: UseCase = None, folder: Folder = None, base: Base = None, json: Json = False, debug: Debug = False
+) -> None:
     """A project folder."""
     from afina import pipeline
 
     if use_case is None:
         _list()
     else:
-        pipeline.init(use_case, folder)
+        pipeline.init(use_case, folder, base)
 
 
 def _list() -> None:

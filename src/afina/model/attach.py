@@ -33,12 +33,17 @@ with without_foreign_kernels():  # PEFT imports bitsandbytes where it is install
         PromptTuningInit,
         get_peft_model,
         get_peft_model_state_dict,
+        set_peft_model_state_dict,
     )
     from peft.utils import load_peft_weights
 
 BEGINNINGS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa", "loftq": True}
 """What PEFT calls them; LoftQ's own is not used, as it takes every adapter's scale for 1."""
 PlainBase = Callable[[], nn.Module]
+
+
+SETTINGS_BYTES = 2**20
+"""No adapter_config.json is read beyond this."""
 
 
 def attach(
@@ -201,6 +206,44 @@ def _biases_before(model: nn.Module, folder: Path) -> list[tuple[nn.Parameter, t
     if json.loads((folder / "adapter_config.json").read_bytes()).get("bias", "none") == "none":
         return []
     return [(p, p.detach().clone()) for name, p in model.named_parameters() if name.endswith(".bias")]
+
+
+def start_from(model: nn.Module, folder: Path) -> None:
+    """Give the adapters just attached the values of a saved one in PEFT's format, to learn on from.
+
+    Raises ModelError when it is of another shape or scale, or holds no safetensors.
+    """
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if not weights.is_file() or not settings.is_file():
+        raise ModelError(
+            _("{folder} holds no adapter.").format(folder=folder),
+            hint=_("It needs adapter_config.json and adapter_model.safetensors."),
+        )
+    ours = model.peft_config["default"]  # type: ignore[index, union-attr, operator]
+    try:
+        if settings.stat().st_size > SETTINGS_BYTES:
+            raise ValueError(_("the file is too large"))
+        theirs = json.loads(settings.read_bytes())
+        there = load_peft_weights(str(folder), device="cpu")
+        for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
+            if theirs.get(key) != getattr(ours, key):
+                raise ValueError(
+                    _("{key} is {there} there and {here} here").format(
+                        key=key, there=theirs.get(key), here=getattr(ours, key)
+                    )
+                )
+    except Exception as error:  # a damaged folder makes PEFT and safetensors raise anything at all
+        raise _misfit(folder, str(error).strip().split("\n")[0] or type(error).__name__) from error
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    different = {name for name in there.keys() | wanted.keys() if _shape(there, name) != _shape(wanted, name)}
+    if different:
+        text = _("{count} weights differ, such as {name}").format(count=len(different), name=min(different))
+        raise _misfit(folder, text)
+    set_peft_model_state_dict(model, there)
+
+
+def _shape(tensors: dict[str, torch.Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None
 
 
 def _misfit(folder: Path, reason: str) -> ModelError:

@@ -19,6 +19,7 @@ from afina.errors import OutputError, RecipeError
 from afina.language import _, chosen
 from afina.recipe.document import inline
 from afina.recipe.explain import Due, due_of, example, methods, nearest
+from afina.recipe.place import BUNDLED
 from afina.recipe.schema import Full, Lora, PrefixTuning, PromptTuning, Recipe, Section
 
 WIDTH = 100
@@ -109,12 +110,22 @@ def known(use_case: str) -> str:
     raise RecipeError(message.format(name=ascii(use_case), names=", ".join(USE_CASES)), hint=hint)
 
 
-def starter(use_case: str, name: str, *, place: str = "recipe.yaml", whole: bool = True) -> str:
+def rows_of(use_case: str) -> int | None:
+    """How many rows the bundled set of a use case has to learn from; None where the user brings the rows."""
+    file = BUNDLED / "data" / f"{USE_CASES[use_case]['data']['train'].removeprefix('afina/')}.jsonl"
+    return sum(1 for line in file.read_bytes().split(b"\n") if line) if file.is_file() else None
+
+
+def starter(
+    use_case: str, name: str, *, place: str = "recipe.yaml", whole: bool = True, changes: Values | None = None
+) -> str:
     """A commented recipe. Its first line is the command that runs it, `place` being where it will lie.
 
     `whole` writes the keys that are not live as comments with their defaults.
     """
     values = {"name": name, **USE_CASES[known(use_case)]}
+    for section, keys in (changes or {}).items():
+        values[section] = keys if section == "method" else {**values[section], **keys}
     head = [f"# afina run {place}", *_comment(summary(use_case), "")]
     if whole:
         head += _comment(_("Keys after a # show their defaults. Remove the # to change one."), "")
@@ -201,12 +212,14 @@ def _commented(key: str, inner: type[Section], indent: str, listed: bool) -> Ite
         yield f"{indent}#{dash}{name}: {inline(value)}"
 
 
-def create_project(folder: Path, use_case: str) -> list[Path]:
+def create_project(folder: Path, use_case: str, changes: Values | None = None) -> list[Path]:
     """Lay out a project folder and return its files. Raises OutputError where the folder holds something already.
+
+    `changes` to the use case's values, section by section.
 
     A new folder appears complete or not at all; in one that exists and is empty, what was written is removed again.
     """
-    files = _files(known(use_case), _name(folder))
+    files = _files(known(use_case), _name(folder), changes or {})
     if not folder.exists() and not folder.is_symlink():
         with durable.new_folder(folder) as new:
             for name, text in files.items():
@@ -250,7 +263,7 @@ def _name(folder: Path) -> str:
     return name or "my-first-tune"
 
 
-def _files(use_case: str, name: str) -> dict[str, str]:
+def _files(use_case: str, name: str, changes: Values) -> dict[str, str]:
     """Every file of a project, by its path in the folder; the recipe last."""
     files = {
         ".gitignore": "/runs/*\n/models/*\n!README.md\n.env\n",
@@ -262,7 +275,7 @@ def _files(use_case: str, name: str) -> dict[str, str]:
     }
     if use_case == "custom":
         files["data/train.jsonl"] = _examples()
-    return {**files, "recipe.yaml": starter(use_case, name)}
+    return {**files, "recipe.yaml": starter(use_case, name, changes=changes)}
 
 
 def _page(title: str, *paragraphs: str) -> str:

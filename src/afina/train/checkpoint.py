@@ -13,7 +13,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from afina import durable
 from afina.artifact import sha256
 from afina.language import _
+from afina.train.memory import within_memory
 from afina.train.state import State
 from afina.train.watch import Watch
 
@@ -32,6 +33,8 @@ FORMAT = 1
 TENSORS, FACTS = "state.safetensors", "checkpoint.json"
 FACTS_BYTES = 2**26
 """No checkpoint.json is read beyond this."""
+SPARE = 2
+"""A copy is made on the GPU when this many times its size is free there."""
 NAME = re.compile(r"(\d{6,12})-step-(\d{1,12})")
 
 
@@ -50,19 +53,59 @@ class Checkpoint:
     digest: str
 
 
-def snapshot(state: State) -> dict[str, torch.Tensor]:
-    """Copies, in main memory, of what learns and of the optimiser's moments: the loop may go on at once."""
+class Snapshot:
+    """Copies of tensors as they are between two steps: the loop may go on at once.
+
+    On a GPU with room for it they are made there, which takes as long as its memory is read and written once, and
+    `fetch`, in the thread that writes, brings them to main memory beside the computation.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        on_gpu = [tensor for tensor in tensors.values() if tensor.is_cuda]
+        size = sum(tensor.nbytes for tensor in on_gpu)
+        self._ready: torch.cuda.Event | None = None
+        self._copies = None
+        if on_gpu and torch.cuda.mem_get_info(on_gpu[0].device)[0] > SPARE * size:
+            self._copies = within_memory(lambda: {name: tensor.clone() for name, tensor in tensors.items()})
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        if self._copies is None:
+            self._ready = None
+            self._copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    def fetch(self) -> dict[str, torch.Tensor]:
+        """All of them in main memory, once."""
+        copies, self._copies = self._copies or {}, None
+        if self._ready is None:
+            return {name: tensor.contiguous() for name, tensor in copies.items()}
+        with torch.cuda.stream(torch.cuda.Stream()):
+            self._ready.wait()
+            return {name: tensor.to("cpu").contiguous() for name, tensor in copies.items()}
+
+
+def everything(state: State) -> dict[str, torch.Tensor]:
+    """What learns and the optimiser's moments, by name."""
     tensors = {}
     for name, parameter in state.learning.items():
         tensors[f"{name}|weight"] = parameter.detach()
         for key, value in state.optimizer.state[parameter].items():
             tensors[f"{name}|{key}"] = torch.as_tensor(value)  # bitsandbytes counts steps in a plain number
-    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return tensors
+
+
+def snapshot(state: State) -> dict[str, torch.Tensor]:
+    """Copies of all that in main memory."""
+    return Snapshot(everything(state)).fetch()
 
 
 def facts_of(state: State) -> dict[str, Any]:
     """What else a step changes, as plain values."""
-    return {"validated": state.validated, "scaler": state.scaler.state_dict(), "watch": state.watch.dump()}
+    return {
+        "validated": state.validated,
+        "last": state.last,
+        "scaler": state.scaler.state_dict(),
+        "watch": state.watch.dump(),
+    }
 
 
 def is_finite(tensors: dict[str, torch.Tensor]) -> bool:
@@ -72,7 +115,7 @@ def is_finite(tensors: dict[str, torch.Tensor]) -> bool:
 
 def write(folder: Path, run: str, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> Checkpoint:
     """Save under the next number. Raises OutputError when the disk refuses; then nothing has changed."""
-    number = max((other for other, _step, _place in _listed(folder)), default=0) + 1
+    number = max((other for other, _step, _place in listed(folder)), default=0) + 1
     place = folder / f"{number:06d}-step-{step}"
     with durable.new_folder(place) as temporary:
         _save(tensors, temporary / TENSORS)
@@ -122,7 +165,7 @@ def newest(
     suits: Callable[[Checkpoint], bool] = lambda checkpoint: True,
 ) -> Checkpoint | None:
     """The newest checkpoint of `run` whose hashes hold, and that suits; each that is damaged is told."""
-    for _number, _step, place in sorted(_listed(folder), reverse=True):
+    for _number, _step, place in sorted(listed(folder), reverse=True):
         try:
             checkpoint = read(place, run)
         except Damaged as damage:
@@ -133,12 +176,18 @@ def newest(
     return None
 
 
-def restore(state: State, checkpoint: Checkpoint) -> None:
-    """Turn `state` into what was saved, in place. Raises Damaged when other weights learn now; then nothing changed."""
+def tensors_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The tensors of one. Raises Damaged."""
     try:
-        tensors = load_file(checkpoint.place / TENSORS)
+        tensors: dict[str, torch.Tensor] = load_file(checkpoint.place / TENSORS)
     except (OSError, SafetensorError, ValueError) as error:
         raise Damaged(_("{file} cannot be read").format(file=TENSORS)) from error
+    return tensors
+
+
+def restore(state: State, checkpoint: Checkpoint) -> None:
+    """Turn `state` into what was saved, in place. Raises Damaged when other weights learn now; then nothing changed."""
+    tensors = tensors_of(checkpoint)
     targets: dict[str, torch.Tensor] = {}
     for name, parameter in state.learning.items():
         targets[f"{name}|weight"] = parameter
@@ -158,13 +207,13 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
     state.watch = Watch()
     state.watch.load(checkpoint.facts["watch"])
     state.step, state.validated = checkpoint.step, checkpoint.facts["validated"]
+    state.last = checkpoint.facts["last"]
 
 
-def prune(folder: Path, kept: list[Checkpoint]) -> None:
+def prune(folder: Path, kept: Collection[Path]) -> None:
     """Remove every checkpoint but `kept`, once those are on the disk for good."""
-    places = {checkpoint.place for checkpoint in kept}
-    for _number, _step, place in _listed(folder):
-        if place not in places:
+    for _number, _step, place in listed(folder):
+        if place not in kept:
             durable.remove(place)
 
 
@@ -177,7 +226,7 @@ def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
         raise
 
 
-def _listed(folder: Path) -> list[tuple[int, int, Path]]:
+def listed(folder: Path) -> list[tuple[int, int, Path]]:
     """Number, step and place of what is named as a checkpoint is."""
     if not folder.is_dir():
         return []

@@ -47,13 +47,13 @@ def train(
     while True:
         if state.step in validate_after and state.validated < state.step:
             model.eval()
-            follower.on_validation(state.step)
+            follower.on_validation(state)
             model.train()
             state.validated = state.step
         if state.watch.in_a_row >= PATIENCE:
             follower.go_back(state)
         follower.on_whole(state)
-        if state.step >= steps:
+        if state.step >= steps or state.step == state.last:
             break
 
         rejection = state.watch.known.get(state.step + 1)  # known after going back: its samples are left out
@@ -64,7 +64,7 @@ def train(
                 group["lr"] = rate * group["rate"]
             batches, loss = _compute(model, make_step, state, seed, hardware, loss_fn, follower)
             state.scaler.unscale_(state.optimizer)
-            norm = nn.utils.clip_grad_norm_(state.learning.values(), training.clip_norm or math.inf)
+            norm = _clip(state, training)
             rejection = _take(state, batches, loss.item(), norm.item())
         state.step += 1
         if rejection is not None:
@@ -101,6 +101,17 @@ def _compute(
         if loss is not None:
             return batches, loss
         follower.on_out_of_memory(state.step, made)
+
+
+def _clip(state: State, training: Training) -> torch.Tensor:
+    """Scale the gradients down to the norm that is allowed; returns the norm they had.
+
+    Where memory runs out nothing is scaled yet; the passes' own memory is given back then, and it is tried again.
+    """
+    norm = within_memory(lambda: nn.utils.clip_grad_norm_(state.learning.values(), training.clip_norm or math.inf))
+    if norm is None:
+        norm = nn.utils.clip_grad_norm_(state.learning.values(), training.clip_norm or math.inf)
+    return norm
 
 
 def _take(state: State, batches: Sequence[Batch], loss: float, norm: float) -> Rejection | None:

@@ -1,15 +1,17 @@
 """The model a recipe trains: loaded, checked against the recipe's context, the method attached."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from afina.artifact import MANIFEST, open_artifact
 from afina.console import Console
 from afina.data.tokenizer import Tokenizer
-from afina.errors import RecipeError
+from afina.errors import ModelError, RecipeError
 from afina.language import _
-from afina.model.attach import attach, learning, recompute
+from afina.model.attach import attach, learning, recompute, start_from
 from afina.model.load import Hardware, limit_of, load_model, without_dropout
 from afina.model.quantize import quantisation, weights_in
 from afina.model.virtual import is_prefix, virtual_tokens
@@ -17,7 +19,12 @@ from afina.recipe.schema import PromptTuning, Recipe
 
 
 def open_model(
-    recipe: Recipe, source: str, hardware: Hardware, tokenizer: Tokenizer, console: Console
+    recipe: Recipe,
+    source: str,
+    hardware: Hardware,
+    tokenizer: Tokenizer,
+    console: Console,
+    adapter: Path | None = None,
 ) -> tuple[nn.Module, dict[str, int]]:
     """The model ready to learn, and how many parameters it has and how many learn.
 
@@ -33,6 +40,8 @@ def open_model(
     model = without_dropout(load_model(source, hardware, recipe.model))
     begin = tokenizer.encode([text])[0] if text else ()
     model = attach(model, method, seed=recipe.seed, text_ids=begin, plain=plain, tokens=tokenizer.turn_tokens)
+    if adapter is not None:
+        start_from(model, adapter)
     _check_context(model, recipe)
     if recipe.training.gradient_checkpointing:
         recompute(model)
@@ -51,6 +60,32 @@ def open_model(
         )
     )
     return model, counts
+
+
+def adapter_of(recipe: Recipe, folder: Path, base: dict[str, str] | None) -> Path | None:
+    """The adapter folder that `model.adapter` means. Raises RecipeError, and ModelError when it is of another base."""
+    if recipe.model.adapter is None:
+        return None
+    if recipe.method.name != "lora" or recipe.method.init != "default":
+        raise RecipeError(
+            _("model.adapter starts from a LoRA adapter, so method.name must be lora and method.init default."),
+            key=("model", "adapter"),
+        )
+    place = folder / Path(recipe.model.adapter).expanduser()
+    if (place / MANIFEST).is_file():
+        place = place / "adapter"
+    if (place.parent / MANIFEST).is_file() and base is not None:
+        known = {
+            entry["sha256"] for entry in open_artifact(place.parent).manifest["parents"] if entry["role"] == "base"
+        }
+        if base["sha256"] not in known:
+            raise ModelError(
+                _("The adapter {adapter} was trained on another base than {base}.").format(
+                    adapter=place, base=recipe.model.base
+                ),
+                hint=_("Take the base that its run names, or another adapter."),
+            )
+    return place
 
 
 def why_reference(model: nn.Module, recipe: Recipe) -> str | None:

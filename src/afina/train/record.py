@@ -19,19 +19,33 @@ METRICS = "metrics.jsonl"
 class Tally:
     """Figures gathered over all sessions of a run.
 
-    `ledger` is a hash chain over step and sample ids: two runs with the same one learnt the same samples in the same
-    steps.
+    `checkpoint_seconds`: how long the loop waited for so many `checkpoints`. `best`: the step after which the figure
+    that decides was best, its name and value, and the validation loss then. `ledger` is a hash chain over step and
+    sample ids: two runs with the same one learnt the same samples in the same steps. `trained`: mean training losses
+    between the validations; `since`: sum and number since the last. `findings`: what these curves showed (trend.py).
     """
 
     first_loss: float | None = None
     final_loss: float | None = None
-    validation: list[float] = field(default_factory=list)
+    validation: list[float | None] = field(default_factory=list)
     tokens: int = 0
     learnt: int = 0
     seconds: float = 0.0
     peak_memory: int = 0
+    checkpoints: int = 0
+    checkpoint_seconds: float = 0.0
     ledger: str = ""
     resumed_after: list[int] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    trained: list[float] = field(default_factory=list)
+    since: list[float] = field(default_factory=lambda: [0.0, 0])
+    findings: list[dict[str, Any]] = field(default_factory=list)
+
+    def validated(self, loss: float | None) -> None:
+        """A validation ends a stretch of training."""
+        self.validation.append(loss)
+        self.trained.append(self.since[0] / max(1, self.since[1]))
+        self.since = [0.0, 0]
 
     def learn(self, step: int, samples: list[int]) -> None:
         """Add a step to the ledger."""
@@ -49,6 +63,7 @@ class Record:
         self.path = folder / METRICS
         self.waiting: list[dict[str, Any]] = []
         self._log = durable.Log(self.path)
+        self._sum, self._length = self._read(self.path.stat().st_size)
 
     def add(self, line: dict[str, Any]) -> bool:
         """Write one line, and those that wait before it; False when they must wait."""
@@ -60,20 +75,25 @@ class Record:
         return True
 
     def mark(self) -> dict[str, Any]:
-        """Where the log ends now, on the disk for good. Raises OutputError when lines still wait."""
+        """Where the log ends now; `sync` makes that last. Raises OutputError when lines still wait."""
         self._write()
-        length = self._log.sync()
-        return {"bytes": length, "sha256": self._digest(length)}
+        return {"bytes": self._length, "sha256": self._sum.hexdigest()}
+
+    def sync(self) -> None:
+        """Let all that was written reach the disk. Raises OutputError."""
+        self._log.sync()
 
     def cut(self, mark: dict[str, Any]) -> bool:
         """Go back to a mark; False when the log before it is not what it was: then what is there of it is kept."""
         self.waiting = []
         length = int(mark["bytes"])
         there = self.path.stat().st_size
-        whole = there >= length and self._digest(length) == mark["sha256"]
+        self._sum, self._length = self._read(length)
+        whole = there >= length and self._sum.hexdigest() == mark["sha256"]
         if not whole:
             content = self.path.read_bytes()[:length]
             length = content.rfind(b"\n") + 1
+            self._sum, self._length = self._read(length)
         self._log.cut(min(length, there))
         return whole
 
@@ -86,16 +106,19 @@ class Record:
 
     def _write(self) -> None:
         while self.waiting:
-            self._log.append(self.waiting[0])
+            line = self._log.append(self.waiting[0])
+            self._sum.update(line)
+            self._length += len(line)
             del self.waiting[0]
 
-    def _digest(self, length: int) -> str:
-        digest = hashlib.sha256()
+    def _read(self, length: int) -> tuple["hashlib._Hash", int]:
+        """The hash of the first `length` bytes, to go on with, and how many there are."""
+        digest, left = hashlib.sha256(), length
         with self.path.open("rb") as file:
-            while length > 0 and (piece := file.read(min(length, 2**20))):
+            while left > 0 and (piece := file.read(min(left, 2**20))):
                 digest.update(piece)
-                length -= len(piece)
-        return digest.hexdigest()
+                left -= len(piece)
+        return digest, length - left
 
 
 def told(path: Path) -> str:

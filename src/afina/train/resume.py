@@ -35,7 +35,8 @@ def is_unfinished(place: Path) -> bool:
     """Whether `place` is a run folder of ours that was begun and not finished, or was only just claimed."""
     if (place / MANIFEST).exists() or place.is_symlink() or not place.is_dir():
         return False
-    return (place / STATE).is_file() or {path.name for path in place.iterdir()} <= {durable.LOCK}
+    names = {path.name for path in place.iterdir() if durable.PARTIAL not in path.name}  # state.json half-written
+    return STATE in names or names <= {durable.LOCK}
 
 
 def refuse_other_recipe(place: Path, recipe: Recipe) -> None:

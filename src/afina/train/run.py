@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from afina import durable
+from afina.artifact import parent, sha256
 from afina.console import Console
 from afina.data.batch import Batch, micro_batches
 from afina.data.cache import FOLDER
@@ -32,11 +33,12 @@ from afina.model.loss import summed_loss
 from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe, Training
+from afina.train.best import Criterion
 from afina.train.examples import Examples, places, prepare_once, say_examples
 from afina.train.keeper import Keeper
 from afina.train.loop import LossFunction, accumulate, mean_loss, train
 from afina.train.memory import Room
-from afina.train.opening import open_model, why_padded, why_reference
+from afina.train.opening import adapter_of, open_model, why_padded, why_reference
 from afina.train.record import Record
 from afina.train.resume import CHECKPOINTS
 from afina.train.resume import begin as enter
@@ -78,7 +80,10 @@ def train_run(
     renderer = Renderer(tokenizer, recipe.data.learn)
     examples = prepare_once(recipe, folder, renderer, console, place.parent / FOLDER)
     say_examples(examples, console)
-    model, counts = open_model(recipe, source, hardware, tokenizer, console)
+    adapter = adapter_of(recipe, folder, base)
+    model, counts = open_model(recipe, source, hardware, tokenizer, console, adapter)
+    if adapter is not None:
+        examples.files.append(parent(adapter, sha256(adapter / "adapter_model.safetensors"), "adapter"))
     parents = [*([base] if base else []), *examples.files]
     run = enter(place, recipe, parents, examples.train + examples.validation)
     measured = _run_loop(model, recipe, examples, hardware, tokenizer.pad_id, place, run, console)
@@ -134,8 +139,8 @@ def _run_loop(
     def work(step: int) -> int:
         return BACKWARD_WORK * sum(examples.train[index].ids.size for index in order.step(step))
 
-    def measure() -> float:
-        return mean_loss(model, lay_out(examples.validation, range(len(examples.validation))), hardware, loss_fn)
+    def measure(batches: Sequence[Batch]) -> float:
+        return mean_loss(model, batches, hardware, loss_fn)
 
     def once(batch: Batch) -> None:
         on_device = batch.to(hardware.device)
@@ -153,10 +158,14 @@ def _run_loop(
         hardware=hardware,
         epoch=order.epoch,
         work=work,
+        held_out=lambda: lay_out(examples.validation, range(len(examples.validation))),
         measure=measure,
         measure_work=held_out,
         validate_after=validate_after,
         where=lambda sample: examples.origin[sample].where,
+        early_stop=training.early_stop,
+        held_out_samples=len(examples.validation),
+        criterion=Criterion() if training.keep == "best" else None,
         surroundings=surroundings(str(hardware), "reference" if isinstance(loss_fn, partial) else "fused"),
     )
     record, stop = Record(place), Stop()

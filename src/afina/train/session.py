@@ -1,5 +1,6 @@
 """One sitting of a run: follows the loop, writes its log, saves and restores its state, and ends it in good order."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -12,13 +13,15 @@ from afina.data.batch import Batch
 from afina.errors import Interrupted, OutputError
 from afina.language import _
 from afina.model.load import Hardware
+from afina.train.best import VALIDATION, Criterion, Weights, put_back, weights_of
 from afina.train.checkpoint import Checkpoint, Damaged, restore
 from afina.train.keeper import Keeper
-from afina.train.memory import Room, peak_memory, probe
+from afina.train.memory import Room, peak_memory, probe, within_memory
 from afina.train.record import Record, Tally, told
 from afina.train.state import Follower, State, StepReport
 from afina.train.stop import Stop
 from afina.train.surroundings import differences
+from afina.train.trend import judge
 from afina.train.watch import PATIENCE, Diverged, Rejection
 
 SHOWN = 8
@@ -29,19 +32,25 @@ SHOWN = 8
 class Plan:
     """What this run is to do. `work(step)`: units of progress of a step (from 0); `epoch(step)`: passes done by then.
 
-    `measure()` is the validation loss and `measure_work` its units of progress; `where(sample)` names a sample's line.
-    `surroundings`: what the last bits depend on.
+    `held_out()`: the validation samples in micro-batches, `measure(batches)` their loss, `measure_work` its units of
+    progress; `where(sample)` names a sample's line. `surroundings`: what the last bits depend on. `criterion`: by which
+    figure the best weights are kept and taken at the end; None: the last ones are. `early_stop`: whether what the
+    curves show may end the run; `held_out_samples`: how many the validation has.
     """
 
     steps: int
     hardware: Hardware
     epoch: Callable[[int], float]
     work: Callable[[int], int]
-    measure: Callable[[], float]
+    held_out: Callable[[], Sequence[Batch]]
+    measure: Callable[[Sequence[Batch]], float]
     measure_work: int
     validate_after: frozenset[int]
     where: Callable[[int], str]
     surroundings: dict[str, str]
+    criterion: Criterion | None = None
+    early_stop: bool = True
+    held_out_samples: int = 0
 
 
 @dataclass
@@ -57,6 +66,7 @@ class Session(Follower):
     room: Room
     tally: Tally = field(default_factory=Tally)
     saved: int | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
     _waits: bool = False
 
@@ -112,7 +122,44 @@ class Session(Follower):
         """Save what the last step left; returns the hash of weights and moments, None when the disk refused them."""
         self._save(state, wait=True)
         saved = self.keeper.good[-1] if self.keeper.good else None
+        self._take_best(state)
         return saved.digest if saved is not None and saved.step == state.step else None
+
+    def offer(self, figure: str, value: float, state: State) -> bool:
+        """A figure was measured of these weights: remember them when it is the one that decides and none was better."""
+        criterion, best = self.plan.criterion, self.tally.best
+        if criterion is None or criterion.figure != figure:
+            return False
+        if not criterion.prefers(value, best["value"] if best else None):
+            return False
+        held_out = self.tally.validation[-1] if self.tally.validation else None
+        self.tally.best = {"step": state.step, "figure": figure, "value": value, "validation_loss": held_out}
+        self.keeper.best = Weights(state.step, weights_of(state), {"best": self.tally.best})
+        return True
+
+    def _take_best(self, state: State) -> None:
+        best = self.tally.best
+        self.kept = {
+            "step": state.step,
+            "validation_loss": self.tally.validation[-1] if self.tally.validation else None,
+        }
+        if best is None or best["step"] == state.step:
+            return
+        weights = self.keeper.weights(best["step"])
+        if weights is None or not put_back(state, weights):
+            self.console.warn(
+                _("The weights after step {step}, which were the best, cannot be read; the last ones are kept.").format(
+                    step=best["step"]
+                )
+            )
+            return
+        self.kept = {key: best[key] for key in self.kept}
+        self.console.line(
+            _("Best      {figure} {value:.4f} after step {step} of {steps}: those weights are kept").format(
+                steps=self.plan.steps, **best
+            )
+        )
+        self.console.event("best", **best)
 
     def figures(self, state: State, digest: str | None) -> dict[str, Any]:
         """What the manifest says of the training."""
@@ -120,15 +167,21 @@ class Session(Follower):
         if tally.first_loss is None:
             raise Diverged(_("Not one step gave a loss to learn from."), hint=_("Lower training.learning_rate."))
         return {
-            "steps": self.plan.steps,
+            "steps": state.step,
+            "planned_steps": self.plan.steps,
+            "findings": tally.findings,
             "tokens": tally.tokens,
             "learnt_tokens": tally.learnt,
             "seconds": tally.seconds,
             "tokens_per_second": tally.tokens / max(tally.seconds, 1e-9),
             "peak_memory_bytes": max(tally.peak_memory, peak_memory(self.plan.hardware)),
+            "checkpoints": tally.checkpoints,
+            "checkpoint_seconds": tally.checkpoint_seconds,
             "first_loss": tally.first_loss,
             "final_loss": tally.final_loss,
-            "validation_loss": tally.validation[-1] if tally.validation else None,
+            "validation_loss": self.kept["validation_loss"],
+            "best": tally.best,
+            "kept_step": self.kept["step"],
             "micro_batch_tokens": self.room.tokens,
             "out_of_memory": self.room.history,
             "rejected": [asdict(state.watch.known[step]) for step in sorted(state.watch.known)],
@@ -160,6 +213,7 @@ class Session(Follower):
         tally.final_loss = report.loss
         tally.tokens += report.tokens
         tally.learnt += report.learnt
+        tally.since = [tally.since[0] + report.loss, tally.since[1] + 1]
         tally.learn(report.step, list(samples))
         facts = {"kind": "step", "epoch": round(self.plan.epoch(report.step), 4), **vars(report)}
         self._log(facts)
@@ -191,13 +245,47 @@ class Session(Follower):
         )
         self._advance([rejection.step - 1])
 
-    def on_validation(self, step: int) -> None:
-        with self.stop.raising():
-            loss = self.plan.measure()
-        self.tally.validation.append(loss)
-        self._log({"kind": "validation", "step": step, "loss": loss})
+    def on_validation(self, state: State) -> None:
+        measured = self._measured(state)
+        loss = measured if math.isfinite(measured) else None
+        self.tally.validated(loss)
+        self._log({"kind": "validation", "step": state.step, "loss": loss})
         self.progress.advance(self.plan.measure_work)
-        self.console.event("validation", step=step, loss=loss)
+        self.console.event("validation", step=state.step, loss=loss)
+        if loss is None:
+            self.console.warn(_("The validation loss after step {step} is not a number.").format(step=state.step))
+        self.offer(VALIDATION, measured, state)
+        self._look(state)
+
+    def _look(self, state: State) -> None:
+        """Say what the curves show, once a kind; end the run where it is beyond doubt and the recipe lets us."""
+        tally, criterion = self.tally, self.plan.criterion
+        finding = judge(tally.trained, tally.validation, self.plan.held_out_samples)
+        if finding is None:
+            return
+        by_loss = criterion is None or criterion.figure == VALIDATION
+        ends = self.plan.early_stop and by_loss and finding.sure and state.step < self.plan.steps
+        if not ends and finding.kind in {known["kind"] for known in tally.findings}:
+            return
+        tally.findings.append({"step": state.step, "kind": finding.kind, "ended": ends, "text": finding.text})
+        self._log({"kind": "finding", "step": state.step, "finding": finding.kind, "ended": ends})
+        self.console.warn(finding.text)
+        if ends:
+            state.last = state.step
+            self.console.warn(
+                _("The run ends early, after step {step} of {steps} (training.early_stop).").format(
+                    step=state.step, steps=self.plan.steps
+                )
+            )
+
+    def _measured(self, state: State) -> float:
+        while True:
+            batches = self.plan.held_out()
+            with self.stop.raising():
+                loss = within_memory(lambda batches=batches: self.plan.measure(batches))  # type: ignore[misc]
+            if loss is not None:
+                return loss
+            self.on_out_of_memory(state.step - 1, batches)
 
     def on_out_of_memory(self, step: int, batches: Sequence[Batch]) -> None:
         self._log(self.room.shrink(step + 1, batches))
@@ -232,6 +320,7 @@ class Session(Follower):
         self._save(state, wait=True)  # so that no kill makes us forget what is left out
 
     def _save(self, state: State, *, wait: bool) -> None:
+        began = time.perf_counter()
         self.tally.seconds += time.perf_counter() - self._since
         self._since = time.perf_counter()
         self.tally.peak_memory = max(self.tally.peak_memory, peak_memory(self.plan.hardware))
@@ -243,12 +332,16 @@ class Session(Follower):
         more = {
             "saved": datetime.now(UTC).isoformat(timespec="seconds"),
             "tally": self.tally.dump(),
+            "best": self.tally.best["step"] if self.tally.best else None,
             "room": asdict(self.room),
             "log": mark,
             "surroundings": self.plan.surroundings,
         }
-        self.keeper.save(state, more, wait=wait)
+        self.keeper.save(state, more, wait=wait, first=self.record.sync)
         self.saved = state.step
+        if not wait:
+            self.tally.checkpoints += 1
+            self.tally.checkpoint_seconds += time.perf_counter() - began
 
     def _restore(self, state: State, checkpoint: Checkpoint) -> None:
         try:
@@ -261,6 +354,7 @@ class Session(Follower):
                 hint=_("Go on with the versions it was made with, or remove the run folder to begin anew."),
             ) from damage
         self.tally = Tally(**checkpoint.facts["tally"])
+        self.keeper.best = None  # it is of steps that will be done again
         self.room.tokens, self.room.history = checkpoint.facts["room"]["tokens"], checkpoint.facts["room"]["history"]
         if not self.record.cut(checkpoint.facts["log"]):
             self.console.warn(

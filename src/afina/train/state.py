@@ -19,7 +19,10 @@ from afina.train.watch import Rejection, Watch
 
 @dataclass
 class State:
-    """All that a step changes. `step`: steps behind us; `validated`: the last of them after which that was done."""
+    """All that a step changes. `step`: steps behind us; `validated`: the last of them after which that was done.
+
+    `last`: the step that ends the run before its time, once there is reason to.
+    """
 
     learning: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -27,6 +30,7 @@ class State:
     watch: Watch = field(default_factory=Watch)
     step: int = 0
     validated: int = 0
+    last: int | None = None
 
 
 def begin(model: nn.Module, training: Training, hardware: Hardware, method: Method | None = None) -> State:
@@ -62,8 +66,8 @@ class Follower:
     def on_rejection(self, rejection: Rejection) -> None:
         """A step was not taken; weights and optimiser are as before it."""
 
-    def on_validation(self, step: int) -> None:
-        """It is time to measure the validation loss; the model is in evaluation mode."""
+    def on_validation(self, state: State) -> None:
+        """It is time to measure how good these weights are; the model is in evaluation mode."""
 
     def on_whole(self, state: State) -> None:
         """Between two steps, before the first and after the last: now the state may be saved."""

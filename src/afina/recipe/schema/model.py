@@ -31,5 +31,8 @@ class Model(Section):
     `afina/alpaca` and `afina/plain` are bundled."""
     turn_tokens: list[str] = Field(default=[], examples=[["<|turn|>"]])
     """Control tokens of a template of your own: those that the vocabulary lacks are added, and all of them learn."""
+    adapter: str | None = Field(default=None, examples=["runs/first/adapter"])
+    """Start a new run from this LoRA adapter: a finished run's folder, or one in PEFT's format, of the same base, rank
+    and alpha. To go on with a run that was stopped, give its command again instead."""
     revision: str | None = Field(default=None, examples=["main"])
     """Branch, tag or commit of a hub model."""

@@ -50,6 +50,10 @@ class Training(Section):
     """Gradients are scaled down to this norm; null leaves them."""
     validations: Annotated[int, Field(ge=0, le=10_000)] = 4
     """How many times the validation loss is measured, the last time after the last step."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights the finished run holds: those with the lowest validation loss measured, or the last."""
+    early_stop: bool = True
+    """End the run where it plainly overfits or diverges: its validation loss rose twice in a row, by a tenth in all."""
     checkpoint_minutes: Annotated[float, Field(gt=0, le=10_000)] | None = Field(default=None, examples=[5.0])
     """Minutes between two checkpoints; unset: so many that saving costs 1% of the time at most, and 10 at most."""
     keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2

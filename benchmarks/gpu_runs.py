@@ -1,0 +1,302 @@
+"""The promises of docs/durability.md on a GPU: the same bits in two processes, after kills, signals and out of memory.
+
+    python benchmarks/gpu_runs.py                                    a 1B shape on the GPU, about five minutes
+    python benchmarks/gpu_runs.py --shape tiny --kills 3             the same path on a CPU, about a minute
+    python benchmarks/gpu_runs.py --parts exact,memory               some of it
+
+Random weights of a real model's shape are drawn and saved once; then each attempt is a whole `afina train` in a process
+forked from one that has imported everything and never touched the GPU. A line a part is printed and recorded; the
+exit status is 1 when a promise did not hold.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent / "src"), str(HERE), str(HERE.parent / "tests")]
+
+from gpu import LLAMA_1B  # noqa: E402 - found by the path above
+from train.torture import digests  # noqa: E402
+
+TINY = dict(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=8192, max_position_embeddings=4096, tie_word_embeddings=True,
+)  # fmt: skip
+STEPS, WARM = 30, 8
+SAMPLES, WORDS = 256, 500
+OFTEN = "training.checkpoint_minutes=1e-6"
+RECIPE = """\
+name: gpu-runs
+model: {{base: base, max_length: 2048, precision: {precision}}}
+data: {{train: train.jsonl, validation: 0.05}}
+method: {{rank: 16, alpha: 16}}
+training: {{steps: {steps}, batch_size: 8, learning_rate: 1e-4, validations: 2, checkpoint_minutes: 1000}}
+export: {{formats: []}}
+"""
+
+
+class Ended(NamedTuple):
+    """Exit status of an attempt, seconds in all, and from the signal to the end."""
+
+    status: int
+    seconds: float
+    closing: float
+
+
+def prepare(folder: Path, shape: dict[str, Any], device: str) -> None:
+    """Base model, samples and recipe; runs in a process of its own, for it uses the GPU."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from afina.recipe.place import BUNDLED
+
+    if device == "cuda":
+        from gpu import random_model
+
+        model = random_model(shape)
+    else:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    model.save_pretrained(folder / "base")
+    for file in (BUNDLED / "tiny").iterdir():
+        if "token" in file.name or file.suffix == ".jinja":
+            shutil.copy(file, folder / "base" / file.name)
+    chance = random.Random(0)
+    words = [f"w{number}" for number in range(500)]
+    with (folder / "train.jsonl").open("w", encoding="utf-8") as rows:
+        for _sample in range(SAMPLES):
+            said = " ".join(chance.choices(words, k=chance.randint(WORDS // 4, WORDS) if device == "cuda" else 20))
+            turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": said}]
+            rows.write(json.dumps({"messages": turns}) + "\n")
+    recipe = RECIPE.format(steps=STEPS, precision="bf16" if device == "cuda" else "fp32")
+    (folder / "recipe.yaml").write_text(recipe, "utf-8")
+
+
+def train(folder: Path, out: Path, overrides: list[str], deterministic: bool, fraction: float | None) -> int:
+    """One sitting in this process; the exit status that `afina train` would have."""
+    import torch
+
+    from afina import pipeline
+    from afina.errors import AfinaError
+
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    if fraction is not None:
+        torch.cuda.set_per_process_memory_fraction(fraction)
+    try:
+        pipeline.train(folder / "recipe.yaml", out, overrides)
+    except AfinaError as error:
+        print(error, error.hint, file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def forked(work: Callable[[], int | None], said: Path, after: float | None = None, number: int = 9) -> Ended:
+    """`work` in a forked process, sent a signal after so many seconds."""
+    began = sent = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            with said.open("a") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            status = work() or 0
+        except BaseException:  # noqa: BLE001 - whatever it is, it stands in the file
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    hit = False
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        now = time.monotonic()
+        if ended:
+            return Ended(os.waitstatus_to_exitcode(status), now - began, now - sent if hit else 0.0)
+        if after is not None and not hit and now - began >= after:
+            os.kill(child, number)
+            sent, hit = now, True
+        time.sleep(0.002)
+
+
+class Runs:
+    """All attempts on one base. `wrong`: the promises that did not hold."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder, self.device, self.wrong = folder, device, list[str]()
+        self.said = folder / "said.txt"
+
+    def whole(self, name: str, *overrides: str, deterministic: bool = False, fraction: float | None = None) -> Path:
+        """A run that nobody stops."""
+        out = self.folder / name
+        ended = forked(lambda: train(self.folder, out, list(overrides), deterministic, fraction), self.said)
+        if ended.status:
+            raise SystemExit(f"{name} ended with {ended.status}:\n{self.said.read_text('utf-8')[-3000:]}")
+        self.seconds = ended.seconds
+        return out
+
+    def compare(self, what: str, one: Path, two: Path) -> bool:
+        """Whether two runs have the same bits."""
+        first, second = digests(one), digests(two)
+        different = [key for key in first if first[key] != second[key]]
+        self.wrong += [f"{what}: {key}" for key in different]
+        return not different
+
+    def exact(self) -> dict[str, Any]:
+        """The same 30 steps in two processes, as they are and with deterministic algorithms; what that costs."""
+        plain = [self.whole(f"plain-{number}") for number in (1, 2)]
+        strict = [self.whole(f"strict-{number}", deterministic=True) for number in (1, 2)]
+        self.alone = self.seconds
+        speeds = {name: min(step_ms(run) for run in runs) for name, runs in (("plain", plain), ("strict", strict))}
+        equal = digests(plain[0]) == digests(plain[1])
+        return {
+            "equal": equal, "equal_deterministic": self.compare("two processes", *strict),
+            "step_ms": speeds["plain"], "step_ms_deterministic": speeds["strict"],
+            "cost": round(speeds["strict"] / speeds["plain"] - 1, 4), **about(plain[0]),
+        }  # fmt: skip
+
+    def checkpoints(self) -> dict[str, Any]:
+        """How long the loop waits for a checkpoint, as a share of a step."""
+        run = self.whole("often", OFTEN)
+        training = json.loads((run / "manifest.json").read_text("utf-8"))["training"]
+        wait = 1000 * training["checkpoint_seconds"] / max(1, training["checkpoints"])
+        size = max((run / "adapter").glob("*.safetensors"), key=lambda file: file.stat().st_size).stat().st_size
+        return {"checkpoints": training["checkpoints"], "wait_ms": round(wait, 2),
+                "share_of_a_step": round(wait / step_ms(run), 4), "adapter_mib": round(size / 2**20, 1)}  # fmt: skip
+
+    def stopped(self, times: int, number: int) -> dict[str, Any]:
+        """Signals at random instants until each run is done; the results beside that of the run left alone."""
+        plain, chance = self.whole(f"alone-{number}", deterministic=True), random.Random(number)
+        alone, hits, runs, closings, attempts = self.seconds, 0, 0, list[float](), 0
+        while hits < times:
+            out, first = self.folder / f"stopped-{number}-{runs}", attempts
+            while not (out / "manifest.json").exists():
+                work = lambda out=out: train(self.folder, out, [OFTEN], True, None)  # noqa: E731
+                ended = forked(work, self.said, chance.uniform(0.3, 1.05) * alone, number)
+                attempts += 1
+                if ended.closing:
+                    hits += 1
+                    closings.append(ended.closing)
+                if ended.status not in (0, -number, 128 + number) or attempts - first > 30:
+                    raise SystemExit(f"attempt ended with {ended.status}:\n{self.said.read_text('utf-8')[-3000:]}")
+            self.compare(f"signal {number}, run {runs}", plain, out)
+            shutil.rmtree(out)
+            runs += 1
+        found = {"signals": hits, "runs": runs, "different": len(self.wrong), "alone_s": round(alone, 1)}
+        if number != signal.SIGKILL:
+            found |= {"closing_s": [round(value, 2) for value in sorted(closings)]}
+        return found
+
+    def memory(self) -> dict[str, Any]:
+        """Less memory than the plan believes there is: the micro-batch shrinks, samples and schedule stay."""
+        big = "training.micro_batch_tokens=8192"
+        plain = self.whole("roomy", big)
+        facts = json.loads((plain / "manifest.json").read_text("utf-8"))["training"]
+        if self.device != "cuda":
+            return {"skipped": "a CPU has no memory fraction"}
+        total = forked_total(self)
+        standing = sum(file.stat().st_size for file in (self.folder / "base").glob("*.safetensors"))
+        fraction = (standing + 0.55 * (facts["peak_memory_bytes"] - standing)) / total
+        tight = self.whole("tight", big, fraction=fraction)
+        found = json.loads((tight / "manifest.json").read_text("utf-8"))["training"]
+        if found["ledger"] != facts["ledger"] or not found["out_of_memory"]:
+            self.wrong.append("out of memory")
+        return {
+            "peak_gib": [round(run["peak_memory_bytes"] / 2**30, 2) for run in (facts, found)],
+            "limit_gib": round(fraction * total / 2**30, 2), "shrunk": found["out_of_memory"],
+            "same_ledger": found["ledger"] == facts["ledger"],
+            "final_loss": [run["final_loss"] for run in (facts, found)],
+        }  # fmt: skip
+
+
+def forked_total(runs: Runs) -> int:
+    """Bytes of the GPU, asked in a process of its own."""
+    place = runs.folder / "total"
+
+    def ask() -> None:
+        import torch
+
+        place.write_text(str(torch.cuda.get_device_properties(0).total_memory))
+
+    forked(ask, runs.said)
+    return int(place.read_text())
+
+
+def step_ms(run: Path) -> float:
+    """Median of the steps after the warm ones, in milliseconds."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
+    seconds = [line["seconds"] for line in lines if line["kind"] == "step"][WARM:]
+    return round(1000 * statistics.median(seconds), 2)
+
+
+def about(run: Path) -> dict[str, Any]:
+    """What ran, as its manifest says."""
+    manifest = json.loads((run / "manifest.json").read_text("utf-8"))
+    tokens = manifest["training"]["tokens"] / manifest["training"]["steps"]
+    return {"engine": manifest["engine"], "hardware": manifest["hardware"], "tokens_a_step": round(tokens)}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--shape", choices=["1b", "tiny"], default="1b")
+    options.add_argument("--parts", default="exact,checkpoints,memory,terms,kills")
+    options.add_argument("--kills", type=int, default=20)
+    options.add_argument("--terms", type=int, default=6)
+    options.add_argument("--results", type=Path, default=HERE / "results" / "gpu_runs.jsonl")
+    options.add_argument("--commit", default="", help="where the tree has no git")
+    chosen = options.parse_args()
+    device = "cuda" if chosen.shape == "1b" else "cpu"
+    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "4" if device == "cuda" else "1"}
+    # A forked process cannot open the GPU once its parent has: bitsandbytes would when imported, and asking whether
+    # there is one may go through NVML.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    import torch
+
+    import afina.evaluate.report
+    import afina.export.card
+    import afina.train.run  # noqa: F401 - all that is imported here is not imported after the forks
+    from afina.artifact import versions
+
+    if torch.cuda.is_initialized():
+        raise SystemExit("something that was imported has opened the GPU already; its import must wait for the forks")
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE)
+    with tempfile.TemporaryDirectory(prefix="gpu-runs-") as name:
+        runs, shape = Runs(Path(name), device), LLAMA_1B if device == "cuda" else TINY
+        if forked(lambda: prepare(runs.folder, shape, device), runs.said).status:
+            raise SystemExit(runs.said.read_text("utf-8")[-3000:])
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "exact": runs.exact, "checkpoints": runs.checkpoints, "memory": runs.memory,
+            "terms": lambda: runs.stopped(chosen.terms, signal.SIGTERM),
+            "kills": lambda: runs.stopped(chosen.kills, signal.SIGKILL),
+        }  # fmt: skip
+        for part in chosen.parts.split(","):
+            began = time.monotonic()
+            line = {"part": part, "shape": chosen.shape, **parts[part](), "took_s": round(time.monotonic() - began, 1)}
+            print(json.dumps(line), flush=True)
+            line |= {"commit": git.stdout.strip() or chosen.commit, "versions": versions(),
+                     "date": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
+            with chosen.results.open("a", encoding="utf-8") as results:
+                results.write(json.dumps(line) + "\n")
+    print("promises that did not hold:", runs.wrong or "none")
+    sys.exit(bool(runs.wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Which method suits a model, a number of rows and a memory, and why: rules that can be read, and no torch.
+
+Bytes are round numbers: what they choose is a method, not a batch; the engine measures the rest.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from afina.errors import RecipeError
+from afina.language import _
+
+WEIGHT = {"full": 16.0, "lora": 2.0, "qlora": 0.6}
+"""Bytes a parameter of the base: fp32 with gradient and two moments; bf16; NF4 with its scales and the embedding."""
+CPU_WEIGHT = {"full": 16.0, "lora": 4.0}
+"""On a CPU weights are fp32, and four bits gain nothing that is worth their slowness."""
+LEARNT = 0.01 * 16
+"""Bytes an adapter adds a parameter of the base: about a hundredth of it learns, in fp32 with gradient and moments."""
+WORKING = 1.5 * 2**30
+"""Activations of a step with recomputation, and what the device keeps for itself."""
+USABLE = 0.9
+FEW, MANY = 100, 50_000
+"""Rows below which virtual tokens may do, and from which every weight may learn."""
+SIZES = (0.135, 0.5, 1.0, 3.0, 8.0, 14.0, 20.0, 32.0, 70.0, 120.0)
+"""Billions of parameters of the models people tune."""
+KNOWN = {"afina/tiny": 3.9e6, "phi-2": 2.78e9, "phi-1_5": 1.42e9, "gpt2": 1.24e8}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """`method`: lora, qlora, full, or None where nothing fits; `overrides`: what a recipe needs for it."""
+
+    method: str | None
+    why: str
+    needs: dict[str, float]
+    overrides: dict[str, Any]
+
+
+def parameters_of(base: str) -> float | None:
+    """How many parameters a model has, by the bytes of its folder or by its name, such as Qwen3-0.6B; None: unknown."""
+    folder = Path(base).expanduser()
+    if folder.is_dir() and (bytes_there := sum(file.stat().st_size for file in folder.glob("*.safetensors"))):
+        return bytes_there / 2
+    for name, count in KNOWN.items():
+        if base.lower().endswith(name):
+            return count
+    found = re.findall(r"(?<![\d.a-z])(\d+(?:\.\d+)?)([bm])(?![a-z])", base.lower())
+    return float(found[-1][0]) * {"b": 1e9, "m": 1e6}[found[-1][1]] if found else None
+
+
+def needs(parameters: float, *, gpu: bool) -> dict[str, float]:
+    """Bytes each method needs at least, the cheapest last."""
+    table = WEIGHT if gpu else CPU_WEIGHT
+    return {
+        method: parameters * (weight + (0 if method == "full" else LEARNT)) + min(WORKING, parameters * 8)
+        for method, weight in table.items()
+    }
+
+
+def largest(memory: float, method: str, *, gpu: bool) -> float | None:
+    """The largest of SIZES, in billions, that this method trains in this memory."""
+    fits = [size for size in SIZES if needs(size * 1e9, gpu=gpu).get(method, float("inf")) <= USABLE * memory]
+    return max(fits, default=None)
+
+
+def advise(base: str, rows: int | None, memory: float, *, gpu: bool) -> Advice:
+    """The method for a base, so many rows (None: not known) and so many bytes of memory.
+
+    Raises RecipeError when neither folder nor name says how large the base is.
+    """
+    parameters = parameters_of(base)
+    if parameters is None:
+        raise RecipeError(
+            _("How large {base} is cannot be told from its name.").format(base=base),
+            hint=_("Name a folder that holds it, or a model whose name says its size, such as Qwen/Qwen3-0.6B."),
+        )
+    return choose(parameters, rows, memory, gpu=gpu)
+
+
+def choose(parameters: float, rows: int | None, memory: float, *, gpu: bool) -> Advice:
+    """The method for so many parameters."""
+    wanted, room = needs(parameters, gpu=gpu), USABLE * memory
+    fits = [method for method, size in wanted.items() if size <= room]
+    facts = {"billions": parameters / 1e9, "memory": memory / 2**30, "rows": rows or 0}
+    facts |= {method: size / 2**30 for method, size in wanted.items()}
+    if not fits:
+        least = min(wanted.values()) / 2**30
+        why = _(
+            "A base of {billions:.1f} billion parameters needs {least:.1f} GiB at least; there are {memory:.1f}. "
+            "Take a smaller base, or a machine with more memory."
+        ).format(least=least, **facts)
+        return Advice(None, why, wanted, {})
+    if "full" in fits and rows is not None and rows >= MANY:
+        why = _(
+            "full: {rows} rows are enough to move every weight, and its {full:.1f} GiB fit into {memory:.1f}."
+        ).format(**facts)
+        return Advice("full", why, wanted, {"method": {"name": "full"}, "training": {"learning_rate": 1e-5}})
+    if "lora" in fits:
+        why = _(
+            "lora: its {lora:.1f} GiB fit into {memory:.1f}; from fewer than tens of thousands of rows it learns "
+            "as well as full fine-tuning does, forgets less, and leaves a small file."
+        ).format(**facts)
+        return Advice("lora", why, wanted, _adapter(rows))
+    why = _(
+        "qlora: a base of {billions:.1f} billion parameters in bf16 needs {lora:.1f} GiB, more than the {memory:.1f} "
+        "there are; held in four bits it needs {qlora:.1f}."
+    ).format(**facts)
+    return Advice("qlora", why, wanted, {"model": {"quantization": "nf4"}, **_adapter(rows)})
+
+
+def _adapter(rows: int | None) -> dict[str, Any]:
+    """Few rows bear a narrow adapter, or they are learnt by heart."""
+    few = rows is not None and rows < FEW
+    return {
+        "method": {"name": "lora", "rank": 8 if few else 16, "alpha": 16.0 if few else 32.0},
+        "training": {"learning_rate": 2e-4},
+    }
