@@ -71,7 +71,7 @@ NARROW = {
     # What reaches outside this process, or into its memory.
     "socket": ("model/endpoint.py",),
     "ssl": ("model/endpoint.py",),
-    "urllib": ("model/endpoint.py", "evaluate/ratings/page.py", "dataset.py"),
+    "urllib": ("model/endpoint.py", "evaluate/ratings/page.py", "translation.py"),
     "http": ("model/llamacpp.py", "model/endpoint.py", "evaluate/ratings/page.py"),
     "ctypes": ("model/llamacpp.py", "evaluate/code_process.py"),
     "subprocess": ("evaluate/worker.py", "data/worker.py", "export/ollama.py"),

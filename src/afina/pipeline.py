@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from afina import durable
 from afina.artifact import MANIFEST, Artifact, open_artifact, parent, seal, sha256, source_digest, versions
-from afina.console import console, duration, size
+from afina.console import console, size
 from afina.errors import AfinaError, OutputError, RecipeError, ResourceError
 from afina.language import _
 from afina.recipe.load import dump, load, places_told
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe
+from afina.summary import metrics_of, say_done, say_trained
 
 if TYPE_CHECKING:
     from afina.data.conversation import Sample
@@ -63,7 +64,7 @@ def train(
         with places_told(Path(recipe), overrides):
             facts = train_run(wanted, folder, place, console, base)
         durable.write_text(place / "recipe.yaml", dump(wanted))
-        durable.write_bytes(place / "loss.png", loss_curve(_metrics(place)))
+        durable.write_bytes(place / "loss.png", loss_curve(metrics_of(place)))
         durable.write_text(place / "README.md", model_card(wanted, facts, versions()))
         seal(
             place,
@@ -76,7 +77,7 @@ def train(
         )
         clear(place)
     draw(place)
-    _say_trained(facts, place)
+    say_trained(facts, place)
     return place
 
 
@@ -228,7 +229,7 @@ def run(recipe: str | Path, out: str | Path | None = None, overrides: Sequence[s
         export(place)
     if wanted.tasks and not (place / "evaluation" / MANIFEST).is_file():
         evaluate(place)  # last, so that what was exported is asked too
-    _say_done(place, time.perf_counter() - started)
+    say_done(place, time.perf_counter() - started)
     return place
 
 
@@ -305,79 +306,6 @@ def chat(
             talk(session, console)
         else:
             answer_once(session, prompt, console)
-
-
-def _say_trained(facts: dict[str, Any], place: Path) -> None:
-    training = facts["training"]
-    console.line(
-        _("Trained   {steps} steps in {time}, loss {first:.3f} → {last:.3f}, {speed:,.0f} tokens/s, {memory}").format(
-            steps=training["steps"],
-            time=duration(training["seconds"]),
-            first=training["first_loss"],
-            last=training["final_loss"],
-            speed=training["tokens_per_second"],
-            memory=size(training["peak_memory_bytes"]),
-        )
-    )
-    console.event("trained", run=str(place), **training)
-
-
-def _say_done(place: Path, seconds: float) -> None:
-    """The last screen: what came out, where it lies, what to try next."""
-    from afina.evaluate.run import said as told
-
-    manifest = open_artifact(place, "run").manifest
-    exports = open_artifact(place / "export").manifest["exports"] if (place / "export" / MANIFEST).is_file() else []
-    rows: list[tuple[str, str]] = []
-    for task in _tasks(place):
-        measured = [(name, figures) for name, figures in task["systems"].items() if figures["value"] is not None]
-        shown = " → ".join(f"{name} {told(figures['value'], task['measure'])}" for name, figures in measured)
-        rows.append((task["name"], shown))
-        rows += [("", pair["verdict"]) for pair in task["comparisons"][:1]]
-    for entry in exports:
-        equal = sum(check["equal"] for check in entry["checks"])
-        asked = len(entry["checks"])
-        said = _("{equal} of {asked} answers the same in llama.cpp").format(equal=equal, asked=asked) if asked else ""
-        rows.append((entry["format"], f"{place / 'export' / entry['file']}  {size(entry['bytes'])}  {said}"))
-    training = manifest["training"]
-    rows.append((_("time"), f"{duration(seconds)} ({_('training')} {duration(training['seconds'])})"))
-    rows.append((_("memory"), size(training["peak_memory_bytes"])))
-    rows.append((_("run folder"), str(place)))
-    rows.append((_("report"), str(place / "report.html")))
-    console.line()
-    console.heading(_("Done: {name}").format(name=manifest["recipe"]["name"]))
-    width = max(len(name) for name, _value in rows)
-    for name, value in rows:
-        console.line(f"  {name:<{width}}  {value}")
-    console.line()
-    console.heading(_("Try next"))
-    for command in next_commands(place):
-        console.line(f"  {command}")
-    console.event("done", run=str(place), seconds=seconds, exports=exports)
-
-
-def next_commands(place: Path) -> list[str]:
-    """Three commands a user may want after a finished run."""
-    gguf = sorted((place / "export").glob("*.gguf"))
-    return [
-        f"afina chat {place} --beside-base",
-        f"afina chat {gguf[0]}" if gguf else f"afina export {place} --format q8_0",
-        "afina init support-chat my-project",
-    ]
-
-
-def _tasks(place: Path) -> list[dict[str, Any]]:
-    import json
-
-    file = place / "evaluation" / "evaluation.json"
-    tasks: list[dict[str, Any]] = json.loads(file.read_bytes())["tasks"] if file.is_file() else []
-    return tasks
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    import json
-
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().split(b"\n") if line]
 
 
 def _run_folder(run: str | Path) -> Path:

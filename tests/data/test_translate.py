@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from afina import dataset
+from afina import translation
 from afina.data import translate as room
 from afina.data.conversation import Message, Sample, packed
 from afina.data.translate import Cache, Job, estimate, translate
@@ -104,9 +104,9 @@ def samples(count: int = 6) -> list[Sample]:
 def run(rows, cache, endpoint, parallel=3):
     done = []
     try:
-        return translate(rows, JOB, cache, dataset._asking(*endpoint), parallel=parallel, on_progress=done.append), sum(
-            done
-        )
+        return translate(
+            rows, JOB, cache, translation._asking(*endpoint), parallel=parallel, on_progress=done.append
+        ), sum(done)
     finally:
         cache.close()
 
@@ -183,7 +183,7 @@ def test_refusals_and_redirects_end_the_work_at_once(server, tmp_path):
 )
 def test_addresses_that_are_not_taken(url, key):
     with pytest.raises(RecipeError):
-        dataset._asking(url, "m", key)
+        translation._asking(url, "m", key)
 
 
 def test_another_language_or_translator_is_another_entry():

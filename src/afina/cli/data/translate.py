@@ -44,11 +44,11 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Conversations in another language; code, formulas, addresses and keys of JSON stay byte for byte."""
-    from afina import dataset
+    from afina import translation
     from afina.data.translate import Job
 
     job = Job(source_language, to, f"{endpoint or 'here'} {model}")
-    dataset.translate(
+    translation.translate(
         source,
         out,
         job,

@@ -1,0 +1,84 @@
+"""The last lines of a verb: what came out, where it lies, what to try next."""
+
+from pathlib import Path
+from typing import Any
+
+from afina.artifact import MANIFEST, open_artifact
+from afina.console import console, duration, size
+from afina.language import _
+
+
+def say_trained(facts: dict[str, Any], place: Path) -> None:
+    """What came of a training, in one line."""
+    training = facts["training"]
+    console.line(
+        _("Trained   {steps} steps in {time}, loss {first:.3f} → {last:.3f}, {speed:,.0f} tokens/s, {memory}").format(
+            steps=training["steps"],
+            time=duration(training["seconds"]),
+            first=training["first_loss"],
+            last=training["final_loss"],
+            speed=training["tokens_per_second"],
+            memory=size(training["peak_memory_bytes"]),
+        )
+    )
+    console.event("trained", run=str(place), **training)
+
+
+def say_done(place: Path, seconds: float) -> None:
+    """The last screen: what came out, where it lies, what to try next."""
+    from afina.evaluate.run import said as told
+
+    manifest = open_artifact(place, "run").manifest
+    exports = open_artifact(place / "export").manifest["exports"] if (place / "export" / MANIFEST).is_file() else []
+    rows: list[tuple[str, str]] = []
+    for task in tasks_of(place):
+        measured = [(name, figures) for name, figures in task["systems"].items() if figures["value"] is not None]
+        shown = " → ".join(f"{name} {told(figures['value'], task['measure'])}" for name, figures in measured)
+        rows.append((task["name"], shown))
+        rows += [("", pair["verdict"]) for pair in task["comparisons"][:1]]
+    for entry in exports:
+        equal = sum(check["equal"] for check in entry["checks"])
+        asked = len(entry["checks"])
+        said = _("{equal} of {asked} answers the same in llama.cpp").format(equal=equal, asked=asked) if asked else ""
+        rows.append((entry["format"], f"{place / 'export' / entry['file']}  {size(entry['bytes'])}  {said}"))
+    training = manifest["training"]
+    rows.append((_("time"), f"{duration(seconds)} ({_('training')} {duration(training['seconds'])})"))
+    rows.append((_("memory"), size(training["peak_memory_bytes"])))
+    rows.append((_("run folder"), str(place)))
+    rows.append((_("report"), str(place / "report.html")))
+    console.line()
+    console.heading(_("Done: {name}").format(name=manifest["recipe"]["name"]))
+    width = max(len(name) for name, _value in rows)
+    for name, value in rows:
+        console.line(f"  {name:<{width}}  {value}")
+    console.line()
+    console.heading(_("Try next"))
+    for command in next_commands(place):
+        console.line(f"  {command}")
+    console.event("done", run=str(place), seconds=seconds, exports=exports)
+
+
+def next_commands(place: Path) -> list[str]:
+    """Three commands a user may want after a finished run."""
+    gguf = sorted((place / "export").glob("*.gguf"))
+    return [
+        f"afina chat {place} --beside-base",
+        f"afina chat {gguf[0]}" if gguf else f"afina export {place} --format q8_0",
+        "afina init support-chat my-project",
+    ]
+
+
+def tasks_of(place: Path) -> list[dict[str, Any]]:
+    """The measured tasks of a run, none where it was not evaluated."""
+    import json
+
+    file = place / "evaluation" / "evaluation.json"
+    tasks: list[dict[str, Any]] = json.loads(file.read_bytes())["tasks"] if file.is_file() else []
+    return tasks
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The lines that training wrote."""
+    import json
+
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().split(b"\n") if line]
