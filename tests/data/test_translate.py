@@ -80,7 +80,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr(dataset, "PATIENCE", (0.01,) * 4)
+    monkeypatch.setattr(translation, "PATIENCE", (0.01,) * 4)
     monkeypatch.setenv("KEY", "secret")
 
 
