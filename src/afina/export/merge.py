@@ -109,9 +109,7 @@ def _write(export: "Export", run: Path, base: Path, folder: Path) -> dict[str, A
             weights = sum(math.prod(source.stored_shape(name)) for name in source.names())
             source.close()
             with export.console.progress(_("Merging"), weights) as progress:
-                facts |= fold(
-                    base, adapter, folder, export.precision, lambda count: progress.advance(count, f"{count:,}")
-                )
+                facts |= fold(base, adapter, folder, export.precision, progress.advance)
             save_configuration(tuned.model, folder, export.precision)
             return facts | {"streamed": True}
     save_whole(merged(tuned.model).to(export.precision), folder)
