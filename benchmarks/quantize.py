@@ -208,7 +208,7 @@ def peer(python: str, source: Path, out: Path, kind: str, threads: int) -> float
 
 def models(options: argparse.Namespace) -> None:
     """Every format on afina/tiny, in llama.cpp."""
-    certificate.LIMITS.update(dict.fromkeys(FORMATS, certificate.Limits(1e9, 1e9, 0.0)))
+    certificate.LIMITS.update(dict.fromkeys(FORMATS, certificate.Limits(1e9, 0.0)))
     model = load_model(str(TINY), choose_hardware(Model(precision="fp32", device="cpu")))
     renderer = Renderer(load_tokenizer(str(TINY)))
     rows = [Sample((Message("user", text), Message("assistant", "x")), TINY, 1) for text in QUESTIONS]
