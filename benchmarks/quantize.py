@@ -208,7 +208,7 @@ def peer(python: str, source: Path, out: Path, kind: str, threads: int) -> float
 
 def models(options: argparse.Namespace) -> None:
     """Every format on afina/tiny, in llama.cpp."""
-    certificate.LIMITS.update(dict.fromkeys(FORMATS, certificate.Limits(1e9, 1e9, 0.0)))
+    certificate.LIMITS.update(dict.fromkeys(FORMATS, certificate.Limits(1e9, 0.0)))
     model = load_model(str(TINY), choose_hardware(Model(precision="fp32", device="cpu")))
     renderer = Renderer(load_tokenizer(str(TINY)))
     rows = [Sample((Message("user", text), Message("assistant", "x")), TINY, 1) for text in QUESTIONS]
@@ -269,12 +269,15 @@ def quality(options: argparse.Namespace) -> None:
 
 
 def _batches(source: Path, tokens: int) -> list[torch.Tensor]:
-    """The bundled data sets as rows of ids, 256 to a row, as many as make `tokens`."""
+    """Conversations of the bundled data sets as the model was trained to see them, end to end, 256 ids to a row."""
     tokenizer = load_tokenizer(str(source))
-    texts = [line for path in sorted((BUNDLED / "data").rglob("*.jsonl")) for line in path.read_text().splitlines()]
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(texts), generator=generator).tolist()
-    ids = [index for place in order[:4000] for index in tokenizer.encode([texts[place]])[0]][:tokens]
+    rows = [line for path in sorted((BUNDLED / "data").rglob("*.jsonl")) for line in path.read_text().splitlines()]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    ids: list[int] = []
+    for place in order:
+        ids += tokenizer.hf.encode(tokenizer.render(json.loads(rows[place])["messages"]), add_special_tokens=False)
+        if len(ids) >= tokens:
+            break
     return [torch.tensor(ids[at : at + 256])[None] for at in range(0, len(ids) - 255, 256)]
 
 

@@ -188,7 +188,7 @@ TEXTS = [
 
 @pytest.mark.skipif(not (BUNDLED / "tiny" / "model.safetensors").is_file(), reason="afina/tiny holds no weights")
 def test_fewer_bits_are_further_from_the_model(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(certificate, "LIMITS", dict.fromkeys(LIMITS, certificate.Limits(9.0, 99.0, 0.0)))
+    monkeypatch.setattr(certificate, "LIMITS", dict.fromkeys(LIMITS, certificate.Limits(999.0, 0.0)))
     model, questions, renderer = posed(BUNDLED / "tiny", TEXTS)
     found = {kind: measured(BUNDLED / "tiny", questions, renderer, tmp_path, kind) for kind in (*ORDER, "iq4_xs")}
     values = [found[kind] for kind in ORDER]

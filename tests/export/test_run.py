@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from export.test_gguf import byte_level, pack_experts, random_model
 from journey.tiny import lay_out
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +20,7 @@ from afina.export import merge as merge_room
 from afina.export import run as room
 from afina.export.gguf import write_gguf
 from afina.export.run import export_run
+from afina.gguf_file import GgufFile
 from afina.train.reopen import reopen
 
 pytest.importorskip("xllamacpp", reason='install "afina[gguf-run]" to run GGUF files')
@@ -164,3 +167,32 @@ def test_a_merge_in_sixteen_bits(run, tmp_path):
     assert whole.dtype == torch.bfloat16
     said = json.loads((tmp_path / "export" / "certificate.json").read_text())
     assert 0 < said["merge"]["divergence"] < 0.01 and said["merge"]["precision"] == "bf16"
+
+
+@pytest.mark.slow
+def test_gpt_oss_from_training_to_files_with_its_experts_packed(tmp_path):
+    """The adapter is on attention and router; the experts are in the files as they were in the base."""
+    base = tmp_path / "base"
+    model = random_model("gpt-oss")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)  # or rounding sends tokens to other experts
+    model.save_pretrained(base)
+    byte_level(base)
+    blocks = pack_experts(base, model)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    rows = [{"role": "user", "content": "say {n}"}, {"role": "assistant", "content": "I say {n}"}]
+    lines = [json.dumps({"messages": rows}).replace("{n}", str(number)) for number in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    (tmp_path / "recipe.yaml").write_text(
+        "name: oss\nmodel: {base: ./base, max_length: 128, precision: fp32}\ndata: {train: data.jsonl}\n"
+        "method: {targets: [q_proj, o_proj]}\ntraining: {steps: 3, batch_size: 4}\n"
+    )
+    run = afina.train(tmp_path / "recipe.yaml", tmp_path / "run")
+    export_run(run, tmp_path / "export", ["q8_0", "merged"], quiet())
+    said = json.loads((tmp_path / "export" / "certificate.json").read_text())
+    assert said["merge"]["streamed"] and said["files"][0]["passed"]
+    file = GgufFile(tmp_path / "export" / "oss-q8_0.gguf")
+    for name, stored in blocks.items():
+        assert file.raw(name).tobytes() == np.ascontiguousarray(stored).tobytes()

@@ -46,22 +46,34 @@ LEAST_NOISE = 0.02
 
 @dataclass(frozen=True)
 class Limits:
-    """What a format may differ by: `divergence` the mean KL in nats a token, `tie` the nats by which the model may
-    prefer its own token where the file's answer first departs from its own, `agreement` the least share of clear
+    """What a format may differ by: `divergence` the mean KL in nats a token, `agreement` the least share of clear
     positions where both think the same token likeliest. Two and three bits err by more at some positions than at
     others, which a standard deviation does not tell."""
 
     divergence: float
-    tie: float
     agreement: float = 0.95
 
+    @property
+    def tie(self) -> float:
+        """Nats by which the model may prefer its own token where the file's answer first departs from its own."""
+        return SIGMAS * noise(self.divergence)
 
-EXACT, EIGHT, SIX = Limits(0.002, 0.05), Limits(0.05, 1.0), Limits(0.1, 1.5)
-FIVE, FOUR, THREE, TWO = Limits(0.2, 3.0), Limits(0.5, 6.0), Limits(1.0, 12.0, 0.9), Limits(2.5, 100.0, 0.8)
+
+def noise(divergence: float) -> float:
+    """The standard deviation, in nats, of how much a divergence that small moves one token against another.
+
+    Where log-probabilities are moved by a little, KL is half the variance of the movement; two tokens move apart by
+    the root of two of one's deviation.
+    """
+    return max(LEAST_NOISE, 2 * math.sqrt(divergence))
+
+
+EXACT, EIGHT, SIX = Limits(0.002), Limits(0.05), Limits(0.1)
+FIVE, FOUR, THREE, TWO = Limits(0.2), Limits(0.5), Limits(1.0, 0.9), Limits(2.5, 0.8)
 LIMITS: dict[str, Limits] = {
     "f32": EXACT,
     "f16": EXACT,
-    "bf16": Limits(0.01, 0.5),
+    "bf16": Limits(0.01),
     "q8_0": EIGHT,
     "q6_k": SIX,
     **dict.fromkeys(("q5_k_m", "q5_k_s", "q5_1", "q5_0"), FIVE),
@@ -139,15 +151,6 @@ def divergence(ours: np.ndarray, theirs: dict[int, float]) -> float:
     return max(told + left * math.log(left / left_there), 0.0)
 
 
-def noise(divergence: float) -> float:
-    """The standard deviation, in nats, of how much a divergence that small moves one token against another.
-
-    Where log-probabilities are moved by a little, KL is half the variance of the movement; two tokens move apart by
-    the root of two of one's deviation.
-    """
-    return max(LEAST_NOISE, 2 * math.sqrt(divergence))
-
-
 def certify(
     file: Path,
     kind: str,
@@ -191,7 +194,7 @@ def certify(
         **_clear(agreed, margins, SIGMAS * noise(min(float(np.mean(divergences)), LIMITS[kind].divergence))),
         "equal_answers": sum(check["equal"] for check in checks),
         "right_answers": {side: sum(check[f"{side}_right"] for check in checks) for side in ("model", "gguf")},
-        "limits": vars(LIMITS[kind]),
+        "limits": vars(LIMITS[kind]) | {"tie": LIMITS[kind].tie},
         "each": [round(value, 5) for value in divergences],
         "checks": checks,
     }

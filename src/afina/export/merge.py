@@ -17,6 +17,7 @@ from afina.errors import ProofError, ResourceError
 from afina.export.certificate import LIMITS, Question, distributions
 from afina.export.folding import can_fold, fold, read_adapter
 from afina.export.gguf import planned_bytes
+from afina.export.gguf_vocab import read_json
 from afina.export.imatrix import SAMPLES, collect
 from afina.export.merging import expected_changes, prove_merge
 from afina.export.mixes import FORMATS
@@ -109,13 +110,20 @@ def _write(export: "Export", run: Path, base: Path, folder: Path) -> dict[str, A
             weights = sum(math.prod(source.stored_shape(name)) for name in source.names())
             source.close()
             with export.console.progress(_("Merging"), weights) as progress:
-                facts |= fold(
-                    base, adapter, folder, export.precision, lambda count: progress.advance(count, f"{count:,}")
-                )
+                facts |= fold(base, adapter, folder, export.precision, progress.advance)
             save_configuration(tuned.model, folder, export.precision)
+            _keep_packing(base, folder)
             return facts | {"streamed": True}
     save_whole(merged(tuned.model).to(export.precision), folder)
     return facts | {"streamed": False}
+
+
+def _keep_packing(base: Path, folder: Path) -> None:
+    """What was copied in MXFP4 must be said to be so, or transformers looks for experts in floats."""
+    packed = read_json(base / "config.json").get("quantization_config")
+    if isinstance(packed, dict) and packed.get("quant_method") == "mxfp4":
+        said = read_json(folder / "config.json") | {"quantization_config": {"quant_method": "mxfp4"}}
+        durable.write_json(folder / "config.json", said)
 
 
 def apart(model: nn.Module, questions: Sequence[Question]) -> tuple[float, float]:

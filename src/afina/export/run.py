@@ -186,7 +186,10 @@ def _held_out(tuned: Tuned) -> list[Sample]:
         data = data.model_copy(update={"mapping": task.mapping, "dialect": "mapping"})
     source = data.train if task is None or task.data is None else task.data
     samples = sorted(read(source, data, tuned.folder).samples, key=lambda sample: sample.digest("export"))
-    return [_asked(sample) for sample in samples[:QUESTIONS]]
+    asked: dict[tuple[Message, ...], Sample] = {}  # each prompt once
+    for sample in map(_asked, samples):
+        asked.setdefault(sample.prompt, sample)
+    return list(asked.values())[:QUESTIONS]
 
 
 def _asked(sample: Sample) -> Sample:
@@ -209,7 +212,7 @@ def _add_gguf(export: Export, kind: str) -> None:
             name=export.name,
             importance=export.importance,
             device="cuda" if torch.cuda.is_available() else None,
-            on_progress=lambda count: progress.advance(count, f"{count:,}"),
+            on_progress=progress.advance,
         )
     keys = ("types", "fallbacks", "not_quantised", "bits_per_weight", "notes")
     entry = {"file": file.name, "format": kind, "bytes": file.stat().st_size, "sha256": sha256(file), "checks": []}
