@@ -22,6 +22,7 @@ from afina.data.conversation import Sample
 from afina.data.order import order_of
 from afina.data.read import read
 from afina.data.split import split
+from afina.data.targets import check_targets, read_schema
 from afina.data.template import Rendered, Renderer, audit
 from afina.data.tokenizer import load_tokenizer
 from afina.engine.attention import covers, packed_attention
@@ -93,6 +94,8 @@ def prepare(recipe: Recipe, folder: Path, renderer: Renderer, console: Console) 
         other = read(data.validation, data, folder)
         kept, held_out, rows = reading.samples, other.samples, rows + len(other.samples)
         reading.files += other.files
+    if data.schema_file is not None:
+        check_targets([*kept, *held_out], read_schema(folder / data.schema_file, "data.schema_file"))
     kept, held_out = renderer.apart(kept), renderer.apart(held_out)
     if len(kept) + len(held_out) > rows:
         console.line(
