@@ -57,7 +57,8 @@ DOORS = {
     "markdown_it": ("data/protect.py",),
     "rich": ("console.py",),
     # How answers are marked and constrained: the optional packages of the extra `eval`.
-    "jsonschema": ("evaluate/tasks/json_object.py",),
+    "jsonschema": ("data/targets.py",),
+    "referencing": ("data/targets.py",),
     "llguidance": ("evaluate/systems/grammar.py",),
     "math_verify": ("evaluate/maths_process.py",),
     "rouge_score": ("evaluate/tasks/similarity.py",),
@@ -238,7 +239,12 @@ def test_declared_dependencies_are_the_imported_ones():
     names = {
         re.split(r"[<>=\[; ]", item)[0].replace("-", "_").removesuffix(".yaml").removesuffix("_py") for item in asked
     }
-    comes_along = {"pydantic_core", "markupsafe", "triton"}  # pydantic's, jinja2's and torch's own
+    comes_along = {
+        "pydantic_core",
+        "markupsafe",
+        "triton",
+        "referencing",
+    }  # pydantic's, jinja2's, torch's, jsonschema's
     assert names == set(DOORS) - comes_along
 
 

@@ -11,12 +11,15 @@ _DEFAULTS = re.compile(r'\{\{- "(, )?// default: " \+ param_spec\.default(\|tojs
 _LINE_END = re.compile(
     r"\{%- if not loop\.last %\}\s*\{\{- \",\\n\" \}\}\s*\{%- else %\}\s*\{\{- \",\\n\" \}\}\s*\{%- endif -%\}"
 )
+_INSTRUCTIONS = re.compile(r'(\{\{- developer_message \}\}\s*\{\{- "\\n\\n") \}\}')
+"""How it ends the developer's instructions: with two line ends, whether tools follow or not."""
 
 
 def mended(template: str) -> str:
-    """The template with default values of tools written as the library does; one that is not gpt-oss's stays as it is.
+    """The template with instructions and default values of tools as the library writes them; another stays as it is.
 
-    The published one writes `days?: number, // default: 3,`, the library, and so the model's training, no last comma.
+    The published one writes `days?: number, // default: 3,` and two line ends after instructions that end the message.
+    The library, and so the model's training, has neither that comma nor those line ends.
     """
     if "namespace functions" not in template and 'render_tool_namespace("functions"' not in template:
         return template
@@ -24,4 +27,5 @@ def mended(template: str) -> str:
     if found is None or len(_DEFAULTS.findall(template)) < 3:
         return template
     ending = '{{- "\\n" if param_spec.default is defined and not param_spec.oneOf else ",\\n" }}'
-    return template[: found.start()] + ending + template[found.end() :]
+    template = template[: found.start()] + ending + template[found.end() :]
+    return _INSTRUCTIONS.sub(r'\1 if tools else "" }}', template)

@@ -107,6 +107,11 @@ def questions(recipe: Recipe, folder: Path, wanted: Wanted = Wanted()) -> tuple[
             _("The recipe has no task {name}.").format(name=sorted(unknown)[0]),
             hint=_("It has {names}.").format(names=", ".join(task.name for task in recipe.tasks)),
         )
+    if shape := recipe.data.schema_file:  # what answers are held to in training, they are held to here
+        told = {"schema_file": shape}
+        chosen = [
+            task.model_copy(update=told) if task.kind == "json" and not task.schema_file else task for task in chosen
+        ]
     readings = [_read(task, recipe, folder) for task in chosen]
     asked = []
     for task, reading in zip(chosen, readings, strict=True):

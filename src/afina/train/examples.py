@@ -12,6 +12,7 @@ from afina.data.conversation import Sample
 from afina.data.files import find
 from afina.data.read import read
 from afina.data.split import split
+from afina.data.targets import check_targets, read_schema
 from afina.data.template import Rendered, Renderer, audit
 from afina.errors import DataError
 from afina.language import _
@@ -51,6 +52,8 @@ def prepare(recipe: Recipe, folder: Path, renderer: Renderer, console: Console) 
         other = read(data.validation, data, folder)
         kept, held_out, rows = reading.samples, other.samples, rows + len(other.samples)
         reading.files += other.files
+    if data.schema_file is not None:
+        check_targets([*kept, *held_out], read_schema(folder / data.schema_file, "data.schema_file"))
     kept, held_out = renderer.apart(kept), renderer.apart(held_out)
     if len(kept) + len(held_out) > rows:
         console.line(
@@ -97,6 +100,8 @@ def prepare_once(recipe: Recipe, folder: Path, renderer: Renderer, console: Cons
         for one in ([given] if isinstance(given, str) else given)
         for file in find(one, folder)
     ]
+    if data.schema_file is not None:
+        files.append(folder / data.schema_file)
     parts = {"data": data.model_dump(mode="json"), "seed": recipe.seed, "max_length": recipe.model.max_length}
     key = key_of(files, renderer.tokenizer, parts)
     found = kept(cache, key)

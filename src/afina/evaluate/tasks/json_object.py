@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from afina.data.conversation import Sample
-from afina.errors import DataError, RecipeError, ResourceError
+from afina.data.targets import read_schema, validator
+from afina.errors import DataError
 from afina.evaluate.metrics import wilson
 from afina.evaluate.systems.asking import Answer, Constraint, Request, Write
 from afina.evaluate.tasks.kind import CUT_OFF, EMPTY, NOT_JSON, NOT_OBJECT, NOT_SCHEMA, Asked, Mark, one_each
@@ -42,7 +43,7 @@ class Json:
 
     def mark(self, asked: Asked, places: Sequence[int], answers: Sequence[Sequence[Answer]]) -> list[Mark]:
         """Right: the field, or the whole object, equals the reference's."""
-        valid = _validator(asked.schema)
+        valid = None if asked.schema is None else validator(asked.schema)
 
         def one(sample: Sample, answer: Answer) -> Mark:
             found, wanted = field_of(answer.text, asked.task.field), field_of(sample.answer, asked.task.field)
@@ -85,41 +86,7 @@ def _problem(answer: Answer, value: Any, valid: Any) -> str:
 
 def _schema(task: Task, folder: Path) -> str | None:
     """The schema's text, proved to be one."""
-    if task.schema_file is None:
-        return None
-    file = folder / task.schema_file
-    try:
-        text = file.read_text("utf-8")
-        _validator(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(
-            _("The schema of task {task} cannot be read: {reason}").format(
-                task=task.name, reason=str(error).split("\n")[0]
-            ),
-            hint=_("tasks.schema_file names a file with a JSON Schema."),
-            file=file,
-        ) from error
-    return text
-
-
-def _validator(schema: str | None) -> Any:
-    """A validator of the schema, or None. It fetches nothing: a reference to elsewhere is an error when it is met."""
-    if schema is None:
-        return None
-    try:
-        import jsonschema
-    except ImportError as error:
-        raise ResourceError(
-            _("Holding answers to a schema needs the package jsonschema, which is not installed."),
-            hint=_('Run: pip install "afina[eval]"'),
-        ) from error
-    value = json.loads(schema)
-    kind = jsonschema.validators.validator_for(value, default=jsonschema.Draft202012Validator)
-    try:
-        kind.check_schema(value)
-    except jsonschema.SchemaError as error:
-        raise ValueError(error.message) from error
-    return kind(value)
+    return None if task.schema_file is None else read_schema(folder / task.schema_file, "tasks.schema_file")
 
 
 def field_of(text: str, field: str | None) -> Any:

@@ -45,5 +45,7 @@ class Data(Section):
     learn: Literal["all", "last", "text"] = "all"
     """What is learnt: all assistant turns, the last one, or the whole text with the user's turns. A message may carry a
     weight of its own."""
+    schema_file: str | None = Field(default=None, examples=["schema.json"])
+    """A file with a JSON Schema: every answer learnt must be JSON of it. A json task that names none has it too."""
     too_long: Literal["error", "reject"] = "error"
     """What becomes of samples over max_length: stop and list them, or train without them and list them."""
