@@ -36,7 +36,7 @@ ALL = {
         (dict(layers=[-1]), {name for name in ALL if name[0] == "2"}),
         (dict(layers=[0, -3, 2], targets=["q_proj"]), {"0.self_attn.q_proj", "2.self_attn.q_proj"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_what_a_recipe_means(method, found):
     assert adapted(**method) == found
