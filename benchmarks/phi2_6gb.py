@@ -1,6 +1,6 @@
 """Does Phi-2's true shape train with QLoRA on a card of 6 GB? One sample of 2,048 tokens, the allocator capped.
 
-    python benchmarks/phi2_6gb.py [--gib 5.5] [--tool afina|reference]
+    python benchmarks/phi2_6gb.py [--gib 5.5]
 
 Random weights in NF4 with double quantisation, LoRA r16 on every linear layer, every token learnt. 5.5 GiB is what a
 card of 6 GB leaves beside the CUDA context. What the engine plans is what `afina train` plans. The base is drawn in
@@ -21,10 +21,9 @@ from afina.artifact import versions
 WARM_UP, TIMED = 3, 8
 
 
-def measure(tool: str, gib: float) -> dict[str, Any]:
+def measure(gib: float) -> dict[str, Any]:
     work = gpu.WORKLOADS["W8"]
-    make = {"afina": gpu.afina_step, "reference": gpu.reference_step}[tool]
-    step, parameters, about = make(work, {"gib": gib * 0.9} if tool == "afina" else {})
+    step, parameters, about = gpu.afina_step(work, {"gib": gib * 0.9})
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
@@ -50,7 +49,7 @@ def measure(tool: str, gib: float) -> dict[str, Any]:
         raise SystemExit(f"it does not learn: {losses}")
     return {
         "workload": "phi-2 1x2048 NF4 r16",
-        "tool": tool,
+        "tool": "afina",
         "cap_gib": gib,
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
@@ -65,10 +64,9 @@ def measure(tool: str, gib: float) -> dict[str, Any]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--gib", type=float, default=5.5)
-    options.add_argument("--tool", choices=["afina", "reference"], default="afina")
     options.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "gpu.jsonl")
     chosen = options.parse_args()
-    found = json.dumps(measure(chosen.tool, chosen.gib))
+    found = json.dumps(measure(chosen.gib))
     print(found)
     with chosen.results.open("a") as file:
         file.write(found + "\n")
