@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from afina.data import document, passages
@@ -110,6 +110,7 @@ JSONISH = st.recursive(
 
 @with_folder
 @given(st.lists(JSONISH, max_size=6), st.integers(1, 30), st.booleans())
+@example([None, 0.5, -1e-7, 12], 1, True)
 def test_a_document_reads_as_json_does_whatever_the_window(tmp_path, values, chunk, ascii_only):
     (tmp_path / "a.json").write_bytes(
         json.dumps({"skip": [values], "rows": values}, ensure_ascii=ascii_only).encode("utf-8", "replace")
@@ -151,6 +152,7 @@ def test_a_table_without_a_header_and_rows_that_do_not_fit(tmp_path):
 
 
 @with_folder
+@example("  ?", 1)
 @given(st.text(st.sampled_from("ab .!?\n\r é\u2028"), max_size=300), st.integers(1, 30))
 def test_no_word_of_a_text_is_lost_or_cut(tmp_path, text, size):
     (tmp_path / "a.txt").write_bytes(text.encode())

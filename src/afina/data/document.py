@@ -224,7 +224,8 @@ class Document:
                 self._stop(_("nested too deeply"))
             except ValueError as error:
                 self._stop(_("not valid JSON: {reason}").format(reason=error))
-            if end < len(self._text) or self._ended or not self._grow():
+            # A number that the window cuts at its point or exponent, as 12.|5, would end before it.
+            if end + _NEAR < len(self._text) or self._ended or not self._grow():
                 raw, self._at = self._text[self._at : end], end
                 return value, raw
 

@@ -21,7 +21,7 @@ CHUNK = 2**20
 """Bytes read at once."""
 RATIO = 250
 """Compressed files that grow more than this are bombs: text shrinks 3 to 20 times, machine logs seldom 100 times."""
-FREE_BYTES = 2**22
+FREE_BYTES = 2**21
 """So much may come out of a compressed file before its ratio is looked at."""
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 PACKED = 2**11

@@ -34,7 +34,8 @@ def passages(path: Path, shape: Shape) -> Iterator[Row]:
                 continue
             text += line + "\n"
             while len(text) > LONGEST and (end := _end(text)):
-                yield Row({"text": text[:end].strip()}, begin, place, text[:end].encode())
+                if passage := text[:end].strip():
+                    yield Row({"text": passage}, begin, place, text[:end].encode())
                 text, begin, place = text[end:], number, offset
     if text.strip():
         yield Row({"text": text.strip()}, begin, place, text.encode())
