@@ -211,5 +211,5 @@ def test_a_schema_fetches_nothing_and_is_proved(tmp_path):
     task = Task(name="t", kind="json", data="-", schema_file="s.json")
     for text in ("{", '{"type": 3}', "[]"):
         (tmp_path / "s.json").write_text(text)
-        with pytest.raises(RecipeError, match="schema of task t"):
+        with pytest.raises(RecipeError, match=r"tasks\.schema_file cannot be read"):
             Json().prepare(task, [], tmp_path)

@@ -22,6 +22,7 @@ from afina.pipeline import artifact
 RUN_FILES = {
     "README.md",
     "adapter",
+    "answers.jsonl",
     "evaluation",
     "export",
     "loss.png",
@@ -29,6 +30,8 @@ RUN_FILES = {
     "metrics.jsonl",
     "recipe.yaml",
     "report.html",
+    "report.json",
+    "report.md",
 }
 ADAPTER_FILES = {
     "adapter_config.json",
@@ -162,9 +165,12 @@ def test_data_that_has_changed_since_is_noticed(done, world, afina):
 
 def test_a_verb_whose_work_is_done_says_so(done, world, afina):
     assert "exists already" in afina("train", world / "recipe.yaml", "--out", done).err
-    for verb in ("eval", "export"):
-        refused = afina(verb, done)
-        assert refused.status == 5 and "exists already" in refused.err and "Remove the folder" in refused.err
+    refused = afina("export", done)
+    assert refused.status == 5 and "exists already" in refused.err and "Remove the folder" in refused.err
+    assert afina("eval", done).status == 0  # the exported file is asked too
+    known = (done / "answers.jsonl").read_bytes()
+    assert afina("eval", done).status == 0
+    assert (done / "answers.jsonl").read_bytes() == known, "what was answered is not asked again"
 
 
 def test_a_damaged_adapter_is_noticed_before_it_is_asked(done, tmp_path):
@@ -220,8 +226,8 @@ def test_json_lines_are_parsed_and_end_with_the_run(world, afina, tmp_path):
         "progress",
         "validation",
         "trained",
-        "task",
         "export",
+        "task",
         "done",
     ]
     data = finished.events[0]
@@ -232,7 +238,9 @@ def test_json_lines_are_parsed_and_end_with_the_run(world, afina, tmp_path):
 
 
 def test_full_fine_tuning_goes_the_same_way(world, tmp_path):
-    run = api.run(world / "recipe.yaml", tmp_path / "full", ["method={name: full}", "training.steps=25"])
+    run = api.run(
+        world / "recipe.yaml", tmp_path / "full", ["method={name: full}", "training.steps=25", "training.keep=last"]
+    )
     assert evaluation(run)["written"]["tuned"]["accuracy"] >= 0.9
     assert "model.safetensors" in names(run / "adapter")
     assert "library_name: transformers" in (run / "README.md").read_text("utf-8")
