@@ -20,8 +20,6 @@ from afina.recipe.load import load_or_default
 
 PATIENCE = (0.5, 2.0, 8.0, 20.0)
 """Seconds before each further try of a translator that is busy; together with its answers half a minute."""
-CLASSES = 20
-"""Classes printed; the event for machines has all of them."""
 
 
 def translate(

@@ -12,25 +12,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from afina.model.virtual import lay
+from afina.model.virtual import Row, lay
 
 LOGITS_AT_ONCE = 2**26
 """Logits that stand in fp32 at a time, 256 MiB; of more, they are made again in the backward."""
 
 
-class Targeted(Protocol):
+class Targeted(Row, Protocol):
     """What the loss needs of a batch; `data/batch.py` explains the fields and their shapes."""
 
-    @property
-    def input_ids(self) -> torch.Tensor: ...
-    @property
-    def position_ids(self) -> torch.Tensor: ...
-    @property
-    def attention_mask(self) -> torch.Tensor | None: ...
-    @property
-    def lengths(self) -> tuple[int, ...] | None: ...
-    @property
-    def predicting(self) -> torch.Tensor: ...
     @property
     def targets(self) -> torch.Tensor: ...
     @property
