@@ -13,7 +13,15 @@ import torch
 from torch import nn
 
 from afina.engine.attention import Attended, attend, attend_backward
-from afina.engine.elementwise import Norm, gather_rotated, head_norms, head_norms_backward, norm, rotate
+from afina.engine.elementwise import (
+    Norm,
+    gather_rotated,
+    head_norms,
+    head_norms_backward,
+    norm,
+    norm_backward,
+    rotate,
+)
 from afina.engine.offload import Offload, Parked
 from afina.engine.products import Product
 
@@ -177,6 +185,29 @@ class Block:
             raise RuntimeError("attention is not made again")
         saved.attended.out = out
         return out.flatten(1)
+
+    def through_input(
+        self,
+        wide_d: torch.Tensor,
+        product: Product,
+        by: Norm,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        low: torch.Tensor,
+        at: Positions,
+        below: int | None,
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor]]:
+        """From the gradient of the first product's output past the first norm: dx, as `backward` returns it, and those
+        of product and norm. residual: (tokens, hidden), what also went past them; low: the product's `low_of`."""
+        product.widen(wide_d)
+        dx, n, of_norm = None, torch.empty_like(x), []
+        if below is not None:
+            d_n = product.backward(wide_d, self.seed(at, product))
+            dx = x.new_empty(x.shape[0], x.shape[1] + below)
+            of_norm = norm_backward(d_n, x, by, dx[:, : x.shape[1]], residual=residual, y=n)
+        else:
+            norm(x, by, n)
+        return dx, product.gradients(wide_d, n, low, self.seed(at, product)), of_norm
 
     def seed(self, at: Positions, product: Product) -> int | None:
         """Of the dropout before one of this layer's products."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from afina.engine.block import Block, Positions, Saved, normed, room
-from afina.engine.elementwise import Norm, gelu, gelu_backward, norm, norm_backward
+from afina.engine.elementwise import Norm, gelu, gelu_backward
 from afina.engine.products import Product
 
 
@@ -76,15 +76,9 @@ class Parallel(Block):
         of_dense = self.dense.gradients(wide_dense, out, saved.lows["dense"], self.seed(at, self.dense))
         self.attention.backward(saved.attended, d_out, z[:, :columns], at, wide_d[:, :columns])
         del d_out, out, z, wide_dense
-        self.inner.widen(wide_d)
-        dx, n, of_norm = None, torch.empty_like(x), []
-        if below is not None:
-            d_n = self.inner.backward(wide_d, self.seed(at, self.inner))
-            dx = x.new_empty(x.shape[0], hidden + below)
-            of_norm = norm_backward(d_n, x, self.norm, dx[:, :hidden], residual=wide_dy[:, :hidden], y=n)
-        else:
-            norm(x, self.norm, n)
-        of_inner = self.inner.gradients(wide_d, n, saved.lows["inner"], self.seed(at, self.inner))
+        dx, of_inner, of_norm = self.through_input(
+            wide_d, self.inner, self.norm, x, wide_dy[:, :hidden], saved.lows["inner"], at, below
+        )
         return dx, [*of_inner, *of_dense, *of_fc2, *of_norm]
 
     def _z(self, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:

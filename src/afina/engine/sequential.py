@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from afina.engine.block import Block, Positions, Saved, added, normed, room
-from afina.engine.elementwise import Norm, norm, norm_backward, swiglu, swiglu_backward
+from afina.engine.elementwise import Norm, norm_backward, swiglu, swiglu_backward
 from afina.engine.products import Product
 
 
@@ -88,15 +88,9 @@ class Sequential(Block):
         wide_d = room(x, self.qkv)
         self.attention.backward(saved.attended, d_out, qkv, at, wide_d[:, : self.qkv.n])
         del d_out, qkv, out
-        self.qkv.widen(wide_d)
-        dx, n, of_norm = None, torch.empty_like(x), []
-        if below is not None:
-            d_n = self.qkv.backward(wide_d, self.seed(at, self.qkv))
-            dx = x.new_empty(x.shape[0], hidden + below)
-            of_norm = norm_backward(d_n, x, self.norm_attention, dx[:, :hidden], residual=wide_dh[:, :hidden], y=n)
-        else:
-            norm(x, self.norm_attention, n)
-        of_qkv = self.qkv.gradients(wide_d, n, saved.lows["qkv"], self.seed(at, self.qkv))
+        dx, of_qkv, of_norm = self.through_input(
+            wide_d, self.qkv, self.norm_attention, x, wide_dh[:, :hidden], saved.lows["qkv"], at, below
+        )
         return dx, [*of_qkv, *of_o, *of_mlp, *of_norm, *of_norm_mlp]
 
     def _mlp_backward(
