@@ -99,7 +99,7 @@ def read_adapter(folder: Path) -> Adapter | None:
 
 def can_fold(base: Path, adapter: Adapter | None) -> bool:
     """Whether each tensor of the adapter belongs to one of the base's files, by its name, and that one is of floats."""
-    if adapter is None or not base.is_dir():
+    if adapter is None:
         return False
     source = Source(base)
     try:

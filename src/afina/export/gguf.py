@@ -65,12 +65,6 @@ class Plan:
         return math.prod(self.shape) // int(block) * int(size)
 
 
-def check_exportable(model_folder: Path) -> None:
-    """Raise ModelError when this model could not be exported to GGUF. Reads no weights: call it before training."""
-    read_shape(model_folder)
-    read_vocabulary(model_folder)
-
-
 def planned_bytes(model_folder: Path, kind: str) -> int:
     """Bytes of the tensors that `write_gguf` would write; reads no weights. Raises ModelError as it does."""
     shape = read_shape(model_folder)

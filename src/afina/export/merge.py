@@ -40,9 +40,11 @@ SPARE = 64 * 2**20
 """Bytes of the disk left alone."""
 
 
-def check_room(base: Path, out: Path, formats: Sequence[str], precision: str, console: Console) -> None:
-    """Say what the export of a model like the one in `base` takes, and raise ResourceError where there is no room."""
-    if not base.is_dir():  # a hub name: what it weighs is known when it is there
+def check_room(base: Path | None, out: Path, formats: Sequence[str], precision: str, console: Console) -> None:
+    """Say what the export of a model like the one in `base` takes, and raise ResourceError where there is no room.
+
+    Where the base lies in no folder, as a GGUF file, nothing is said."""
+    if base is None:
         return
     source = Source(base)
     try:
@@ -67,7 +69,7 @@ def check_room(base: Path, out: Path, formats: Sequence[str], precision: str, co
         )
 
 
-def merge(export: "Export", run: Path, base: Path) -> None:
+def merge(export: "Export", run: Path, base: Path | None) -> None:
     """Write the merged model into `export.whole`, and prove that what was written is base plus adapter.
 
     Sets `export.merge`, and `export.importance` where it is wanted. The model in memory is let go.
@@ -99,11 +101,11 @@ def merge(export: "Export", run: Path, base: Path) -> None:
     export.note()
 
 
-def _write(export: "Export", run: Path, base: Path, folder: Path) -> dict[str, Any]:
+def _write(export: "Export", run: Path, base: Path | None, folder: Path) -> dict[str, Any]:
     """Base plus adapter as files: streamed where the adapter is no more than sums, else by PEFT in memory."""
     tuned = export.tuned
     facts: dict[str, Any] = {"method": tuned.recipe.method.name, "precision": tuned.recipe.export.precision}
-    if tuned.recipe.method.name != "full" and tuned.recipe.model.quantization == "none":
+    if base is not None and tuned.recipe.method.name != "full" and tuned.recipe.model.quantization == "none":
         adapter = read_adapter(run / "adapter")
         if adapter is not None and can_fold(base, adapter):
             source = Source(base)

@@ -25,6 +25,7 @@ from afina.export.mixes import FORMATS as GGUF
 from afina.export.ollama import modelfile
 from afina.export.page import certificate_of, page
 from afina.language import _
+from afina.model.hub import weights_of
 from afina.model.load import DTYPES
 from afina.recipe.place import model_source
 from afina.recipe.schema import PrefixTuning, PromptTuning, Recipe
@@ -102,7 +103,8 @@ def export_run(run: Path, out: Path, formats: Sequence[str], console: Console, r
     check_unchanged(record)
     recipe, start = recipe_of(record)
     _refuse_virtual(recipe)
-    base = run / "adapter" if recipe.method.name == "full" else Path(model_source(recipe.model.base, start))
+    source = str(run / "adapter") if recipe.method.name == "full" else model_source(recipe.model.base, start)
+    base = weights_of(source, recipe.model.revision)
     check_room(base, out, formats, recipe.export.precision, console)
     failed = out.with_name(f"{out.name}-failed")
     durable.remove(failed)
