@@ -10,8 +10,8 @@ the `gguf` package's.
 The groups lie along the last axis of (size, groups) tensors, so that a sum over a group is a sum of long rows.
 """
 
+import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -48,29 +48,31 @@ def encode(weights: torch.Tensor, kind: str, importance: torch.Tensor | None = N
     """(rows, columns) floats to (rows, bytes) uint8, on the weights' device.
 
     `importance` (columns,) says how much each column's error matters (the mean square of what it is multiplied with);
-    without it, errors of large weights count more. `columns` must be a multiple of the type's block.
+    without it, errors of large weights count more. `columns` must be a multiple of the type's block. Raises NotFinite.
     """
     block, _size = BLOCKS[kind]
     columns = weights.shape[1]
     if columns % block:
         raise ValueError(f"{columns} columns are no multiple of {block}")
     step = max(1, (GPU_CHUNK if weights.is_cuda else CPU_CHUNK) // columns)
-    pieces = weights.split(step)
 
     def one(part: torch.Tensor) -> Bytes:
         part = part.float()
+        if not is_finite(part):
+            raise NotFinite
         cost = None if importance is None else _cost(part, importance, block)
         return ENCODERS[kind](part.reshape(-1, block), cost).reshape(part.shape[0], -1)
 
-    threads = torch.get_num_threads()
-    if weights.is_cuda or threads == 1 or len(pieces) < 2 * threads:
-        return torch.cat([one(part) for part in pieces])
-    # A piece to a thread: these operations are too short to be shared, and threads that wait for each other after each
-    # of them stand still on a busy machine (30 times slower where eight processes shared two cores).
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = torch.cat(list(pool.map(one, pieces)))
-    torch.set_num_threads(threads)
-    return found
+    return torch.cat([one(part) for part in weights.split(step)])
+
+
+class NotFinite(ValueError):
+    """A weight is infinite or not a number."""
+
+
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether all values are. Their sum says so in one pass, unless finite values overflow it."""
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def _cost(part: torch.Tensor, importance: torch.Tensor, block: int) -> torch.Tensor:
@@ -311,10 +313,15 @@ def _q8_0(x: torch.Tensor, _cost: torch.Tensor | None) -> Bytes:
     """No search: the largest of 32 weights is 127. The bytes are those of ggml, which rounds halves away from zero."""
     d = x.abs().amax(1, keepdim=True) / 127
     q = x * torch.where(d == 0, 0.0, 1 / d)
-    size = q.abs()
-    whole = size.floor()
-    whole += size.sub_(whole) >= 0.5
-    return _packed(d, whole.copysign_(q).to(torch.int8).view(torch.uint8))
+    whole = q.round()  # halves to even
+    rest = q.sub_(whole)
+    least, most = rest.aminmax()
+    if float(most) == 0.5 or float(least) == -0.5:
+        whole += torch.where((rest.abs() == 0.5) & ((rest > 0) == (whole + rest > 0)), 2 * rest, 0.0)
+    block = torch.empty(len(x), 34, dtype=torch.int8, device=x.device)
+    block[:, :2] = d.to(torch.float16).view(torch.int8)
+    block[:, 2:] = whole
+    return block.view(torch.uint8)
 
 
 def _q2_k(x: torch.Tensor, cost: torch.Tensor | None) -> Bytes:

@@ -111,7 +111,7 @@ def export_run(run: Path, out: Path, formats: Sequence[str], console: Console, r
     tuned = reopen(run, "fp32")
     settings = [recipe.export.precision, recipe.export.imatrix, QUESTIONS, versions().get("afina")]
     with durable.taken_up(out, f"{record.digest} {settings}") as folder:
-        export = Export(tuned, folder, console, pose(tuned.model, tuned.renderer, _held_out(tuned)), right)
+        export = Export(tuned, folder, console, pose(tuned.model, tuned.renderer, held_out(tuned)[:QUESTIONS]), right)
         export.take_up()
         try:
             merge(export, run, base)
@@ -180,7 +180,7 @@ def _refuse_virtual(recipe: Recipe) -> None:
         )
 
 
-def _held_out(tuned: Tuned) -> list[Sample]:
+def held_out(tuned: Tuned) -> list[Sample]:
     """Samples the model was not trained on where the recipe has some, else the first of its training files."""
     data = tuned.recipe.data
     task = next((task for task in tuned.recipe.tasks if task.data is not None), None)
@@ -191,7 +191,7 @@ def _held_out(tuned: Tuned) -> list[Sample]:
     asked: dict[tuple[Message, ...], Sample] = {}  # each prompt once
     for sample in map(_asked, samples):
         asked.setdefault(sample.prompt, sample)
-    return list(asked.values())[:QUESTIONS]
+    return list(asked.values())
 
 
 def _asked(sample: Sample) -> Sample:
