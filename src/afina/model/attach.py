@@ -165,6 +165,19 @@ def _begin_as(model: Any, ids: Sequence[int]) -> None:
     weight.copy_(model.get_base_model().get_input_embeddings()(torch.tensor(repeated, device=weight.device)))
 
 
+MORE = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "use_dora")
+"""Settings of PEFT by which an adapter does more than add products to the inputs and outputs of linear layers."""
+
+
+def only_adds(folder: Path) -> bool:
+    """Whether the adapter in a folder leaves the base's matrices alone, whatever these are held in."""
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_bytes())
+    except (OSError, ValueError):
+        return False  # loading it will say why
+    return settings.get("peft_type") == "LORA" and not any(settings.get(name) for name in MORE)
+
+
 def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Module:
     """Attach a saved adapter in PEFT's format, beside those that are there under other names.
 
