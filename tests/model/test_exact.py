@@ -9,7 +9,7 @@ from small import perturb_adapters, spread
 from transformers import AutoModelForCausalLM
 
 from afina.model import exact as room
-from afina.model.attach import attach, load_adapter, only_adds, save_adapter
+from afina.model.attach import attach, load_adapter, only_adds, save_adapter, settings_of
 from afina.model.load import Hardware, load_model
 from afina.recipe.schema import Lora, Model
 
@@ -50,22 +50,22 @@ def test_quantised_as_if_dequantised(tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
 
 
-def test_an_adapter_upon_what_is_held(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_upon_what_is_held(tmp_path: Path, dora: bool) -> None:
     base = stored(tmp_path, "llama2", torch.bfloat16)
-    tuned = attach(load_model(str(base), CPU), Lora(rank=4, alpha=8), seed=0)
+    tuned = attach(load_model(str(base), CPU), Lora(rank=4, alpha=8, dora=dora), seed=0)
     perturb_adapters(tuned)
     save_adapter(tuned, tmp_path / "adapter", "base")
-    assert only_adds(tmp_path / "adapter")
+    assert only_adds(settings_of(tmp_path / "adapter"))
     held = load_adapter(load_model(str(base), CPU, held=True), tmp_path / "adapter")
     with torch.inference_mode():
         truth, found = tuned.eval()(input_ids=IDS).logits, held(input_ids=IDS).logits
     torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
 
 
-def test_what_learnt_rows_or_lengths_is_not_held(tmp_path: Path) -> None:
-    tuned = attach(load_model(str(stored(tmp_path, "llama2", torch.float32)), CPU), Lora(dora=True), seed=0)
-    save_adapter(tuned, tmp_path / "adapter", "base")
-    assert not only_adds(tmp_path / "adapter") and not only_adds(tmp_path)
+def test_adapters_that_do_more_than_add(tmp_path: Path) -> None:
+    assert only_adds({"peft_type": "LORA"}) and not only_adds({"peft_type": "LORA", "modules_to_save": ["lm_head"]})
+    assert not only_adds({"peft_type": "PROMPT_TUNING"}) and not only_adds(settings_of(tmp_path))
 
 
 def test_weights_are_pages_of_their_file(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def check_exportable(model_folder: Path) -> None:
 def why_no_gguf(recipe: Recipe, folder: Path) -> ModelError | None:
     """Why the recipe's base cannot become the GGUF formats that it exports, with what to do about it; None where it
     can, and where none is asked for. `folder` is where the recipe's relative paths start."""
-    if not set(recipe.export.formats) - {"merged"}:
+    if not set(recipe.export.formats) - {"merged", "nf4"}:
         return None
     base = words_of(model_source(recipe.model.base, folder), recipe.model.revision)
     if base is None:

@@ -77,7 +77,7 @@ LIMITS: dict[str, Limits] = {
     "q8_0": EIGHT,
     "q6_k": SIX,
     **dict.fromkeys(("q5_k_m", "q5_k_s", "q5_1", "q5_0"), FIVE),
-    **dict.fromkeys(("q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_xs", "mxfp4"), FOUR),
+    **dict.fromkeys(("q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_xs", "mxfp4", "nf4"), FOUR),
     **dict.fromkeys(("q3_k_l", "q3_k_m", "q3_k_s"), THREE),
     **dict.fromkeys(("q2_k", "q2_k_s"), TWO),
 }
@@ -185,6 +185,51 @@ def certify(
             checks.append(_answered(witness, question, renderer, right))
             if on_progress is not None:
                 on_progress(1)
+    return _judged(kind, file, divergences, agreed, margins, checks)
+
+
+def certify_folder(
+    folder: Path,
+    kind: str,
+    model: nn.Module,
+    questions: Sequence[Question],
+    renderer: Renderer,
+    right: Right = the_same,
+) -> dict[str, Any]:
+    """The same of a model folder that was opened as `model`: its predictions, whole, and its answers by transformers.
+
+    Raises NotTheModel.
+    """
+    tokenizer = renderer.tokenizer
+    written = generate(
+        model,
+        [question.prompt for question in questions],
+        end_ids=tokenizer.end_ids,
+        pad_id=tokenizer.pad_id,
+        max_new_tokens=ANSWER_TOKENS,
+    )
+    divergences: list[float] = []
+    agreed: list[bool] = []
+    margins: list[float] = []
+    checks = []
+    for question, ids in zip(questions, written, strict=True):
+        ours, theirs = question.logprobs, distributions(model, question.prompt, question.answer)
+        divergences += np.maximum((np.exp(ours) * (ours - theirs)).sum(-1), 0.0).tolist()
+        agreed += (ours.argmax(-1) == theirs.argmax(-1)).tolist()
+        margins += _margins(ours)
+        checks.append(_check(question, ids, tokenizer.decode(ids), renderer, right))
+    return _judged(kind, folder, divergences, agreed, margins, checks)
+
+
+def _judged(
+    kind: str,
+    file: Path,
+    divergences: Sequence[float],
+    agreed: Sequence[bool],
+    margins: Sequence[float],
+    checks: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What was measured, as the certificate has it. Raises NotTheModel where it is beyond the limits."""
     found: dict[str, Any] = {
         "positions": len(divergences),
         "divergence": float(np.mean(divergences)),
@@ -260,15 +305,19 @@ def _check_ends(witness: LlamaCpp, question: Question, renderer: Renderer, file:
 def _answered(witness: LlamaCpp, question: Question, renderer: Renderer, right: Right) -> dict[str, Any]:
     """The file's own greedy answer beside the model's."""
     written = witness.complete(question.prompt, max_new_tokens=ANSWER_TOKENS)
+    return _check(question, written.ids, written.text, renderer, right)
+
+
+def _check(question: Question, ids: list[int], text: str, renderer: Renderer, right: Right) -> dict[str, Any]:
     ours = renderer.tokenizer.decode(question.answer)
     return {
         "prompt": question.sample.prompt[-1].content,
         "model": ours,
-        "gguf": written.text,
-        "equal": written.text.strip() == ours.strip(),
-        "gap": _gap(question, written.ids),
+        "gguf": text,
+        "equal": text.strip() == ours.strip(),
+        "gap": _gap(question, ids),
         "model_right": right(question.sample, ours),
-        "gguf_right": right(question.sample, written.text),
+        "gguf_right": right(question.sample, text),
     }
 
 

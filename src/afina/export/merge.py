@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,11 @@ from afina.export.gguf_vocab import read_json
 from afina.export.imatrix import SAMPLES, collect
 from afina.export.merging import expected_changes, prove_merge
 from afina.export.mixes import FORMATS
-from afina.export.weights import Source
+from afina.export.weights import Held, Source
 from afina.language import _
 from afina.model.attach import merged, save_configuration, save_whole
 from afina.model.load import DTYPES, Hardware, load_model
+from afina.model.quantize import is_quantised
 from afina.train.reopen import Tuned
 
 if TYPE_CHECKING:
@@ -51,9 +53,8 @@ def check_room(base: Path | None, out: Path, formats: Sequence[str], precision: 
         weights = sum(math.prod(source.stored_shape(name)) for name in source.names())
     finally:
         source.close()
-    needed = weights * DTYPES[precision].itemsize + sum(
-        planned_bytes(base, kind) for kind in formats if kind in FORMATS
-    )
+    needed = weights * (DTYPES[precision].itemsize + ("nf4" in formats))
+    needed += sum(planned_bytes(base, kind) for kind in formats if kind in FORMATS)
     free = durable.free_bytes(out)
     console.line(
         _("Takes {needed} of the disk, of which {free} are free, and {memory} of memory.").format(
@@ -83,7 +84,7 @@ def merge(export: "Export", run: Path, base: Path | None) -> None:
     else:
         facts = export.merge
     export.tuned = tuned = replace(tuned, model=nn.Identity())
-    model = load_model(str(export.whole), Hardware(tuned.hardware.device, torch.float32))
+    model = load_model(str(export.whole), Hardware(tuned.hardware.device, torch.float32), held=True)
     if changes:
         away, largest = apart(model, export.questions)
         facts |= {"divergence": away, "largest_difference": largest}
@@ -105,17 +106,18 @@ def _write(export: "Export", run: Path, base: Path | None, folder: Path) -> dict
     """Base plus adapter as files: streamed where the adapter is no more than sums, else by PEFT in memory."""
     tuned = export.tuned
     facts: dict[str, Any] = {"method": tuned.recipe.method.name, "precision": tuned.recipe.export.precision}
-    if base is not None and tuned.recipe.method.name != "full" and tuned.recipe.model.quantization == "none":
-        adapter = read_adapter(run / "adapter")
-        if adapter is not None and can_fold(base, adapter):
-            source = Source(base)
-            weights = sum(math.prod(source.stored_shape(name)) for name in source.names())
-            source.close()
-            with export.console.progress(_("Merging"), weights) as progress:
-                facts |= fold(base, adapter, folder, export.precision, progress.advance)
-            save_configuration(tuned.model, folder, export.precision)
-            _keep_packing(base, folder)
-            return facts | {"streamed": True}
+    adapter = None if tuned.recipe.method.name == "full" else read_adapter(run / "adapter")
+    source = Held(tuned.model) if is_quantised(tuned.model) else None if base is None else Source(base)
+    if source is not None and adapter is not None:
+        with closing(source):
+            if can_fold(source, adapter):
+                weights = sum(math.prod(source.stored_shape(name)) for name in source.names())
+                with export.console.progress(_("Merging"), weights) as progress:
+                    facts |= fold(source, adapter, folder, export.precision, progress.advance)
+                save_configuration(tuned.model, folder, export.precision)
+                if base is not None:
+                    _keep_packing(base, folder)
+                return facts | {"streamed": True}
     save_whole(merged(tuned.model).to(export.precision), folder)
     return facts | {"streamed": False}
 

@@ -22,11 +22,13 @@ from afina.export.lora import write_lora
 from afina.export.merge import check_room, merge
 from afina.export.mixes import EXPORTS
 from afina.export.mixes import FORMATS as GGUF
+from afina.export.nf4 import add_nf4
 from afina.export.ollama import modelfile
 from afina.export.page import certificate_of, page
 from afina.language import _
 from afina.model.hub import weights_of
 from afina.model.load import DTYPES
+from afina.model.quantize import bitsandbytes
 from afina.recipe.place import model_source
 from afina.recipe.schema import PrefixTuning, PromptTuning, Recipe
 from afina.train.reopen import Tuned, check_unchanged, recipe_of, reopen
@@ -105,6 +107,8 @@ def export_run(run: Path, out: Path, formats: Sequence[str], console: Console, r
     _refuse_virtual(recipe)
     source = str(run / "adapter") if recipe.method.name == "full" else model_source(recipe.model.base, start)
     base = weights_of(source, recipe.model.revision)
+    if "nf4" in formats:
+        bitsandbytes()  # where it is missing, that is said now
     check_room(base, out, formats, recipe.export.precision, console)
     failed = out.with_name(f"{out.name}-failed")
     durable.remove(failed)
@@ -118,13 +122,13 @@ def export_run(run: Path, out: Path, formats: Sequence[str], console: Console, r
             for kind in formats:
                 if kind in GGUF and not any(entry["format"] == kind for entry in export.entries):
                     _add_gguf(export, kind)
+            export.entries = [entry for entry in export.entries if entry["format"] in formats]
+            for kind in formats:
+                if kind not in GGUF:
+                    _add_other(export, kind, run)
         except ProofError as error:
             _tell_failure(export, error, failed)
             raise
-        export.entries = [entry for entry in export.entries if entry["format"] in formats]
-        for kind in formats:
-            if kind not in GGUF:
-                _add_other(export, kind, run)
         if "merged" not in formats:
             shutil.rmtree(export.whole)
         export.entries.sort(key=lambda entry: formats.index(entry["format"]))
@@ -147,7 +151,7 @@ def show(exports: list[dict[str, Any]], out: Path, console: Console) -> None:
         near = (f"{proof['divergence']:.2g}", f"{proof['agreement']:.1%}") if proof else ("", "")
         rows.append((entry["file"], size(entry["bytes"]), same, *near))
         console.event("export", **entry)
-    columns = (_("file"), _("size"), _("same answers in llama.cpp"), _("nats/token away"), _("same likeliest"))
+    columns = (_("file"), _("size"), _("same answers"), _("nats/token away"), _("same likeliest"))
     console.table(columns, rows, title=str(out))
 
 
@@ -251,10 +255,20 @@ def _tell_failure(export: Export, error: ProofError, place: Path) -> None:
 
 def _add_other(export: Export, kind: str, run: Path) -> None:
     gguf = next((entry for entry in export.entries if entry["format"] in GGUF), None)
-    notes: list[str] = []
+    entry: dict[str, Any] = {"file": kind, "format": kind, "bytes": 0, "checks": [], "notes": []}
     match kind:
         case "merged":
             file = export.whole
+        case "nf4":
+            file = export.folder / kind
+            try:
+                entry |= add_nf4(export)
+            except NotTheModel as error:
+                proof = error.found
+                export.entries.append(
+                    entry | {"checks": proof.pop("checks"), "certificate": proof, "failed": error.message}
+                )
+                raise
         case "lora":
             if export.tuned.recipe.method.name == "full":
                 raise RecipeError(_("A fully tuned model has no adapter; export it merged."))
@@ -262,7 +276,7 @@ def _add_other(export: Export, kind: str, run: Path) -> None:
             write_lora(run / "adapter", export.whole, file, name=export.name)
         case "ollama":
             file = export.folder / "Modelfile"
-            notes = _add_modelfile(export, file, gguf or {})
+            entry["notes"] = _add_modelfile(export, file, gguf or {})
         case _:
             # LM Studio finds models as publisher/model/file; a second name costs no room on the disk.
             file = export.folder / "lmstudio"
@@ -271,7 +285,9 @@ def _add_other(export: Export, kind: str, run: Path) -> None:
             place.mkdir(parents=True)
             os.link(export.folder / name, place / name)
     total = _bytes(file) if file.is_dir() else file.stat().st_size
-    export.entries.append({"file": file.name, "format": kind, "bytes": total, "checks": [], "notes": notes})
+    export.entries.append(entry | {"file": file.name, "bytes": total})
+    for note in entry["notes"]:
+        export.console.warn(note)
 
 
 def _add_modelfile(export: Export, file: Path, gguf: dict[str, Any]) -> list[str]:
@@ -282,8 +298,6 @@ def _add_modelfile(export: Export, file: Path, gguf: dict[str, Any]) -> list[str
         export.tuned.renderer.tokenizer, str(gguf["file"]), recipe.chat, system=system, context=context
     )
     durable.write_text(file, text)
-    for note in notes:
-        export.console.warn(note)
     return notes
 
 

@@ -13,7 +13,7 @@ from afina.data.template import Renderer
 from afina.data.tokenizer import load_tokenizer
 from afina.errors import AfinaError, ModelError
 from afina.language import _
-from afina.model.attach import load_adapter, only_adds
+from afina.model.attach import load_adapter, only_adds, settings_of
 from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.virtual import without
 from afina.recipe.place import model_source
@@ -92,7 +92,7 @@ def reopen(folder: Path, precision: Literal["fp32"] | None = None) -> Tuned:
     if recipe.method.name == "full":
         model = load_model(str(adapter), hardware, held=precision is not None)
     else:
-        held = precision is not None and only_adds(adapter)
+        held = precision is not None and only_adds(settings_of(adapter))
         plain = precision is not None and not held
         source = model_source(recipe.model.base, start)
         base = load_model(source, hardware, recipe.model, plain=plain, held=held)
