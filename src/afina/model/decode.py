@@ -7,12 +7,13 @@ elsewhere the cache grows, and rows that are done are taken out of it. Knows no 
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import DynamicCache, StaticCache
+from transformers import AttentionInterface, DynamicCache, StaticCache
 
 from afina.errors import ModelError
 from afina.language import _
@@ -29,6 +30,9 @@ LEAVING = 0.125
 """Share of rows that must be done before they are taken out of a growing cache: taking out copies it."""
 LOOKED_AFTER = 8
 """Steps of a CUDA graph between two looks at which rows are done: a look waits for the GPU."""
+READ_AT_ONCE = 2**14
+"""Tokens of prompts, padding included, that are read at once into fixed memory."""
+GROUPED = "afina_grouped"
 FEWER = 0.5
 """Share of a graph's rows that may be idle before it is made anew for those that are left."""
 
@@ -245,38 +249,104 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _can_be_static(model: nn.Module) -> bool:
-    """Whether every layer attends to all that came before: only then is one mask right for all."""
+    """Whether every layer attends to all that came before, nothing added: only then is one mask right for all."""
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    return set(kinds) == {"full_attention"} and not getattr(config, "sliding_window", None)
+    return (
+        set(kinds) == {"full_attention"}
+        and not getattr(config, "sliding_window", None)
+        and getattr(model, "_supports_attention_backend", False)
+        and model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    )
 
 
 def _write_static(model: nn.Module, rows: list[_Row], settings: _Settings) -> None:
     """As `_write_growing`, greedy, over memory of a fixed size, each step a replay of a CUDA graph where there is
     one. What a row chooses after its end is thrown away."""
-    device = _device(model)
-    ids, mask = (tensor.to(device) for tensor in _padded(rows, settings.pad_id))
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    length = ids.shape[1] + max(row.room for row in rows)
-    cache = StaticCache(config=model.config, max_cache_len=length)
-    causal = torch.ones(ids.shape[1], length, dtype=torch.bool, device=device).tril()
-    seen = nn.functional.pad(mask, (0, length - ids.shape[1]))
-    # A row of padding attends to itself, for a softmax over nothing is no number.
-    square = (causal & seen[:, None]) | torch.eye(ids.shape[1], length, dtype=torch.bool, device=device)
-    first = _forward(model, ids, square[:, None], positions, cache).argmax(-1)
-    going = [place for place, index in enumerate(first.tolist()) if rows[place].take(index, settings.end_ids)]
-    state = _Steps(model, cache, seen[:, None, None], positions[:, -1:] + 1, first[:, None], ids.shape[1])
+    state = _read(model, rows, settings)
     at = list(range(len(rows)))  # which row of `rows` stands in each row of the state
+    going = [place for place, index in enumerate(state.ids[:, 0].tolist()) if rows[place].take(index, settings.end_ids)]
     if len(going) < len(rows) and going:
-        state, at = state.only(going), going
-    while going:
-        new = state.advance(min(LOOKED_AFTER, max(rows[place].room - len(rows[place].ids) for place in going)))
-        place_of = {place: number for number, place in enumerate(at)}
-        for place in list(going):
-            if not all(rows[place].take(index, settings.end_ids) for index in new[place_of[place]]):
-                going.remove(place)
-        if going and len(going) <= FEWER * len(at):
-            state, at = state.only([place_of[place] for place in going]), list(going)
+        state, at = state.only(going), list(going)
+    with _grouped_attention(model):
+        while going:
+            new = state.advance(min(LOOKED_AFTER, max(rows[place].room - len(rows[place].ids) for place in going)))
+            place_of = {place: number for number, place in enumerate(at)}
+            for place in list(going):
+                if not all(rows[place].take(index, settings.end_ids) for index in new[place_of[place]]):
+                    going.remove(place)
+            if going and len(going) <= FEWER * len(at):
+                state, at = state.only([place_of[place] for place in going]), list(going)
+
+
+def _read(model: nn.Module, rows: Sequence[_Row], settings: _Settings) -> "_Steps":
+    """The prompts' keys and values in fixed memory, right-aligned, and the first token of each answer.
+
+    Some rows at a time, neighbours in length, so that padding and what is computed at once stay small.
+    """
+    device, width = _device(model), max(len(row.prompt) for row in rows)
+    length = _rounded(width + max(row.room for row in rows))
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    seen = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
+    first = torch.zeros(len(rows), 1, dtype=torch.long, device=device)
+    start = 0
+    while start < len(rows):
+        stop = start + max(1, READ_AT_ONCE // len(rows[start].prompt))
+        ids, mask = (tensor.to(device) for tensor in _padded(rows[start:stop], settings.pad_id))
+        read, here = DynamicCache(config=model.config), slice(width - ids.shape[1], width)
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        first[start:stop, 0] = _forward(model, ids, mask.long(), positions, read).argmax(-1)
+        for fixed, layer in zip(cache.layers, read.layers, strict=True):
+            if not fixed.is_initialized:
+                whole = (part[:1].expand(len(rows), -1, -1, -1) for part in (layer.keys, layer.values))
+                fixed.lazy_initialization(*whole)
+            fixed.keys[start:stop, :, here], fixed.values[start:stop, :, here] = layer.keys, layer.values
+        seen[start:stop, here] = mask
+        start = stop
+    for fixed in cache.layers:
+        fixed.cumulative_length.fill_(width)
+    position = torch.tensor([[len(row.prompt)] for row in rows], device=device)
+    return _Steps(model, cache, seen[:, None, None], position, first, width)
+
+
+def _rounded(length: int) -> int:
+    """Kernels of attention read masks in eights."""
+    return -(-length // 16) * 16
+
+
+@contextmanager
+def _grouped_attention(model: nn.Module) -> Iterator[None]:
+    """Inside the block each row asks with one token, and heads that share keys and values read them once."""
+    before = model.config._attn_implementation  # type: ignore[union-attr]
+    model.set_attn_implementation(GROUPED)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)  # type: ignore[operator]
+
+
+def _attend(
+    _module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    **_unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """query: (rows, heads, 1, width); key, value: (rows, kv heads, length, width). Returns (rows, 1, heads, width).
+
+    transformers repeats keys and values for every head that shares them, four times the memory of Llama's. Here such
+    heads are queries of one head.
+    """
+    rows, heads, _one, width = query.shape
+    asked = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+    seen = attention_mask.expand(rows, key.shape[1], asked.shape[2], key.shape[2])
+    out = nn.functional.scaled_dot_product_attention(asked, key, value, seen, scale=scaling)
+    return out.reshape(rows, 1, heads, value.shape[3]), None
+
+
+AttentionInterface.register(GROUPED, _attend)
 
 
 class _Steps:
