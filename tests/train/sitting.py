@@ -59,10 +59,12 @@ def sit(
     criterion=None,
     fault_in_validation=lambda step, batches: None,
     prepare=lambda model, state: None,
+    ask=None,
+    ask_after=(),
 ):
     """Train, or go on; returns what must not depend on where it was stopped. `fault(step, batch, loss)` may spoil.
 
-    `measured`: the validation loss after each step of it.
+    `measured`: the validation loss after each step of it. `ask(step)`: what the tasks say after steps of `ask_after`.
     """
     order, room = Order(len(SAMPLES), 4, 100.0, 7), Room(80)
     training = training or Training(learning_rate=1e-2, warmup=0, schedule="constant", checkpoint_minutes=1e-9)
@@ -93,6 +95,9 @@ def sit(
         {},
         criterion,
         held_out_samples=20,
+        ask=lambda: ask(state.step),
+        ask_work=3,
+        ask_after=frozenset(ask_after),
     )
     with closing(Record(place)) as record, console.progress("x", 1) as progress, Stop().handled() as stop:
         session = Sitting(plan, console, progress, record, Keeper(place / "c", RUN, training, console.warn), stop, room)
@@ -108,7 +113,7 @@ def sit(
             hardware=hardware,
             loss_fn=loss_fn,
             follower=session,
-            validate_after=plan.validate_after,
+            validate_after=plan.validate_after | plan.ask_after,
         )
         last = hashlib.sha256(save(snapshot(state))).hexdigest()
         digest = session.finish(state)

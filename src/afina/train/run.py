@@ -33,9 +33,9 @@ from afina.model.loss import summed_loss
 from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe, Training
-from afina.train.best import Criterion
 from afina.train.examples import Examples, places, prepare_once, say_examples
 from afina.train.keeper import Keeper
+from afina.train.looking import Looking, OnEvaluate
 from afina.train.loop import LossFunction, accumulate, mean_loss, train
 from afina.train.memory import Room
 from afina.train.opening import adapter_of, open_model, why_padded, why_reference
@@ -61,12 +61,17 @@ PROOF_TOKENS = 512
 
 
 def train_run(
-    recipe: Recipe, folder: Path, place: Path, console: Console, base: dict[str, str] | None = None
+    recipe: Recipe,
+    folder: Path,
+    place: Path,
+    console: Console,
+    base: dict[str, str] | None = None,
+    on_evaluate: OnEvaluate | None = None,
 ) -> dict[str, Any]:
     """Train as the recipe says, or go on where `place` left off; returns the facts for its manifest.
 
     Leaves adapter, tokenizer and metrics in `place`. `folder` is where the recipe's relative paths start; `base` names
-    the base model by hash.
+    the base model by hash; `on_evaluate` asks the tasks of `training.evaluate`.
     """
     hardware = choose_hardware(recipe.model)
     source = model_source(recipe.model.base, folder)
@@ -86,7 +91,8 @@ def train_run(
         examples.files.append(parent(adapter, sha256(adapter / "adapter_model.safetensors"), "adapter"))
     parents = [*([base] if base else []), *examples.files]
     run = enter(place, recipe, parents, examples.train + examples.validation)
-    measured = _run_loop(model, recipe, examples, hardware, tokenizer.pad_id, place, run, console)
+    looking = Looking(model, renderer, hardware, on_evaluate)
+    measured = _run_loop(model, recipe, examples, hardware, tokenizer.pad_id, place, run, console, looking)
     durable.remove(place / "adapter")  # of a sitting that was killed before the manifest stood
     with durable.new_folder(place / "adapter") as adapter:
         save_adapter(model, adapter, base=recipe.model.base)
@@ -122,6 +128,7 @@ def _run_loop(
     place: Path,
     run: str,
     console: Console,
+    looking: Looking,
 ) -> dict[str, Any]:
     """Drive train(), from the newest checkpoint where there is one; returns what was measured."""
     training = recipe.training
@@ -152,6 +159,7 @@ def _run_loop(
     console.line(_("Engine    {engine}").format(engine=engine))
     held_out = sum(row.ids.size for row in examples.validation)
     validate_after = _validation_steps(steps, training.validations) if held_out else frozenset()
+    ask_after = _validation_steps(steps, training.evaluations) if looking.work else frozenset()
     keeper = Keeper(place / CHECKPOINTS, run, training, console.warn)
     plan = Plan(
         steps=steps,
@@ -165,11 +173,14 @@ def _run_loop(
         where=lambda sample: examples.origin[sample].where,
         early_stop=training.early_stop,
         held_out_samples=len(examples.validation),
-        criterion=Criterion() if training.keep == "best" else None,
+        criterion=looking.criterion(training.best_by) if training.keep == "best" else None,
         surroundings=surroundings(str(hardware), "reference" if isinstance(loss_fn, partial) else "fused"),
+        ask=looking.ask,
+        ask_work=looking.work,
+        ask_after=ask_after,
     )
     record, stop = Record(place), Stop()
-    total = sum(work(step) for step in range(steps)) + held_out * len(validate_after)
+    total = sum(work(step) for step in range(steps)) + held_out * len(validate_after) + looking.work * len(ask_after)
     with (
         stop.handled(),
         closing(record),
@@ -192,7 +203,7 @@ def _run_loop(
                 hardware=hardware,
                 loss_fn=loss_fn,
                 follower=session,
-                validate_after=validate_after,
+                validate_after=validate_after | ask_after,
             )
             digest = session.finish(state)
         except Interrupted as stopped:
