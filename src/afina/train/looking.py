@@ -23,8 +23,11 @@ class OnEvaluate(Protocol):
     """Asks its tasks of a model. `tokens`: about how many are looked at each time; `falling`: the tasks whose figure is
     the better the smaller."""
 
-    tokens: int
-    falling: frozenset[str]
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def falling(self) -> frozenset[str]: ...
 
     def __call__(self, model: nn.Module, renderer: Renderer, hardware: Hardware) -> list[dict[str, Any]]:
         """For each `task` its `measure`, `value`, `interval`, and how many samples were `answered`."""

@@ -145,7 +145,7 @@ def _training(manifest: Facts, metrics: Sequence[Facts]) -> Facts:
         *("steps", "samples", "tokens", "learnt_tokens", "seconds", "tokens_per_second", "peak_memory_bytes"),
         *("trainable_parameters", "parameters", "first_loss", "final_loss", "validation_loss"),
     )
-    training = {name: number(stated.get(name)) for name in names}
+    training: Facts = {name: number(stated.get(name)) for name in names}
     steps = [record for record in metrics if record.get("kind") == "step"]
     losses = [loss for record in steps if (loss := number(record.get("loss"))) is not None]
     if not stated and steps:
