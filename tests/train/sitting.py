@@ -19,6 +19,7 @@ from afina.recipe.schema import Lora, Training
 from afina.train.best import weights_of
 from afina.train.checkpoint import snapshot
 from afina.train.keeper import Keeper
+from afina.train.looking import Asking
 from afina.train.loop import train
 from afina.train.memory import Room
 from afina.train.record import Record
@@ -95,9 +96,7 @@ def sit(
         {},
         criterion,
         held_out_samples=20,
-        ask=lambda: ask(state.step),
-        ask_work=3,
-        ask_after=frozenset(ask_after),
+        asking=Asking(lambda: ask(state.step), 3, frozenset(ask_after)),
     )
     with closing(Record(place)) as record, console.progress("x", 1) as progress, Stop().handled() as stop:
         session = Sitting(plan, console, progress, record, Keeper(place / "c", RUN, training, console.warn), stop, room)
@@ -113,7 +112,7 @@ def sit(
             hardware=hardware,
             loss_fn=loss_fn,
             follower=session,
-            validate_after=plan.validate_after | plan.ask_after,
+            validate_after=plan.validate_after | plan.asking.after,
         )
         last = hashlib.sha256(save(snapshot(state))).hexdigest()
         digest = session.finish(state)

@@ -34,6 +34,15 @@ class OnEvaluate(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Asking:
+    """`ask()` gives the figures of each task, after the steps of `after`; `work`: its units of progress."""
+
+    ask: Callable[[], list[dict[str, Any]]] = list
+    work: int = 0
+    after: frozenset[int] = frozenset()
+
+
 @dataclass
 class Looking:
     """The model of one run and who asks it, None where nobody does; made before packed attention is switched on."""
@@ -48,10 +57,9 @@ class Looking:
         config: Any = self.model.config
         self._plain = config._attn_implementation
 
-    @property
-    def work(self) -> int:
-        """Units of progress."""
-        return self.on_evaluate.tokens if self.on_evaluate else 0
+    def asking(self, after: frozenset[int]) -> Asking:
+        """It is asked after these steps; never, where nobody asks."""
+        return Asking(self.ask, self.on_evaluate.tokens, after) if self.on_evaluate else Asking()
 
     def criterion(self, task: str | None) -> Criterion:
         """By which figure the best weights are told."""

@@ -92,7 +92,7 @@ def train_run(
     parents = [*([base] if base else []), *examples.files]
     run = enter(place, recipe, parents, examples.train + examples.validation)
     looking = Looking(model, renderer, hardware, on_evaluate)
-    measured = _run_loop(model, recipe, examples, hardware, tokenizer.pad_id, place, run, console, looking)
+    measured = _run_loop(looking, recipe, examples, tokenizer.pad_id, place, run, console)
     durable.remove(place / "adapter")  # of a sitting that was killed before the manifest stood
     with durable.new_folder(place / "adapter") as adapter:
         save_adapter(model, adapter, base=recipe.model.base)
@@ -120,25 +120,22 @@ def train_run(
 
 
 def _run_loop(
-    model: nn.Module,
+    looking: Looking,
     recipe: Recipe,
     examples: Examples,
-    hardware: Hardware,
     pad_id: int,
     place: Path,
     run: str,
     console: Console,
-    looking: Looking,
 ) -> dict[str, Any]:
     """Drive train(), from the newest checkpoint where there is one; returns what was measured."""
-    training = recipe.training
+    model, hardware, training = looking.model, looking.hardware, recipe.training
     packing = training.packing and covers(model)
     order = order_of([row.ids.size for row in examples.train], training, recipe.seed)
     steps = training.steps or order.steps
     extra = virtual_tokens(model)
-    room = Room(
-        training.micro_batch_tokens or max(recipe.model.max_length + extra, MICRO_BATCH_TOKENS[hardware.device.type])
-    )
+    most = max(recipe.model.max_length + extra, MICRO_BATCH_TOKENS[hardware.device.type])
+    room = Room(training.micro_batch_tokens or most)
 
     def lay_out(rows: Sequence[Rendered], samples: Sequence[int]) -> list[Batch]:
         return micro_batches(rows, samples, budget=room.tokens, packing=packing, pad_id=pad_id, extra=extra)
@@ -159,7 +156,7 @@ def _run_loop(
     console.line(_("Engine    {engine}").format(engine=engine))
     held_out = sum(row.ids.size for row in examples.validation)
     validate_after = _validation_steps(steps, training.validations) if held_out else frozenset()
-    ask_after = _validation_steps(steps, training.evaluations) if looking.work else frozenset()
+    asking = looking.asking(_validation_steps(steps, training.evaluations))
     keeper = Keeper(place / CHECKPOINTS, run, training, console.warn)
     plan = Plan(
         steps=steps,
@@ -175,12 +172,10 @@ def _run_loop(
         held_out_samples=len(examples.validation),
         criterion=looking.criterion(training.best_by) if training.keep == "best" else None,
         surroundings=surroundings(str(hardware), "reference" if isinstance(loss_fn, partial) else "fused"),
-        ask=looking.ask,
-        ask_work=looking.work,
-        ask_after=ask_after,
+        asking=asking,
     )
     record, stop = Record(place), Stop()
-    total = sum(work(step) for step in range(steps)) + held_out * len(validate_after) + looking.work * len(ask_after)
+    total = sum(work(step) for step in range(steps)) + held_out * len(validate_after) + asking.work * len(asking.after)
     with (
         stop.handled(),
         closing(record),
@@ -203,7 +198,7 @@ def _run_loop(
                 hardware=hardware,
                 loss_fn=loss_fn,
                 follower=session,
-                validate_after=validate_after | ask_after,
+                validate_after=validate_after | asking.after,
             )
             digest = session.finish(state)
         except Interrupted as stopped:

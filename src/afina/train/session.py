@@ -16,7 +16,7 @@ from afina.model.load import Hardware
 from afina.train.best import VALIDATION, Criterion, Weights, figure_of, put_back, weights_of
 from afina.train.checkpoint import Checkpoint, Damaged, restore
 from afina.train.keeper import Keeper
-from afina.train.looking import figures_or_none, tell
+from afina.train.looking import Asking, figures_or_none, tell
 from afina.train.memory import Room, peak_memory, probe, within_memory
 from afina.train.record import Record, Tally, told
 from afina.train.state import Follower, State, StepReport
@@ -36,8 +36,8 @@ class Plan:
     `held_out()`: the validation samples in micro-batches, `measure(batches)` their loss, `measure_work` its units of
     progress; `where(sample)` names a sample's line. `surroundings`: what the last bits depend on. `criterion`: by which
     figure the best weights are kept and taken at the end; None: the last ones are. `early_stop`: whether what the
-    curves show may end the run; `held_out_samples`: how many the validation has. `ask()`: figures of each task that is
-    asked while it trains, after the steps of `ask_after`; `ask_work`: its units of progress.
+    curves show may end the run; `held_out_samples`: how many the validation has. `asking`: the tasks that are asked
+    while it trains.
     """
 
     steps: int
@@ -53,9 +53,7 @@ class Plan:
     criterion: Criterion | None = None
     early_stop: bool = True
     held_out_samples: int = 0
-    ask: Callable[[], list[dict[str, Any]]] = list
-    ask_work: int = 0
-    ask_after: frozenset[int] = frozenset()
+    asking: Asking = field(default_factory=Asking)
 
 
 @dataclass
@@ -253,8 +251,8 @@ class Session(Follower):
     def on_validation(self, state: State) -> None:
         # Both are measured before either is noted: a run that is stopped in between does both again.
         measured = self._measured(state) if state.step in self.plan.validate_after else None
-        ask = self.plan.ask if state.step in self.plan.ask_after else None
-        figures = figures_or_none(ask, self.stop, self.console, state.step) if ask else None
+        asking = self.plan.asking if state.step in self.plan.asking.after else None
+        figures = figures_or_none(asking.ask, self.stop, self.console, state.step) if asking else None
         if measured is not None:
             self._note_loss(measured, state)
         if figures is not None:
@@ -293,7 +291,7 @@ class Session(Follower):
             )
 
     def _note_figures(self, figures: list[dict[str, Any]], state: State) -> None:
-        self.progress.advance(self.plan.ask_work)
+        self.progress.advance(self.plan.asking.work)
         self.tally.heard(state.step, figures)
         for facts in figures:
             self._log({"kind": "evaluation", "step": state.step, **facts})
@@ -302,7 +300,7 @@ class Session(Follower):
                 self.offer(figure_of(facts["task"]), facts["value"], state)
 
     def _looked(self) -> int:
-        return self.plan.measure_work * len(self.tally.validation) + self.plan.ask_work * self.tally.asked
+        return self.plan.measure_work * len(self.tally.validation) + self.plan.asking.work * self.tally.asked
 
     def _measured(self, state: State) -> float:
         while True:
