@@ -99,6 +99,8 @@ def task_keys_suit_their_kind(recipe: Recipe) -> Iterator[Fault]:
                 yield Fault(("tasks", number, key), message, read)
         if task.data is None and "data" in KEYS_OF[task.kind]:
             yield Fault(("tasks", number), _("A task of this kind needs data, with held-out samples."), read)
+        if task.kind == "lm-eval" and not task.benchmarks:
+            yield Fault(("tasks", number), _("A task of kind lm-eval needs benchmarks: which of its tasks."), read)
         if task.kind == "judge" and not task.judge:
             yield Fault(("tasks", number), _("A task of kind judge needs judge: who judges."), read)
 
@@ -119,15 +121,15 @@ def tasks_while_training_are_tasks(recipe: Recipe) -> Iterator[Fault]:
     training, kinds = recipe.training, {task.name: task.kind for task in recipe.tasks}
     names = ", ".join(kinds) or _("none")
     for number, name in enumerate(training.evaluate):
-        path = ("training", "evaluate", number)
+        place = ("training", "evaluate", number)
         if name not in kinds:
             message = _("There is no task {name}. The recipe's tasks are: {names}.")
-            yield Fault(path, message.format(name=name, names=names), (("tasks",),))
+            yield Fault(place, message.format(name=name, names=names), (("tasks",),))
         elif kinds[name] == "judge":
             message = _("The task {name} compares two models, and while one trains there is no second.")
-            yield Fault(path, message.format(name=name))
+            yield Fault(place, message.format(name=name))
         if name in training.evaluate[:number]:
-            yield Fault(path, _("The task {name} stands twice.").format(name=name))
+            yield Fault(place, _("The task {name} stands twice.").format(name=name))
     if training.best_by is None:
         return
     path = ("training", "best_by")
