@@ -8,11 +8,12 @@
 
 LIBGGML_BASE is ggml's shared library and PYTHON an interpreter with llama_cpp, both as the llama-cpp-python source
 package builds them. `errors`: root mean square, ours over llama.cpp's, block for block from the same floats. `speed`:
-a random model in bf16, safetensors to GGUF; the peer quantises a GGUF file in F16 that was made before, so its own
-conversion is not counted. `models`: KL of each format on afina/tiny, ours and the peer's from the same F32 file.
-`quality`: the same in transformers on the dequantised files, over many tokens: KL and perplexity, ours over the peer's,
-with standard errors, on held-out samples of a run (else on bundled conversations) and on what the model itself writes;
-and whether the blocks are equal to the byte. Results are printed and appended to results/quantize.jsonl.
+a random model in bf16, safetensors to GGUF, beside llama.cpp's converter to BF16 and quantiser (--converter
+convert_hf_to_gguf.py, --tokenizer one that it knows). `models`: KL of each format on afina/tiny, ours and the peer's
+from the same F32 file. `quality`: the same in transformers on the dequantised files, over many tokens: KL and
+perplexity, ours over the peer's, with standard errors, on held-out samples of a run (else on bundled conversations) and
+on what the model itself writes; and whether the blocks are equal to the byte. Results are printed and appended to
+results/quantize.jsonl.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ from afina.train.reopen import reopen
 RESULTS = Path(__file__).parent / "results" / "quantize.jsonl"
 TINY = BUNDLED / "tiny"
 SHAPES = {  # hidden, intermediate, layers, heads, kv heads, vocabulary
-    "100m": (768, 2048, 12, 12, 4, 4096),
+    "100m": (768, 2048, 12, 12, 4, 51200),
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "8b": (4096, 14336, 32, 32, 8, 128256),
 }
@@ -133,8 +135,9 @@ def rmse(stored: np.ndarray, kind: str, x: torch.Tensor, steer: torch.Tensor | N
     return float(np.sqrt((cost * (read - x.numpy()) ** 2).mean() / (cost * x.numpy() ** 2).mean()))
 
 
-def lay_out(folder: Path, shape: str) -> None:
-    """A random Llama in bf16, layer by layer in shards, with the tokenizer of afina/tiny."""
+def lay_out(folder: Path, shape: str, tokenizer: Path = TINY) -> None:
+    """A random Llama in bf16, layer by layer in shards, with a tokenizer: the peer's converter does not know that of
+    afina/tiny."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
     config = json.loads((TINY / "config.json").read_text("utf-8"))
     config |= dict(
@@ -143,8 +146,9 @@ def lay_out(folder: Path, shape: str) -> None:
     config |= dict(num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
-        (folder / name).write_bytes((TINY / name).read_bytes())
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        if (tokenizer / name).is_file():
+            (folder / name).write_bytes((tokenizer / name).read_bytes())
     figures = read_shape(folder)
     index: dict[str, str] = {}
     parts: dict[str, list[str]] = {}
@@ -181,27 +185,47 @@ class Watch(threading.Thread):
 
 
 def speed(options: argparse.Namespace) -> None:
+    """From safetensors to GGUF: ours, and the peer's converter to BF16 with its quantiser after it. Seconds by the
+    clock, and of the processor, which depend less on what else the machine does."""
     threads = len(os.sched_getaffinity(0)) if options.threads is None else options.threads
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(dir=options.place) as place:
-        folder = Path(place) / "model"
-        lay_out(folder, options.shape)
-        if options.peer:
-            write_gguf(folder, Path(place) / "f16.gguf", "f16")
+        folder, plain, out = Path(place) / "model", Path(place) / "plain.gguf", Path(place) / "out.gguf"
+        lay_out(folder, options.shape, Path(options.tokenizer) if options.tokenizer else TINY)
+        converted = None
+        if options.converter:
+            command = [sys.executable, options.converter, str(folder), "--outfile", str(plain), "--outtype", "bf16"]
+            environment = os.environ | {"PYTHONPATH": str(Path(options.converter).parent / "gguf-py")}
+            converted = timed(
+                lambda: subprocess.run(
+                    command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True, env=environment
+                )
+            )
+        elif options.peer:
+            write_gguf(folder, plain, "bf16")
         for kind in options.formats.split(","):
-            out = Path(place) / "out.gguf"
             watch = Watch()
             watch.start()
-            started = time.perf_counter()
-            facts = write_gguf(folder, out, kind, device=options.device)
-            seconds, most = time.perf_counter() - started, watch.stop()
+            facts: dict[str, Any] = {}
+            seconds, processor = timed(
+                lambda kind=kind, facts=facts: facts.update(write_gguf(folder, out, kind, device=options.device))
+            )
+            said = dict(seconds=seconds, processor_seconds=processor, memory_gb=round(watch.stop() / 1e9, 2))
+            said |= dict(bytes=facts["bytes"], parameters=facts["parameters"], threads=threads)
             out.unlink()
-            said = dict(seconds=round(seconds, 1), memory_gb=round(most / 1e9, 2), bytes=facts["bytes"])
-            said |= dict(parameters=facts["parameters"], threads=threads, device=options.device or "cpu")
             if options.peer:
-                said["llama.cpp_seconds"] = round(peer(options.peer, Path(place) / "f16.gguf", out, kind, threads), 1)
+                quantised = timed(lambda kind=kind: peer(options.peer, plain, out, kind, threads))
+                said |= {"peer_quantiser": quantised, "peer_converter": converted}
                 out.unlink()
-            note(what="speed", shape=options.shape, format=kind, **said)
+            note(what="speed", shape=options.shape, format=kind, device=options.device or "cpu", **said)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds by the clock, and of the processor for this process and its children."""
+    before, started = os.times(), time.perf_counter()
+    work()
+    spent = sum(after - earlier for after, earlier in zip(os.times()[:4], before[:4], strict=True))
+    return round(time.perf_counter() - started, 1), round(spent, 1)
 
 
 def peer(python: str, source: Path, out: Path, kind: str, threads: int) -> float:
@@ -437,6 +461,10 @@ def main() -> int:
     parser.add_argument("what", choices=("errors", "speed", "models", "quality"))
     parser.add_argument("--ggml", help="ggml's shared library, to compare with")
     parser.add_argument("--peer", help="a Python with llama_cpp, to compare with")
+    parser.add_argument("--converter", help="llama.cpp's convert_hf_to_gguf.py, to compare with")
+    parser.add_argument(
+        "--tokenizer", help="a folder with the tokenizer of the laid out model; afina/tiny's if not given"
+    )
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--formats", default="q8_0,q4_k_m")
     parser.add_argument("--device")

@@ -23,7 +23,8 @@ WEIGHTS = 2**26
 def exact(model: nn.Module) -> nn.Module:
     """Let the linear layers and the embeddings of `model` compute in fp32; all other weights become fp32 themselves."""
     held, others = set(), set()
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if layer_kind(module) is not None:
             module.forward = MethodType(_quantised_product, module)
             held.add(id(module.weight))
