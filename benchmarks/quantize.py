@@ -4,7 +4,8 @@
     python benchmarks/quantize.py speed [--shape 1b] [--formats q8_0,q4_k_m] [--device cuda] [--peer PYTHON]
     python benchmarks/quantize.py models [--peer PYTHON]
     python benchmarks/quantize.py quality [--peer PYTHON] [--tokens 30000] [--formats q4_k_m,...]
-                                     [--model FOLDER | --run RUN]
+                                     [--model FOLDER | --run RUN] [--draws 12]
+    python benchmarks/quantize.py arithmetic [--formats f16,q8_0,...] [--model FOLDER | --run RUN]
 
 LIBGGML_BASE is ggml's shared library and PYTHON an interpreter with llama_cpp, both as the llama-cpp-python source
 package builds them. `errors`: root mean square, ours over llama.cpp's, block for block from the same floats. `speed`:
@@ -12,7 +13,8 @@ a random model in bf16, safetensors to GGUF, beside llama.cpp's converter to BF1
 convert_hf_to_gguf.py, --tokenizer one that it knows). `models`: KL of each format on afina/tiny, ours and the peer's
 from the same F32 file. `quality`: the same in transformers on the dequantised files, over many tokens: KL and
 perplexity, ours over the peer's, with standard errors, on held-out samples of a run (else on bundled conversations) and
-on what the model itself writes; and whether the blocks are equal to the byte. Results are printed and appended to
+on what the model itself writes, averaged over orders of the model's inner dimensions; and whether the blocks are equal
+to the byte. `arithmetic`: KL of a file's numbers, and of llama.cpp with them. Results are printed and appended to
 results/quantize.jsonl.
 """
 
@@ -47,6 +49,7 @@ from afina.export.mixes import FORMATS, PLAIN
 from afina.export.run import held_out
 from afina.gguf_file import GgufFile
 from afina.model.attach import merged, save_whole
+from afina.model.llamacpp import LlamaCpp
 from afina.model.load import choose_hardware, load_model
 from afina.recipe.place import BUNDLED
 from afina.recipe.schema import Model
@@ -450,6 +453,34 @@ def _quality(
     return torch.cat(kls), torch.cat(surprises)
 
 
+def arithmetic(options: argparse.Namespace) -> None:
+    """What of a file's divergence is its numbers, and what llama.cpp's way of multiplying with them: it quantises the
+    inputs of products too. The same positions, by transformers with the dequantised file and by llama.cpp."""
+    with tempfile.TemporaryDirectory() as place:
+        source, rows = _subject(options, Path(place))
+        model: Any = load_model(str(source), choose_hardware(Model(precision="fp32", device="cpu")))
+        exact = [torch.log_softmax(_logits(model, ids), -1) for ids in rows]
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for kind in options.formats.split(","):
+            file = Path(place) / f"{kind}.gguf"
+            write_gguf(source, file, kind)
+            model.load_state_dict(_dequantised(model, state, _plans(source), file))
+            numbers, _surprise = _quality(model, [(ids, 1) for ids in rows], exact)
+            asked: list[float] = []
+            with LlamaCpp(file, context=512, cache="f32") as witness:
+                for ids, ours in zip(rows, exact, strict=True):
+                    told = witness.logprobs(ids[0, :-1].tolist(), top=512)
+                    asked += [certificate.divergence(*pair) for pair in zip(ours[:-1].numpy(), told, strict=True)]
+            note(
+                what="arithmetic",
+                model=options.called or source.name,
+                format=kind,
+                tokens=len(asked),
+                kl_of_the_numbers=round(float(numbers.mean()), 6),
+                kl_in_llamacpp=round(float(np.mean(asked)), 6),
+            )
+
+
 def _same_blocks(ours: Path, theirs: Path) -> str:
     one, other = GgufFile(ours), GgufFile(theirs)
     same = sum(np.array_equal(one.raw(name), other.raw(name)) for name in one.tensors if name in other.tensors)
@@ -458,7 +489,7 @@ def _same_blocks(ours: Path, theirs: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("errors", "speed", "models", "quality"))
+    parser.add_argument("what", choices=("errors", "speed", "models", "quality", "arithmetic"))
     parser.add_argument("--ggml", help="ggml's shared library, to compare with")
     parser.add_argument("--peer", help="a Python with llama_cpp, to compare with")
     parser.add_argument("--converter", help="llama.cpp's convert_hf_to_gguf.py, to compare with")
@@ -476,7 +507,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--place", help="where the model is laid out; the system's temporary folder if not given")
     options = parser.parse_args()
-    {"errors": errors, "speed": speed, "models": models, "quality": quality}[options.what](options)
+    jobs = {"errors": errors, "speed": speed, "models": models, "quality": quality, "arithmetic": arithmetic}
+    jobs[options.what](options)
     return 0
 
 

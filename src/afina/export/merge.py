@@ -134,8 +134,9 @@ def apart(model: nn.Module, questions: Sequence[Question]) -> tuple[float, float
     """Mean KL(adapter beside base || merged) over all positions, in nats, and the largest difference of a log-
     probability that is not negligible."""
     found, largest = [], 0.0
-    for question in questions:
-        ours, theirs = question.logprobs, distributions(model, question.prompt, question.answer)
+    noted = distributions(model, [(question.prompt, question.answer) for question in questions])
+    for question, theirs in zip(questions, noted, strict=True):
+        ours = question.logprobs
         found += (np.exp(ours) * (ours - theirs)).sum(-1).tolist()
         largest = max(largest, float(np.abs(ours - theirs)[ours > -10].max()))
     return max(0.0, float(np.mean(found))), largest
