@@ -4,12 +4,15 @@
 
 RUN is a finished run. Held-out samples are asked of base and adapter, of the merged model in fp32 and bf16, and of the
 merged model quantised to NF4 again: KL in nats a token over the whole vocabulary, how often both think the same
-token likeliest, answers that are right, bytes on the disk. Printed, and appended to results/quantize.jsonl.
+token likeliest, answers that are right, bytes on the disk. Of a base in NF4 the adapter is added, before it is
+quantised again, to what the base's blocks say and to the plain base they were made of. Results are printed, and appended
+to results/quantize.jsonl.
 """
 
 import argparse
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -51,11 +54,19 @@ def main() -> int:
             fold(source, adapter, folder, dtype)
             save_configuration(tuned.model, folder, dtype)
         wanted = Model(quantization="nf4", double_quantization=recipe.model.double_quantization)
-        save_whole(load_model(str(Path(place) / "fp32"), Hardware(CPU, torch.bfloat16), wanted), Path(place) / "nf4")
-        for name in ("fp32", "bf16", "nf4"):
+        sums = {"nf4": Path(place) / "fp32"}
+        if is_quantised(tuned.model) and base is not None:
+            sums["nf4 of the plain base"] = Path(place) / "plain"
+            sums["nf4 of the plain base"].mkdir()
+            with closing(Source(base)) as plain:
+                fold(plain, adapter, sums["nf4 of the plain base"], torch.float32)
+            save_configuration(tuned.model, sums["nf4 of the plain base"], torch.float32)
+        for name, folder in sums.items():
+            save_whole(load_model(str(folder), Hardware(CPU, torch.bfloat16), wanted), Path(place) / name)
+        for name in ("fp32", "bf16", *sums):
             folder = Path(place) / name
             model = load_model(str(folder), Hardware(CPU, torch.float32), held=True)
-            found = certify_folder(folder, name, model, questions, tuned.renderer)
+            found = certify_folder(folder, name.split()[0], model, questions, tuned.renderer)
             note(
                 what="merge",
                 model=f"{recipe.model.base} tuned on {recipe.name}",

@@ -15,7 +15,7 @@ from afina import durable
 from afina.console import Console, size
 from afina.data.read import read
 from afina.errors import ProofError, ResourceError
-from afina.export.certificate import LIMITS, Question, distributions
+from afina.export.certificate import LIMITS, LOGITS, Question, distributions
 from afina.export.folding import can_fold, fold, read_adapter
 from afina.export.gguf import planned_bytes
 from afina.export.gguf_vocab import read_json
@@ -24,9 +24,10 @@ from afina.export.merging import expected_changes, prove_merge
 from afina.export.mixes import FORMATS
 from afina.export.weights import Held, Source
 from afina.language import _
-from afina.model.attach import merged, save_configuration, save_whole
+from afina.model.attach import merged, only_adds, save_configuration, save_whole, settings_of
 from afina.model.load import DTYPES, Hardware, load_model
 from afina.model.quantize import is_quantised
+from afina.recipe.schema import Recipe
 from afina.train.reopen import Tuned
 
 if TYPE_CHECKING:
@@ -40,25 +41,29 @@ DIVERGENCE = {
 """Nats a token between merged and adapter beside base. In F32 1e-9 was measured; a module left out gives 1e-2."""
 SPARE = 64 * 2**20
 """Bytes of the disk left alone."""
+RUNNING = 2**30
+"""Bytes of Python, torch and llama.cpp, whatever the model."""
 
 
-def check_room(base: Path | None, out: Path, formats: Sequence[str], precision: str, console: Console) -> None:
-    """Say what the export of a model like the one in `base` takes, and raise ResourceError where there is no room.
+def check_room(
+    base: Path | None, out: Path, formats: Sequence[str], recipe: Recipe, adapter: Path, console: Console
+) -> None:
+    """Say what the export of a run takes, and raise ResourceError where there is no room for it on the disk.
 
-    Where the base lies in no folder, as a GGUF file, nothing is said."""
+    `base` is its base model, `adapter` what was trained. Of a base that lies in no folder, such as a GGUF file, nothing
+    is said.
+    """
     if base is None:
         return
-    source = Source(base)
-    try:
-        weights = sum(math.prod(source.stored_shape(name)) for name in source.names())
-    finally:
-        source.close()
-    needed = weights * (DTYPES[precision].itemsize + ("nf4" in formats))
+    with closing(Source(base)) as source:
+        shapes = [source.stored_shape(name) for name in source.names()]
+    weights = sum(map(math.prod, shapes))
+    needed = weights * (DTYPES[recipe.export.precision].itemsize + ("nf4" in formats))
     needed += sum(planned_bytes(base, kind) for kind in formats if kind in FORMATS)
     free = durable.free_bytes(out)
     console.line(
-        _("Takes {needed} of the disk, of which {free} are free, and {memory} of memory.").format(
-            needed=size(needed), free=size(free), memory=size(4 * weights)
+        _("Takes {needed} of the disk, of which {free} are free, and {memory} of memory, pages of files apart.").format(
+            needed=size(needed), free=size(free), memory=size(_memory(shapes, recipe, adapter))
         )
     )
     if needed + SPARE > free:
@@ -68,6 +73,20 @@ def check_room(base: Path | None, out: Path, formats: Sequence[str], precision: 
             ),
             hint=_("Free some space, name fewer formats with --to, or set export.precision to bf16."),
         )
+
+
+def _memory(shapes: Sequence[tuple[int, ...]], recipe: Recipe, adapter: Path) -> int:
+    """Bytes of its own that an export needs at most. Weights that are computed with as they are stored are pages of
+    their files."""
+    weights, vocabulary = sum(map(math.prod, shapes)), max((shape[0] for shape in shapes), default=0)
+    largest = max((math.prod(shape) for shape in shapes if shape[:1] != (vocabulary,)), default=0)
+    held = 0
+    if recipe.method.name != "full":
+        if not only_adds(settings_of(adapter)):
+            held = 4 * weights
+        elif recipe.model.quantization != "none":
+            held = weights
+    return RUNNING + held + 16 * largest + 12 * min(LOGITS, 2**12 * vocabulary)
 
 
 def merge(export: "Export", run: Path, base: Path | None) -> None:

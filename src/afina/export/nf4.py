@@ -5,6 +5,7 @@ anew, the training with it: further from the model than a merged folder of 16 bi
 (docs/export.md has the figures). This one is for programs that hold four bits and know bitsandbytes only.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,29 +23,25 @@ if TYPE_CHECKING:
 NAME = "nf4"
 
 
-def add_nf4(export: "Export") -> dict[str, Any]:
-    """Write the folder `nf4` of an export and compare it with the model; returns its part of the export's facts.
-
-    Raises NotTheModel when it is too far away.
-    """
+def write_nf4(export: "Export") -> Path:
+    """Write the folder `nf4` of an export from its merged model; returns it."""
     tuned, folder = export.tuned, export.folder / NAME
-    device = tuned.hardware.device
     wanted = Model(quantization="nf4", double_quantization=tuned.recipe.model.double_quantization)
     with durable.new_folder(folder) as new:
-        save_whole(load_model(str(export.whole), Hardware(device, torch.bfloat16), wanted), new)
+        save_whole(load_model(str(export.whole), Hardware(tuned.hardware.device, torch.bfloat16), wanted), new)
         tuned.renderer.tokenizer.save(new)
-    model = load_model(str(folder), Hardware(device, torch.float32), held=True)
-    with export.console.progress(_("Asking {file}").format(file=NAME), 1) as progress:
-        proof = certify_folder(folder, NAME, model, export.questions, tuned.renderer, export.right)
-        progress.advance(1)
-    return {
-        "checks": proof.pop("checks"),
-        "certificate": proof,
-        "notes": [_recommendation(export, proof["divergence"])],
-    }
+    return folder
 
 
-def _recommendation(export: "Export", away: float) -> str:
+def certify_nf4(export: "Export") -> dict[str, Any]:
+    """Compare that folder with the model. Raises NotTheModel when it is too far away."""
+    folder = export.folder / NAME
+    model = load_model(str(folder), Hardware(export.tuned.hardware.device, torch.float32), held=True)
+    return certify_folder(folder, NAME, model, export.questions, export.tuned.renderer, export.right)
+
+
+def recommendation(export: "Export", away: float) -> str:
+    """Which to take, by what both were measured to be."""
     merged = (export.merge or {}).get("divergence", 0.0)
     return _(
         "Quantised again to NF4, the model is {nf4:.2g} nats a token away from base and adapter; merged in {precision} "

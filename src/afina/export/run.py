@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from afina.export.lora import write_lora
 from afina.export.merge import check_room, merge
 from afina.export.mixes import EXPORTS
 from afina.export.mixes import FORMATS as GGUF
-from afina.export.nf4 import add_nf4
+from afina.export.nf4 import certify_nf4, recommendation, write_nf4
 from afina.export.ollama import modelfile
 from afina.export.page import certificate_of, page
 from afina.language import _
@@ -109,7 +109,7 @@ def export_run(run: Path, out: Path, formats: Sequence[str], console: Console, r
     base = weights_of(source, recipe.model.revision)
     if "nf4" in formats:
         bitsandbytes()  # where it is missing, that is said now
-    check_room(base, out, formats, recipe.export.precision, console)
+    check_room(base, out, formats, recipe, run / "adapter", console)
     failed = out.with_name(f"{out.name}-failed")
     durable.remove(failed)
     tuned = reopen(run, "fp32")
@@ -223,25 +223,42 @@ def _add_gguf(export: Export, kind: str) -> None:
     keys = ("types", "fallbacks", "not_quantised", "bits_per_weight", "notes")
     entry = {"file": file.name, "format": kind, "bytes": file.stat().st_size, "sha256": sha256(file), "checks": []}
     entry |= {key: facts[key] for key in keys}
-    for note in facts["notes"]:
-        export.console.warn(note)
-    try:
-        with export.console.progress(_("Asking {file}").format(file=file.name), len(export.questions)) as progress:
-            proof = certify(file, kind, export.questions, export.tuned.renderer, progress.advance, export.right)
-    except ResourceError as error:
-        export.console.warn(_("{file} was not run: {reason}").format(file=file.name, reason=error.message))
-    except NotTheModel as error:
-        proof = error.found
-        export.entries.append(entry | {"checks": proof.pop("checks"), "certificate": proof, "failed": error.message})
-        raise
-    except ProofError as error:
-        export.entries.append(entry | {"failed": error.message})
-        raise
-    else:
-        entry["checks"] = proof.pop("checks")
-        entry["certificate"] = proof
-    export.entries.append(entry)
+    with export.console.progress(_("Asking {file}").format(file=file.name), len(export.questions)) as progress:
+        try:
+            _prove(
+                entry,
+                export,
+                lambda: certify(file, kind, export.questions, export.tuned.renderer, progress.advance, export.right),
+            )
+        except ResourceError as error:
+            export.console.warn(_("{file} was not run: {reason}").format(file=file.name, reason=error.message))
+    _keep(export, entry)
     export.note()
+
+
+def _prove(entry: dict[str, Any], export: Export, ask: Callable[[], dict[str, Any]]) -> None:
+    """Add what `ask` measures to what is said of a file; where that is not the model it is kept with the failure."""
+    try:
+        proof = ask()
+    except ProofError as error:
+        found = error.found if isinstance(error, NotTheModel) else {}
+        measured = {"checks": found.pop("checks"), "certificate": found} if found else {}
+        export.entries.append(entry | measured | {"failed": error.message})
+        raise
+    entry |= {"checks": proof.pop("checks"), "certificate": proof}
+    right = proof["right_answers"]
+    if right["gguf"] < right["model"]:
+        fewer = _("{file} answers {count} of {all} prompts right, the model {model}.").format(
+            file=entry["file"], count=right["gguf"], all=len(entry["checks"]), model=right["model"]
+        )
+        entry["notes"] = [*entry["notes"], fewer]
+
+
+def _keep(export: Export, entry: dict[str, Any]) -> None:
+    """Note a file that is done, and tell what its user should know."""
+    export.entries.append(entry)
+    for note in entry["notes"]:
+        export.console.warn(note)
 
 
 def _tell_failure(export: Export, error: ProofError, place: Path) -> None:
@@ -260,15 +277,9 @@ def _add_other(export: Export, kind: str, run: Path) -> None:
         case "merged":
             file = export.whole
         case "nf4":
-            file = export.folder / kind
-            try:
-                entry |= add_nf4(export)
-            except NotTheModel as error:
-                proof = error.found
-                export.entries.append(
-                    entry | {"checks": proof.pop("checks"), "certificate": proof, "failed": error.message}
-                )
-                raise
+            file = write_nf4(export)
+            _prove(entry, export, lambda: certify_nf4(export))
+            entry["notes"] = [*entry["notes"], recommendation(export, entry["certificate"]["divergence"])]
         case "lora":
             if export.tuned.recipe.method.name == "full":
                 raise RecipeError(_("A fully tuned model has no adapter; export it merged."))
@@ -285,9 +296,7 @@ def _add_other(export: Export, kind: str, run: Path) -> None:
             place.mkdir(parents=True)
             os.link(export.folder / name, place / name)
     total = _bytes(file) if file.is_dir() else file.stat().st_size
-    export.entries.append(entry | {"file": file.name, "bytes": total})
-    for note in entry["notes"]:
-        export.console.warn(note)
+    _keep(export, entry | {"file": file.name, "bytes": total})
 
 
 def _add_modelfile(export: Export, file: Path, gguf: dict[str, Any]) -> list[str]:
