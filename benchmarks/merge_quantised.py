@@ -5,8 +5,8 @@
 RUN is a finished run. Held-out samples are asked of base and adapter, of the merged model in fp32 and bf16, and of the
 merged model quantised to NF4 again: KL in nats a token over the whole vocabulary, how often both think the same
 token likeliest, answers that are right, bytes on the disk. Of a base in NF4 the adapter is added, before it is
-quantised again, to what the base's blocks say and to the plain base they were made of. Results are printed, and appended
-to results/quantize.jsonl.
+quantised again, to what the base's blocks say and to the plain base they were made of. Printed, and appended to
+results/quantize.jsonl.
 """
 
 import argparse

@@ -139,17 +139,18 @@ def rmse(stored: np.ndarray, kind: str, x: torch.Tensor, steer: torch.Tensor | N
 
 
 def lay_out(folder: Path, shape: str, tokenizer: Path = TINY) -> None:
-    """A random Llama in bf16, layer by layer in shards, with a tokenizer: the peer's converter does not know that of
-    afina/tiny."""
+    """A random Llama in bf16, layer by layer in shards, drawn on the GPU where there is one; with a tokenizer, as the
+    peer's converter does not know that of afina/tiny."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
     config = json.loads((TINY / "config.json").read_text("utf-8"))
     config |= dict(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, head_dim=hidden // heads
     )
     config |= dict(num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary)
+    config |= dict(tie_word_embeddings=shape != "8b")
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         if (tokenizer / name).is_file():
             (folder / name).write_bytes((tokenizer / name).read_bytes())
     figures = read_shape(folder)
@@ -157,16 +158,17 @@ def lay_out(folder: Path, shape: str, tokenizer: Path = TINY) -> None:
     parts: dict[str, list[str]] = {}
     for name in figures.expected(set()):
         parts.setdefault(name.split(".")[2] if ".layers." in name else "outside", []).append(name)
-    generator = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
     for part, names in parts.items():
         file = f"model-{part}.safetensors"
         tensors = {}
         for name in names:
-            size = figures.size(name, vocabulary)
-            tensors[name] = (torch.randn(size, generator=generator) * 0.02).to(torch.bfloat16)
-        save_file(tensors, folder / file)
+            drawn = torch.randn(figures.size(name, vocabulary), generator=generator, device=device) * 0.02
+            tensors[name] = drawn.to(torch.bfloat16).cpu()
+        save_file(tensors, folder / file, {"format": "pt"})
         index |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}), "utf-8")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}), "utf-8")
 
 
 class Watch(threading.Thread):

@@ -16,7 +16,7 @@ from afina import durable
 from afina.artifact import open_artifact
 from afina.console import Console
 from afina.errors import ProofError, RecipeError, ResourceError
-from afina.export import certificate
+from afina.export import certificate, nf4
 from afina.export import merge as merge_room
 from afina.export import run as room
 from afina.export.gguf import write_gguf
@@ -212,6 +212,7 @@ def test_merged_and_quantised_again_by_choice(run, tmp_path):
     (four, plain) = said["files"]
     assert four["format"] == "nf4" and four["passed"] and plain["passed"]
     assert four["certificate"]["divergence"] > 10 * plain["certificate"]["divergence"]
+    assert not (tmp_path / "export" / nf4.PLAIN).exists()
     assert "Take the merged folder" in four["notes"][0]
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "export" / "nf4")
     assert opened.config.quantization_config.bnb_4bit_quant_type == "nf4"
@@ -230,3 +231,20 @@ def test_nf4_that_is_not_the_model_is_refused(run, tmp_path, monkeypatch):
     assert not (tmp_path / "export").exists()
     said = json.loads((tmp_path / "export-failed" / "certificate.json").read_text("utf-8"))
     assert [file["passed"] for file in said["files"]] == [False]
+
+
+def test_a_quantised_base_is_quantised_again_from_its_plain_weights(run, tmp_path, monkeypatch):
+    """On the steps of its blocks' scales the training would be rounded away."""
+    pytest.importorskip("bitsandbytes", reason='install "afina[qlora]"')
+    place = Path(run).parent
+    tuned = afina.train(place / "recipe.yaml", tmp_path / "run", ["model.quantization=nf4", "name=four"])
+
+    def away(folder: str) -> float:
+        return export_run(tuned, tmp_path / folder, ["nf4"], quiet()).manifest["exports"][0]["certificate"][
+            "divergence"
+        ]
+
+    plain = away("plain")
+    monkeypatch.setattr(nf4, "weights_of", lambda *_given: None)
+    monkeypatch.setitem(certificate.LIMITS, "nf4", certificate.Limits(1e9, 0.0))
+    assert away("steps") > 3 * plain

@@ -58,7 +58,10 @@ def check_room(
     with closing(Source(base)) as source:
         shapes = [source.stored_shape(name) for name in source.names()]
     weights = sum(map(math.prod, shapes))
-    needed = weights * (DTYPES[recipe.export.precision].itemsize + ("nf4" in formats))
+    width = DTYPES[recipe.export.precision].itemsize
+    needed = weights * width
+    if "nf4" in formats:  # a byte a weight is more than it takes; and for a while there is the sum with a plain base
+        needed += weights * (1 + width * (recipe.model.quantization != "none"))
     needed += sum(planned_bytes(base, kind) for kind in formats if kind in FORMATS)
     free = durable.free_bytes(out)
     console.line(

@@ -74,7 +74,7 @@ class Export:
         return DTYPES[self.tuned.recipe.export.precision]
 
     def take_up(self) -> None:
-        """What an interrupted export of the same run has finished, its files as they were written."""
+        """What an interrupted export of the same run has finished, as it was written; the rest is removed."""
         journal = self.folder / JOURNAL
         said = json.loads(journal.read_text("utf-8")) if journal.is_file() else {"merge": None, "entries": []}
         self.merge = said["merge"] if self.whole.is_dir() else None
@@ -85,8 +85,10 @@ class Export:
             if self.merge is not None and file.is_file() and sha256(file) == entry["sha256"]:
                 self.entries.append(entry)
                 self.console.line(_("{file} was written before.").format(file=entry["file"]))
-            else:
-                durable.remove(file)
+        kept = {JOURNAL, self.whole.name, *(entry["file"] for entry in self.entries)}
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                durable.remove(path)
 
     def note(self) -> None:
         """Let the journal say what is done."""

@@ -16,8 +16,8 @@ from torch import nn
 from afina.model.quantize import layer_kind, whole
 
 WEIGHTS, GPU_WEIGHTS = 2**19, 2**26
-"""Turned into fp32 at once, in whole rows. 2 MB stay in a core's caches, so that memory is read for the 16 bits alone,
-half of what weights in fp32 would take; a GPU wants more. A head of 128,256 x 4,096 would be 2.1 GB."""
+"""Turned into fp32 at once, in whole rows, by each core: 2 MB stay in its caches, so that memory is read for the 16
+bits alone, half of what weights in fp32 would take. A GPU wants more. A head of 128,256 x 4,096 would be 2.1 GB."""
 
 
 @torch.no_grad()
@@ -26,16 +26,17 @@ def exact(model: nn.Module) -> nn.Module:
     held, others = set(), set()
     modules: list[Any] = list(model.modules())
     for module in modules:
+        kind: Any = type(module)
         if layer_kind(module) is not None:
             module.forward = MethodType(_quantised_product, module)
             held.add(id(module.weight))
-        elif type(module) is nn.Linear:
+        elif kind is nn.Linear:
             module.forward = MethodType(_product, module)
             held.add(id(module.weight))
-        elif type(module) is nn.Embedding:
+        elif kind is nn.Embedding:
             module.register_forward_hook(_in_fp32)
             held.add(id(module.weight))
-        elif isinstance(module, nn.Embedding):  # as Gemma's, which multiplies its rows in the type they are held in
+        elif issubclass(kind, nn.Embedding):  # as Gemma's, which multiplies its rows in the type they are held in
             others.add(id(module.weight))
             if (scale := getattr(module, "scalar_embed_scale", None)) is not None:
                 module.embed_scale = torch.tensor(scale, device=module.weight.device)
@@ -50,7 +51,7 @@ def _product(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """(..., columns) to (..., rows)."""
     if layer.weight.dtype == x.dtype:
         return F.linear(x, layer.weight, layer.bias)
-    most = GPU_WEIGHTS if x.is_cuda else WEIGHTS
+    most = GPU_WEIGHTS if x.is_cuda else WEIGHTS * torch.get_num_threads()
     parts = [F.linear(x, rows.to(x.dtype)) for rows in layer.weight.split(max(1, most // layer.weight.shape[1]))]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     return whole if layer.bias is None else whole + layer.bias
