@@ -9,7 +9,7 @@ from pathlib import Path
 
 from afina.data.audit.chat import class_of
 from afina.data.conversation import Sample
-from afina.data.dialects import Make, checked, dialect_of, maker
+from afina.data.dialects import Make, Mapped, checked, dialect_of, maker
 from afina.data.files import find
 from afina.data.messages import effort_from, tools_from
 from afina.data.problem import BadRows, Problem
@@ -85,16 +85,17 @@ def _of_file(file: Path, data: Data, told: Reading) -> Iterator[tuple[Path, Row,
     form = format_of(file, shape)
     told.encodings.setdefault(encoding, []).append(file)
     told.forms.add(form)
+    mapped = Mapped(data.mapping) if data.mapping is not None else None
     make: Make | None = None
     empty = True
-    for row in rows(file, shape, form):
+    for row in mapped.over(rows(file, shape, form)) if mapped else rows(file, shape, form):
         empty = False
         try:
             if row.fault:
                 raise BadRow(row.fault)
             if make is None:
                 dialect = dialect_of(row.value, data)
-                make = maker(dialect, data.mapping, passages=form == "text")
+                make = mapped or maker(dialect, passages=form == "text")
                 told.dialects.add(dialect)
             messages = checked(make(row), data.system)
             talks = dialect in ("messages", "sharegpt")
