@@ -9,7 +9,7 @@ import pytest
 from data.audit.faulty import FAULTY, row, sound
 
 from afina import dataset
-from afina.artifact import sha256
+from afina.artifact import open_artifact, sha256
 from afina.console import console
 from afina.data.audit.finding import Report
 from afina.data.audit.page import page
@@ -73,10 +73,34 @@ def test_a_repaired_copy(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (report.rows, report.counts.total()) == (28, 0)
     reasons = [json.loads(line) for line in aside.read_text("utf-8").splitlines()]
     assert [(one["line"], one["class"]) for one in reasons] == [(11, "cut-row"), (21, "duplicate")]
+    made = open_artifact(tmp_path / "mended", "repaired data")
+    made.verify()
+    assert made.manifest["rows"] == {"in": 30, "kept": 28, "of_these_repaired": 3, "duplicates": 1, "rejected": 1}
+    assert made.manifest["changes"] == {
+        "repaired": {"mojibake": 1, "invisible": 1, "not-utf8": 1},
+        "set_aside": {"cut-row": 1, "duplicate": 1},
+    }
+    assert made.manifest["copies"] == [{"from": str(rows), "to": "rows.jsonl", "rows": 30, "kept": 28}]
+    assert [one["sha256"] for one in made.manifest["parents"]] == [before]
+
     assert "canción" in (tmp_path / "mended" / "changes.diff").read_text("utf-8")
     kept = copy.read_bytes().splitlines()
     untouched = [line for at, line in enumerate(rows.read_bytes().split(b"\r\n")) if at not in (3, 10, 12, 20, 25)]
     assert [line for line in kept if line in untouched] == untouched, "a row with nothing wrong is kept byte for byte"
+
+
+def test_copies_of_files_of_one_name_do_not_meet(tmp_path: Path):
+    rng = random.Random(2)
+    sources = [tmp_path / name for name in ("a/rows.jsonl", "b/rows.jsonl", "rejected.jsonl", "row.jsonl")]
+    for source in sources:
+        source.parent.mkdir(exist_ok=True)
+        source.write_bytes(b"\n".join(sound(rng) for _ in range(5)))
+    names = json.dumps([str(source) for source in sources])
+    dataset.check(str(sources[0]), [f"data.train={names}"], fix=tmp_path / "mended")
+    made = open_artifact(tmp_path / "mended").manifest["copies"]
+    assert [one["to"] for one in made] == ["rows.jsonl", "rows-2.jsonl", "rejected-2.jsonl", "row.jsonl"]
+    for one in made:
+        assert (tmp_path / "mended" / one["to"]).read_bytes().strip() == Path(one["from"]).read_bytes()
 
 
 def test_the_page_is_one_file_and_escapes_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 its reason, and each change is told. The files themselves are never touched.
 """
 
+import itertools
 import json
 import unicodedata
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from afina import durable
+from afina.artifact import parent, seal, sha256
 from afina.data.audit import syntax
 from afina.data.audit.blocks import Block, line_blocks, row_blocks
 from afina.data.audit.finding import Finding, Report
@@ -24,6 +26,7 @@ from afina.recipe.schema import Data
 REMOVED = frozenset({"nul", "control-character", "invisible", "direction", "noncharacter"})
 TEXTUAL = REMOVED | {"mojibake", "mojibake-twice", "line-separator", "decomposed"}
 """Classes that are repaired inside a text."""
+ASIDE = "rejected.jsonl"
 DROPPED = frozenset({"duplicate"})
 ROUNDS = 1000
 """Of repairing a text: each takes out the first run of every class."""
@@ -49,6 +52,8 @@ class Mend:
     kept: int = 0
     dropped: int = 0
     rejected: int = 0
+    copies: list[dict[str, Any]] = field(default_factory=list)
+    """Of each file: what it was copied to, and its rows."""
 
     def note(self, found: Finding) -> None:
         """Take up a finding, as the audit tells it."""
@@ -57,8 +62,8 @@ class Mend:
             self.rows.setdefault(found.file, {}).setdefault(found.line, set()).add(found.kind)
 
     def write(self, folder: Path, report: Report, data: Data) -> list[Change]:
-        """Write copies of all files of `report` into the new `folder`; returns every change. Raises OutputError, and
-        ProofError when the rows do not add up."""
+        """Write copies of all files of `report` into the new `folder`, and a manifest of what became of their rows;
+        returns every change. Raises OutputError, and ProofError when the rows do not add up."""
         if folder.exists():
             raise OutputError(
                 _("{path} exists already.").format(path=folder), hint=_("Choose another name, or remove it first.")
@@ -69,8 +74,9 @@ class Mend:
                 if facts["form"]:
                     self._copy(new, file, facts, data, changes)
             aside = [change for change in changes if not change.after]
-            durable.write_text(new / "rejected.jsonl", "".join(_line(change) for change in aside))
+            durable.write_text(new / ASIDE, "".join(_line(change) for change in aside))
             durable.write_text(new / "changes.diff", "".join(diff(change) for change in changes))
+            self._seal(new, report, changes)
         if self.kept + self.dropped + self.rejected != report.rows:
             raise ProofError(
                 _("{rows} rows came in, but {kept} were kept and {aside} set aside.").format(
@@ -80,16 +86,41 @@ class Mend:
             )
         return changes
 
+    def _seal(self, new: Path, report: Report, changes: list[Change]) -> None:
+        aside = {(change.file, change.line) for change in changes if not change.after}
+        repaired = {(change.file, change.line) for change in changes} - aside
+        by_class: dict[str, dict[str, int]] = {"repaired": {}, "set_aside": {}}
+        for change in changes:
+            counts = by_class["repaired" if change.after else "set_aside"]
+            counts[change.kind] = counts.get(change.kind, 0) + 1
+        seal(
+            new,
+            "repaired data",
+            parents=[parent(Path(copy["from"]), sha256(Path(copy["from"])), "data") for copy in self.copies],
+            rows={
+                "in": report.rows,
+                "kept": self.kept,
+                "of_these_repaired": len(repaired),
+                "duplicates": self.dropped,
+                "rejected": self.rejected,
+            },
+            changes=by_class,
+            copies=self.copies,
+        )
+
     def _copy(self, new: Path, file: Path, facts: dict[str, Any], data: Data, changes: list[Change]) -> None:
         path, name = data.mapping.rows if data.mapping else "", file.name.partition(".")[0]
         shape = Shape(path, tuple(data.columns or ()), facts["encoding"])
         quick = facts["form"] == "jsonl" and not path
         blocks = line_blocks(file, facts["encoding"]) if quick else row_blocks(file, shape, facts["form"])
-        number = sum(1 for other in new.glob(f"{name}*.jsonl"))
-        with (new / (f"{name}-{number + 1}.jsonl" if number else f"{name}.jsonl")).open("wb") as copy:
+        names = (f"{name}-{number}.jsonl" if number > 1 else f"{name}.jsonl" for number in itertools.count(1))
+        made = next(one for one in names if one != ASIDE and not (new / one).exists())
+        before = self.kept
+        with (new / made).open("wb") as copy:
             for block in blocks:
                 for line in self._mended(file, block, changes):
                     copy.write(line + b"\n")
+        self.copies.append({"from": str(file), "to": made, "rows": facts["rows"], "kept": self.kept - before})
 
     def _mended(self, file: Path, block: Block, changes: list[Change]) -> Iterator[bytes]:
         """The rows of a block that are kept, as lines; one with nothing wrong byte for byte."""
