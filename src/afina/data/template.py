@@ -303,8 +303,14 @@ class Renderer:
 
     def _encode(self, conversations: list[list[_Piece]]) -> list[Rendered]:
         """Ids of pieces, all plain texts encoded in one call."""
-        plain = [piece.text for pieces in conversations for piece in pieces if piece.markup is None]
-        encoded = iter(self.tokenizer.encode(plain, tags=False))
+        plain: list[str] = []
+        inside: list[bool] = []
+        for pieces in conversations:
+            for before, piece in pairwise([None, *pieces]):
+                if piece is not None and piece.markup is None:
+                    plain.append(piece.text)
+                    inside.append(before is not None and (before.markup is None or self.tokenizer.begins_once))
+        encoded = iter(self.tokenizer.encode(plain, tags=False, inside=inside))
         return [self._joined(pieces, encoded) for pieces in conversations]
 
     def _joined(self, pieces: list[_Piece], encoded: Iterator[list[int]]) -> Rendered:
