@@ -109,7 +109,7 @@ def head_norms(x: torch.Tensor, norms: Sequence[Norm], heads: Sequence[int], out
 
 
 def head_norms_backward(d: torch.Tensor, x: torch.Tensor, norms: Sequence[Norm], heads: Sequence[int]) -> torch.Tensor:
-    """Turn the gradient of `head_norms`' output into that of its input, in place. d, x: (tokens, columns)."""
+    """Turn x, the input of `head_norms`, into its gradient in place; d: of the output. d, x: (tokens, columns)."""
     width = norms[0].weight.numel()
     if x.is_cuda:
         from afina.engine import kernels
@@ -118,13 +118,12 @@ def head_norms_backward(d: torch.Tensor, x: torch.Tensor, norms: Sequence[Norm],
     first = 0
     for by, count in zip(norms, heads, strict=True):
         place = slice(first * width, (first + count) * width)
-        part = x[:, place].unflatten(1, (count, width)).flatten(0, 1)
-        slope = d[:, place].unflatten(1, (count, width)).flatten(0, 1)
-        found = torch.empty_like(part)
-        norm_backward(slope, part, by, found)
-        d[:, place] = found.unflatten(0, (d.shape[0], count)).flatten(1)
+        part, slope = (rows[:, place].unflatten(1, (count, width)).flatten(0, 1) for rows in (x, d))
+        norm_backward(slope, part, by, part)
+        x[:, place] = part.unflatten(0, (d.shape[0], count)).flatten(1)
         first += count
-    return d
+    x[:, first * width :] = d[:, first * width :]
+    return x
 
 
 def rotate(
@@ -173,19 +172,19 @@ def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return out.copy_(torch.nn.functional.silu(gate) * up)
 
 
-def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor, d_gate_up: torch.Tensor) -> torch.Tensor:
-    """Write the gradient of gate and up; `d` (rows, width) then holds the forward's output again. Returns `d`."""
+def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """Turn gate_up into its gradient in place, and `d` (rows, width) into the forward's output. Returns `d`."""
     if gate_up.is_cuda:
         from afina.engine import kernels
 
-        return kernels.swiglu_backward(d, gate_up, d_gate_up)
-    (gate, up), width = _at_least_fp32(gate_up).chunk(2, dim=1), d.shape[1]
+        return kernels.swiglu_backward(d, gate_up)
+    gate, up = _at_least_fp32(gate_up).chunk(2, dim=1)
     wide = _at_least_fp32(d)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
-    d_gate_up[:, :width] = wide * up * (sigmoid + silu * (1 - sigmoid))
-    d_gate_up[:, width : 2 * width] = wide * silu
-    return d.copy_(silu * up)
+    again = silu * up
+    gate_up.copy_(torch.cat([wide * up * (sigmoid + silu * (1 - sigmoid)), wide * silu], dim=1))
+    return d.copy_(again)
 
 
 def gelu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -197,15 +196,16 @@ def gelu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return out.copy_(torch.nn.functional.gelu(_at_least_fp32(x), approximate="tanh"))
 
 
-def gelu_backward(d: torch.Tensor, x: torch.Tensor, d_x: torch.Tensor) -> torch.Tensor:
-    """Write the gradient of x; `d` (rows, width) then holds the forward's output again. Returns `d`."""
+def gelu_backward(d: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Turn x into its gradient in place, and `d` (rows, width) into the forward's output. Returns `d`."""
     if x.is_cuda:
         from afina.engine import kernels
 
-        return kernels.gelu_backward(d, x, d_x)
+        return kernels.gelu_backward(d, x)
     wide = _at_least_fp32(x)
-    d_x.copy_(torch.ops.aten.gelu_backward(_at_least_fp32(d), wide, approximate="tanh"))
-    return d.copy_(torch.nn.functional.gelu(wide, approximate="tanh"))
+    again = torch.nn.functional.gelu(wide, approximate="tanh")
+    x.copy_(torch.ops.aten.gelu_backward(_at_least_fp32(d), wide, approximate="tanh"))
+    return d.copy_(again)
 
 
 def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -215,19 +215,22 @@ def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _at_least_fp32(torch.mm(a, b))
 
 
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, d_logits: torch.Tensor) -> torch.Tensor:
-    """Loss of each row (rows,), at least fp32; `d_logits` receives softmax - one-hot, the gradient of their sum."""
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each row (rows,), at least fp32, and softmax - one-hot in `dtype`: the gradient of their sum.
+
+    The gradient lies where the logits were: a chunk of them is the largest tensor there is.
+    """
+    slopes = logits.view(dtype)[:, : logits.shape[1]]
     if logits.is_cuda:
         from afina.engine import kernels
 
-        return kernels.cross_entropy(logits, targets, d_logits)
-    wide = _at_least_fp32(logits)
-    log_sum = torch.logsumexp(wide, dim=-1, keepdim=True)
-    losses = log_sum - wide.gather(1, targets[:, None])
-    gradient = torch.exp(wide - log_sum)
-    gradient.scatter_add_(1, targets[:, None], torch.full_like(losses, -1))
-    d_logits.copy_(gradient)
-    return losses[:, 0]
+        return kernels.cross_entropy(logits, targets, slopes), slopes
+    log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
+    losses = log_sum - logits.gather(1, targets[:, None])
+    gradient = logits.sub_(log_sum).exp_().scatter_add_(1, targets[:, None], torch.full_like(losses, -1))
+    return losses[:, 0], slopes.copy_(gradient if dtype == logits.dtype else gradient.to(dtype))
 
 
 def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:

@@ -163,7 +163,7 @@ class Product:
     ) -> torch.Tensor:
         """y (+ residual) from wide_x (tokens, K + r), the input in its first K columns; the rest is written here.
 
-        seed: of the dropout, None for none.
+        out: y's place, which may be part of wider rows. seed: of the dropout, None for none.
         """
         wide = self.weights()
         if self.r:
@@ -172,7 +172,7 @@ class Product:
         if residual is not None:
             y = torch.addmm(residual, wide_x, weight, out=out)
             return y if self.bias is None else y.add_(self.bias)
-        return torch.mm(wide_x, weight) if self.bias is None else torch.addmm(self.bias, wide_x, weight)
+        return torch.mm(wide_x, weight, out=out) if self.bias is None else torch.addmm(self.bias, wide_x, weight, out=out)
 
     def forward_narrow(
         self, x: torch.Tensor, residual: torch.Tensor, seed: int | None = None
