@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from afina.engine.elementwise import wide_product
+from afina.engine.elementwise import meet, wide_product
 from afina.engine.nf4 import Nf4, from_bitsandbytes
 
 ALIGN = 8
@@ -199,15 +199,17 @@ class Product:
             return x
         return x * keep_mask(x, self.dropout, seed)
 
-    def widen(self, wide_dy: torch.Tensor) -> None:
-        """Write dy sB into the last columns of wide_dy (tokens, N + r), whose first N hold dy."""
+    def widen(self, wide_dy: torch.Tensor, low: torch.Tensor) -> list[torch.Tensor]:
+        """Write dy sB into the last columns of wide_dy (tokens, N + r), whose first N hold dy; returns each dB.
+
+        low: `low_of` the forward.
+        """
         used = self.adapters[-1].columns.stop if self.adapters else 0
         wide_dy[:, self.n + used :].zero_()  # padding meets zeros of the buffer, and what was here before may be NaN
-        if self.adapters:
-            wide = self.weights()
-            for adapter in self.adapters:
-                up = wide[adapter.rows, self.k :][:, adapter.columns]
-                torch.mm(wide_dy[:, adapter.rows], up, out=wide_dy[:, self.n :][:, adapter.columns])
+        if not self.adapters:
+            return []
+        parts = [(a.rows.start, a.rows.stop, a.columns.start, a.columns.stop) for a in self.adapters]
+        return meet(wide_dy[:, : self.n], self.weights()[: self.n, self.k :], low, parts, wide_dy[:, self.n :])
 
     def backward(self, wide_dy: torch.Tensor, seed: int | None = None) -> torch.Tensor:
         """dx (tokens, K) from wide_dy (tokens, N + r), after `widen`."""
@@ -218,14 +220,13 @@ class Product:
         return dx.add_(self.dropped(torch.mm(wide_dy[:, self.n :], wide[self.n :, : self.k]), seed))
 
     def gradients(
-        self, wide_dy: torch.Tensor, x: torch.Tensor, low: torch.Tensor, seed: int | None = None
+        self, wide_dy: torch.Tensor, x: torch.Tensor, ups: Sequence[torch.Tensor], seed: int | None = None
     ) -> list[torch.Tensor]:
-        """Of what learns, after `widen`; x: (tokens, K), low: `low_of` of it. dA: (rank, K), dB: (rows, rank)."""
+        """Of what learns, after `widen`, which returned `ups`; x: (tokens, K). dA: (rank, K), dB: (rows, rank)."""
         found = []
         if self.adapters:
             lows = wide_product(wide_dy[:, self.n :].t(), self.dropped(x, seed))
-            for adapter in self.adapters:
-                up = wide_product(wide_dy[:, adapter.rows].t(), low[:, adapter.columns])
+            for adapter, up in zip(self.adapters, ups, strict=True):
                 found += [lows[adapter.columns].to(adapter.a.dtype), up.to(adapter.b.dtype)]
         if self.learnt:  # one product for all of them: small ones alone leave most of a GPU idle
             exact = self.learnt[0].weight.element_size() > 2
