@@ -175,11 +175,12 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
     import torch
 
     from afina.data.batch import Batch
-    from afina.engine import products
+    from afina.engine import elementwise, products
     from afina.engine.engine import Engine
     from afina.engine.plan import Plan, choose, count_up, ladder, measure, spread
 
     products.ALIGN = options.get("align", products.ALIGN)
+    elementwise.WIDEST = options.get("widest", elementwise.WIDEST)
     model, parameters = learner(work)
     engine = Engine(model, torch.bfloat16)
     torch.cuda.empty_cache()

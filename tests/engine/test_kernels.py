@@ -59,7 +59,7 @@ def test_norm(rows, width, dtype, kind):
         true_dx, true_y = torch.empty_like(truth), torch.empty_like(truth)
         past_exact = None if residual is None else exact(residual)
         learnt = elementwise.norm_backward(exact(dy), exact(x), exactly(by), true_dx, residual=past_exact, y=true_y)
-        found = kernels.norm_backward(dy, x, by, dx, residual, y)
+        found = kernels.norm_backward(dy, x, by, dx, residual=residual, y=y)
         close(dx, true_dx, dtype)
         close(y, true_y, dtype)
         assert len(found) == len(learnt) == len(by.learnt)
@@ -88,7 +88,7 @@ def test_rotate(heads, kept, width, half, dtype):
     for backward in (False, True):
         cosines = angles.double().cos().cpu(), angles.double().sin().cpu()
         truth = elementwise.rotate(exact(x).clone(), *cosines, heads, width, backward=backward)
-        found = kernels.rotate(x.clone(), angles.cos(), angles.sin(), heads, width, backward)
+        found = kernels.rotate(x.clone(), angles.cos(), angles.sin(), heads, width, backward=backward)
         close(found, truth, dtype)
         assert torch.equal(found[:, heads * width :], x[:, heads * width :])
 

@@ -5,10 +5,14 @@ definition: the tests hold the kernels to them. Statistics, angles and logits ar
 a part of wider rows, so that a product finds its input where it wants it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
+
+Twin = TypeVar("Twin", bound=Callable[..., Any])
 
 
 Part = tuple[int, int, int, int]
@@ -36,16 +40,28 @@ class Norm:
                 place.copy_(parameter.detach())
 
 
-def norm(x: torch.Tensor, by: Norm, out: torch.Tensor) -> torch.Tensor:
-    """out = weight * (x - mean) / deviation + bias; an RMS norm takes no mean away. x, out: (rows, width)."""
-    if x.is_cuda:
+def on_gpu(plain: Twin) -> Twin:
+    """Where the first tensor lies on a GPU, the kernel of the same name runs instead."""
+
+    @wraps(plain)
+    def run(first: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        if not first.is_cuda:
+            return plain(first, *rest, **named)
         from afina.engine import kernels
 
-        return kernels.norm(x, by, out)
+        return getattr(kernels, plain.__name__)(first, *rest, **named)
+
+    return run  # type: ignore[return-value]
+
+
+@on_gpu
+def norm(x: torch.Tensor, by: Norm, out: torch.Tensor) -> torch.Tensor:
+    """out = weight * (x - mean) / deviation + bias; an RMS norm takes no mean away. x, out: (rows, width)."""
     normed, _inverse = _normed(x, by)
     return out.copy_(_scaled(normed, by, x.dtype))
 
 
+@on_gpu
 def norm_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -59,10 +75,6 @@ def norm_backward(
 
     Returns the gradients of what learns in the norm, (width,) at least fp32.
     """
-    if x.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.norm_backward(dy, x, by, dx, residual, y)
     normed, inverse = _normed(x, by)
     wide = _at_least_fp32(dy)
     scaled = wide * by.weight
@@ -93,16 +105,13 @@ def _scaled(normed: torch.Tensor, by: Norm, dtype: torch.dtype) -> torch.Tensor:
     return normed * by.weight + (0 if by.bias is None else by.bias)
 
 
+@on_gpu
 def head_norms(x: torch.Tensor, norms: Sequence[Norm], heads: Sequence[int], out: torch.Tensor) -> torch.Tensor:
     """Norm each head of queries and keys (Qwen 3) into `out`; values are copied. x, out: (tokens, columns).
 
     heads: how many heads queries and keys have; norms: one for each.
     """
     width = norms[0].weight.numel()
-    if x.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.head_norms(x, norms, heads, out)
     out.copy_(x)
     first = 0
     for by, count in zip(norms, heads, strict=True):
@@ -113,13 +122,10 @@ def head_norms(x: torch.Tensor, norms: Sequence[Norm], heads: Sequence[int], out
     return out
 
 
+@on_gpu
 def head_norms_backward(d: torch.Tensor, x: torch.Tensor, norms: Sequence[Norm], heads: Sequence[int]) -> torch.Tensor:
     """Turn x, the input of `head_norms`, into its gradient in place; d: of the output. d, x: (tokens, columns)."""
     width = norms[0].weight.numel()
-    if x.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.head_norms_backward(d, x, norms, heads)
     first = 0
     for by, count in zip(norms, heads, strict=True):
         place = slice(first * width, (first + count) * width)
@@ -131,6 +137,7 @@ def head_norms_backward(d: torch.Tensor, x: torch.Tensor, norms: Sequence[Norm],
     return x
 
 
+@on_gpu
 def rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, width: int, *, backward: bool = False
 ) -> torch.Tensor:
@@ -139,10 +146,6 @@ def rotate(
     x: (tokens, columns), cos, sin: (tokens, half) fp32, where the first 2 half of a head's `width` are turned, its
     halves against each other, as transformers does. `backward` turns back, which is also the gradient.
     """
-    if x.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.rotate(x, cos, sin, heads, width, backward)
     half = cos.shape[1]
     turned = x[:, : heads * width].unflatten(1, (heads, width))
     first, second = _at_least_fp32(turned[:, :, :half]), _at_least_fp32(turned[:, :, half : 2 * half])
@@ -167,22 +170,16 @@ def gather_rotated(
     return rotate(out, cos, sin, heads + d_heads[1].shape[2], width, backward=True)
 
 
+@on_gpu
 def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = silu(gate) * up (Shazeer, 2020, arXiv:2002.05202). gate_up: (rows, 2 width), out: (rows, width)."""
-    if gate_up.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.swiglu(gate_up, out)
     gate, up = _at_least_fp32(gate_up).chunk(2, dim=1)
     return out.copy_(torch.nn.functional.silu(gate) * up)
 
 
+@on_gpu
 def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     """Turn gate_up into its gradient in place, and `d` (rows, width) into the forward's output. Returns `d`."""
-    if gate_up.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.swiglu_backward(d, gate_up)
     gate, up = _at_least_fp32(gate_up).chunk(2, dim=1)
     wide = _at_least_fp32(d)
     sigmoid = torch.sigmoid(gate)
@@ -192,21 +189,15 @@ def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     return d.copy_(again)
 
 
+@on_gpu
 def gelu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = gelu(x) by tanh, Phi's (Hendrycks & Gimpel, 2016, arXiv:1606.08415). x, out: (rows, width)."""
-    if x.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.gelu(x, out)
     return out.copy_(torch.nn.functional.gelu(_at_least_fp32(x), approximate="tanh"))
 
 
+@on_gpu
 def gelu_backward(d: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Turn x into its gradient in place, and `d` (rows, width) into the forward's output. Returns `d`."""
-    if x.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.gelu_backward(d, x)
     wide = _at_least_fp32(x)
     again = torch.nn.functional.gelu(wide, approximate="tanh")
     x.copy_(torch.ops.aten.gelu_backward(_at_least_fp32(d), wide, approximate="tanh"))
