@@ -3,15 +3,13 @@
 On a GPU as they are; elsewhere through Triton's interpreter (conftest.py asks for it), where Triton is installed.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
 pytest.importorskip("triton")
 
-from afina.engine import elementwise, kernels, low_rank, movers  # noqa: E402
+from afina.engine import elementwise, kernels, movers  # noqa: E402
 from afina.engine.elementwise import Norm  # noqa: E402
 from afina.engine.nf4 import from_bitsandbytes  # noqa: E402
 
@@ -188,19 +186,3 @@ def test_fill_nf4(rows, columns, nested):
     if CUDA:  # a scale that differs in its last bit may round a weight the other way
         assert (out != truth).float().mean() < 1e-3
     torch.testing.assert_close(out, truth, rtol=2**-7, atol=0)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE if CUDA else [torch.float32])  # the interpreter multiplies no bf16
-@pytest.mark.parametrize("tokens", [1, 150, 2500] if CUDA else [1, 150])
-@pytest.mark.parametrize("parts", [[(0, 24, 0, 3)], [(0, 700, 0, 5), (700, 1300, 5, 21)], [(512, 1024, 8, 72)]])
-def test_meet(parts, tokens, dtype, monkeypatch):
-    if not CUDA:
-        card = SimpleNamespace(multi_processor_count=7)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: card)
-    dy, up, low = draw(tokens, 1300, dtype), draw(1300, 80, dtype), draw(tokens, 80, dtype)
-    out, truth = draw(tokens, 80, dtype), torch.empty(tokens, 80, dtype=torch.float64)
-    expected = elementwise.meet(exact(dy), exact(up), exact(low), parts, truth)
-    found = low_rank.meet(dy, up, low, parts, out)
-    for (_start, _end, first, after), ours, theirs in zip(parts, found, expected, strict=True):
-        close(ours, theirs, torch.float32 if dtype == torch.float32 or not CUDA else torch.bfloat16)
-        close(out[:, first:after], truth[:, first:after], dtype)
