@@ -184,7 +184,7 @@ class Product:
     def forward_narrow(
         self, x: torch.Tensor, residual: torch.Tensor, seed: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `forward` for an input (tokens, K) without the extra room; returns y + residual and s x A^T (tokens, used)."""
+        """As `forward` for an input (tokens, K) without the extra room; returns y + residual and the `low_of`."""
         wide = self.weights()
         y = torch.addmm(residual, x, wide[: self.n, : self.k].t())
         low = torch.mm(self.dropped(x, seed), wide[self.n :, : self.k].t())
