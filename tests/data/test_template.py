@@ -7,9 +7,10 @@ from data.byte_level import FAMILIES, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from afina.data.audit.labels import audit
 from afina.data.conversation import Message, Sample
 from afina.data.problem import BadRows
-from afina.data.template import MARK, Rendered, Renderer, audit
+from afina.data.template import MARK, Rendered, Renderer
 from afina.data.tokenizer import Tokenizer
 from afina.errors import DataError, ModelError
 

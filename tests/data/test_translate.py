@@ -1,6 +1,7 @@
 """Translation against a small honest server: it speaks the protocol, keeps count, and fails when it is told to."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import afina
 from afina import translation
 from afina.data import translate as room
 from afina.data.conversation import Message, Sample, packed, row_of
@@ -208,7 +210,8 @@ def test_another_language_or_translator_is_another_entry():
 def started(tmp_path, server, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "afina", "data", "translate", "rows.jsonl", "--out", "rows.es.jsonl"]
     command += ["--endpoint", server.url, "--model", "m", "--parallel", "1", *more]
-    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = {**os.environ, "PYTHONPATH": str(Path(afina.__file__).parents[1])}
+    return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

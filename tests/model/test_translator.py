@@ -155,10 +155,10 @@ def test_a_folder_that_is_no_translation_model(tmp_path: Path):
 
 ROWS = [
     [
-        "What does `f(x)` do?\n\n```python\nis = 1  # See for more.\n```\n\nSee https://afina.example/a?b=is for more.",
+        "What does `f(x)` do?\n\n```python\nis = 1  # See for more.\n```\n\nSee https://arxiv.org/a?b=is for more.",
         "It adds one to a number.\n\n$$is + 1$$\n\nThe sum of $x_1$ is $x_2$",
     ],
-    ["a short text", '{"is": "a short text", "n": [1, "See"], "url": "https://x.example/is"}'],
+    ["a short text", '{"is": "a short text", "n": [1, "See"], "url": "https://arxiv.org/is"}'],
     ["a short text", "See " * 90],
 ]
 
@@ -176,10 +176,10 @@ def test_the_whole_verb_with_a_model_here(marian: Path, tmp_path: Path):
     assert [[message["content"] for message in messages] for messages in made] == [
         [
             "¿Qué hace `f(x)` ahora?\n\n```python\nis = 1  # See for more.\n```\n\n"
-            "Mira https://afina.example/a?b=is para saber más.",
+            "Mira https://arxiv.org/a?b=is para saber más.",
             "Suma uno a un número.\n\n$$is + 1$$\n\nLa suma de $x_1$ es $x_2$",
         ],
-        ["un texto corto", '{"is": "un texto corto", "n": [1, "See"], "url": "https://x.example/is"}'],
+        ["un texto corto", '{"is": "un texto corto", "n": [1, "See"], "url": "https://arxiv.org/is"}'],
     ]
     assert all(messages[1]["weight"] == 0.5 for messages in made)
     (kept,) = [json.loads(line) for line in (tmp_path / "rows.es.kept-back.jsonl").read_text("utf-8").splitlines()]
