@@ -48,8 +48,11 @@ class Change(NamedTuple):
 class Mend:
     """Remembers which rows need a hand while the audit passes, and writes the copy afterwards."""
 
-    rows: dict[Path, dict[int, set[str]]] = field(default_factory=dict)
+    rows: dict[Path, dict[int, list[tuple[int, str]]]] = field(default_factory=dict)
+    """File and line to bytes and classes of what is wrong there."""
     kept: int = 0
+    repaired: int = 0
+    """Of those kept."""
     dropped: int = 0
     rejected: int = 0
     copies: list[dict[str, Any]] = field(default_factory=list)
@@ -59,7 +62,7 @@ class Mend:
         """Take up a finding, as the audit tells it."""
         table = kinds()
         if found.line and (found.kind in TEXTUAL | DROPPED or table[found.kind].severity is Severity.ERROR):
-            self.rows.setdefault(found.file, {}).setdefault(found.line, set()).add(found.kind)
+            self.rows.setdefault(found.file, {}).setdefault(found.line, []).append((found.byte, found.kind))
 
     def write(self, folder: Path, report: Report, data: Data) -> list[Change]:
         """Write copies of all files of `report` into the new `folder`, and a manifest of what became of their rows;
@@ -87,8 +90,6 @@ class Mend:
         return changes
 
     def _seal(self, new: Path, report: Report, changes: list[Change]) -> None:
-        aside = {(change.file, change.line) for change in changes if not change.after}
-        repaired = {(change.file, change.line) for change in changes} - aside
         by_class: dict[str, dict[str, int]] = {"repaired": {}, "set_aside": {}}
         for change in changes:
             counts = by_class["repaired" if change.after else "set_aside"]
@@ -100,7 +101,7 @@ class Mend:
             rows={
                 "in": report.rows,
                 "kept": self.kept,
-                "of_these_repaired": len(repaired),
+                "of_these_repaired": self.repaired,
                 "duplicates": self.dropped,
                 "rejected": self.rejected,
             },
@@ -118,11 +119,11 @@ class Mend:
         before = self.kept
         with (new / made).open("wb") as copy:
             for block in blocks:
-                for line in self._mended(file, block, changes):
+                for line in self._mended(file, block, changes, one_by_one=facts["form"] == "json"):
                     copy.write(line + b"\n")
         self.copies.append({"from": str(file), "to": made, "rows": facts["rows"], "kept": self.kept - before})
 
-    def _mended(self, file: Path, block: Block, changes: list[Change]) -> Iterator[bytes]:
+    def _mended(self, file: Path, block: Block, changes: list[Change], *, one_by_one: bool) -> Iterator[bytes]:
         """The rows of a block that are kept, as lines; one with nothing wrong byte for byte."""
         marked = self.rows.get(file, {})
         for at, raw in enumerate(block.raws):
@@ -130,9 +131,12 @@ class Mend:
             raw = raw.removesuffix(b"\r")
             if row is None and not raw.strip(b" \t"):
                 continue
-            line, wrong = block.lines[at], marked.get(block.lines[at], set())
+            line, begin = block.lines[at], int(block.begins[at])
+            # many rows of a JSON document may stand on one line
+            inside = range(begin, begin + max(len(raw), 1)) if one_by_one else None
+            wrong = {kind for byte, kind in marked.get(line, ()) if inside is None or byte in inside}
             bad = wrong - TEXTUAL - DROPPED
-            value = row.value if row is not None else None
+            value, before = row.value if row is not None else None, len(changes)
             if bad == {"not-utf8"} and row is None and (value := _reread(raw)) is not None:
                 changes.append(Change(file, line, "not-utf8", _shown(raw), json.dumps(value, ensure_ascii=False)))
                 bad = set()
@@ -152,6 +156,7 @@ class Mend:
             repaired = mended(value) if wrong & TEXTUAL else value
             for old, text in differences(value, repaired):
                 changes.append(Change(file, line, min(wrong & TEXTUAL), old, text))
+            self.repaired += len(changes) > before
             yield json.dumps(repaired, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
