@@ -62,13 +62,16 @@ class Saved:
 
 @dataclass
 class Attention:
-    """What a layer's attention is made of, beside its products. heads: of queries, and of keys (and values)."""
+    """What a layer's attention is made of, beside its products. heads: of queries, and of keys (and values).
+
+    sinks: (heads,), which do not learn here."""
 
     heads: tuple[int, int]
     width: int
     scaling: float
     window: int | None = None
     norms: tuple[Norm, Norm] | None = None
+    sinks: torch.Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -89,7 +92,7 @@ class Attention:
 
     def attend(self, turned: torch.Tensor, at: Positions) -> Attended:
         """Causal attention inside each sample, over what `turned` made."""
-        return attend(*self.split(turned), at.lengths, self.scaling, self.window)
+        return attend(*self.split(turned), at.lengths, self.scaling, self.window, self.sinks)
 
     def backward(
         self, attended: Attended, d_out: torch.Tensor, raw: torch.Tensor, at: Positions, d_qkv: torch.Tensor
