@@ -126,15 +126,14 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
         away = sum(sizes[name] for name in placement.away)
         kept += sum(sizes.values()) - away - sum(sizes[name] for name in placement.again)
         moved += away
-        again += sum(_made_again(name, block) for name in placement.again) * tokens
+        again += sum(block.multiply_adds(name) for name in placement.again) * tokens
     layers = len(engine.blocks)
     lows = sum(part.r for part in block.products) * element * layers
-    widest = max(part.n for part in block.products)
     waiting = {name for placement in plan.placements for name in placement.away}
     cut = all(placement.again for placement in plan.placements) and tokens > ROWS_AT_ONCE and "gate_up" in sizes
     rows = ROWS_AT_ONCE if cut else tokens
     hidden = block.products[0].k
-    work = rows * (2 * widest + 2 * block.last.k) + tokens * (2 * block.attention.columns + 6 * hidden)
+    work = block.at_work(rows) + tokens * (2 * block.attention.columns + 6 * hidden)
     work += sum(size // element for name, size in sizes.items() if name in waiting)
     vocabulary = ends.weight.shape[0]
     saved = element * hidden * vocabulary * {"neither": 0, "embedding": 1, "both": 1 if ends.tied else 2}[plan.host]
@@ -149,7 +148,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
     slopes = tokens * block.attention.heads[0] * block.attention.width * 8  # attention sums them in fp32
     needed = tokens * lows + max(first, last + slopes) + WORKSPACE - saved
     passes = 3 if ends.learnt else 2
-    base = sum(part.n * part.k for part in block.products) * layers * tokens
+    base = block.multiply_adds() * layers * tokens
     of_head = vocabulary * hidden * tokens
     forward = (base + of_head) / rates.products
     backward = ((passes - 1) * (base + of_head) + again) / rates.products
@@ -160,12 +159,6 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
     launching = LAYER_US * layers
     microseconds = max(microseconds, launching) + OVERHEAD * launching
     return replace(plan, rows_at_once=rows if cut else 0, bytes=int(needed), microseconds=microseconds)
-
-
-def _made_again(name: str, block: "Block") -> int:
-    """Multiply-adds for a token."""
-    made_by = block.products[{"gate_up": -2, "z": 0, "qkv": 0, "h": 1}[name]]
-    return made_by.n * made_by.k
 
 
 def measure(engine: "Engine") -> Rates:

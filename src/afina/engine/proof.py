@@ -31,7 +31,7 @@ def prove(
 
     Nothing is dropped meanwhile; the adapters are as before afterwards.
     """
-    adapters = [adapter for product in engine._products for adapter in product.adapters]
+    adapters = [adapter for block in engine.blocks for adapter in block.adapters]
     kept = [adapter.b.detach().clone() for adapter in adapters]
     generator = torch.Generator(device="cpu").manual_seed(0)
     with torch.no_grad():
