@@ -243,7 +243,7 @@ def test_fill_mxfp4_is_the_published_format():
     assert torch.equal(out.cpu().view(torch.int16), truth.view(torch.int16))  # minus zero too
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", TOLERANCE if CUDA else [torch.float32])  # the interpreter's dot knows no bf16
 @pytest.mark.parametrize("r, width", [(8, 40), (16, 136), (24, 2880)] if CUDA else [(8, 40), (24, 136)])
 def test_grouped_outer(r, width, dtype):
     sizes = [0, 130, 1, 64, 0, 17]

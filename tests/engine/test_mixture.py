@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import YARN
 from small import CPU, perturb_adapters, spread
-from test_engine import RATES, both, gradients, rows
+from test_engine import RATES, gradients, rows
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 from afina.data.batch import micro_batches
@@ -17,6 +17,7 @@ from afina.engine.products import Scratch
 from afina.engine.proof import prove
 from afina.model.attach import attach, learning
 from afina.model.load import unpack
+from afina.model.loss import summed_loss
 from afina.model.mxfp4 import MATRICES, pack_experts, packed_experts, quantise
 from afina.recipe.schema import Full, Lora
 
@@ -76,6 +77,23 @@ def learning_model(family, packed=False, **method):
     return perturb_adapters(attach(built(family, packed), Lora(**{"rank": 4, **method}), seed=0))
 
 
+def both(model, lengths, dtype):
+    """Loss and gradients of the engine on a packed batch, and of transformers on each sample by itself."""
+    model, samples = model.to(dtype), rows(lengths)
+    parameters = [parameter for _name, parameter in learning(model)]
+    expected, plain = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
+    for number in range(len(lengths)):
+        (alone,) = micro_batches(samples, [number], budget=1, packing=False, pad_id=0)
+        loss = summed_loss(model, alone)
+        expected += loss.item()
+        for total, part in zip(plain, torch.autograd.grad(loss, parameters), strict=True):
+            total += part
+    (batch,) = micro_batches(samples, range(len(lengths)), budget=100_000, packing=True, pad_id=0)
+    loss = Engine(model).summed_loss(model, batch)
+    found = torch.autograd.grad(loss, parameters)
+    return (loss.item(), found), (expected, plain), [name for name, _parameter in learning(model)]
+
+
 def agree(found, truths, names, limit):
     for name, gradient, truth in zip(names, found, truths, strict=True):
         assert gradient.shape == truth.shape, name
@@ -93,3 +111,23 @@ def test_loss_and_gradients_are_the_references(family, method, lengths):
     (loss, found), _again, _names = both(learning_model(family, **METHODS[method]), lengths, torch.float32)
     assert loss == pytest.approx(expected, rel=1e-5)
     agree(found, plain, names, 1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("family", ["gpt-oss", "gpt-oss, packed", "qwen3-moe", "mixtral"])
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_on_a_gpu_is_bf16_of_the_same_numbers(family, method):
+    """The engine's own kernels and grouped products against its plain twins in fp64, at bf16's distance."""
+    name, packed = family.partition(",")[0], "packed" in family
+    model = learning_model(name, packed, **METHODS[method])
+    names = [name for name, _parameter in learning(model)]
+    (batch,) = micro_batches(rows([300, 2, 77, 130]), range(4), budget=10**6, packing=True, pad_id=0)
+    exact = gradients(Engine(model.double()), model, batch)
+    expected = Engine(model).summed_loss(model, batch).item()
+    model, batch = model.to("cuda", torch.bfloat16), batch.to(torch.device("cuda"))
+    engine = Engine(model)
+    assert engine.summed_loss(model, batch).item() == pytest.approx(expected, rel=2e-2)
+    pairs = [(a.double().cpu(), b) for a, b in zip(gradients(engine, model, batch), exact, strict=True)]
+    error = sum((a - b).square().sum() for a, b in pairs) ** 0.5 / sum(b.square().sum() for _a, b in pairs) ** 0.5
+    print(family, method, "error", error.item(), {n: ((a - b).norm() / b.norm()).item() for n, (a, b) in zip(names, pairs, strict=True)})
+    assert error <= 0.15
