@@ -311,7 +311,7 @@ class Experts:
 
 
 def gated(gate_up: torch.Tensor, bias: torch.Tensor | None, experts: torch.Tensor, by: Gating) -> torch.Tensor:
-    """(pairs, inner) of gate_up (pairs, 2 inner), to which the bias (experts, 2 inner) of each row's expert is added."""
+    """(pairs, inner) of gate_up (pairs, 2 inner) and the bias (experts, 2 inner) of each row's expert."""
     if gate_up.is_cuda:
         from afina.engine import expert_kernels
 
@@ -381,7 +381,7 @@ def combine(
 
 
 def fill_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-    """Unpack (experts, rows, groups, 16) blocks and (experts, rows, groups) scales into out (experts, rows, columns)."""
+    """Unpack blocks (experts, rows, groups, 16) and scales (experts, rows, groups) into (experts, rows, columns)."""
     if out.is_cuda and out.dtype == torch.bfloat16:
         from afina.engine import expert_kernels
 
@@ -435,8 +435,7 @@ def _fast(x: torch.Tensor, weights: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def _proves(weights: torch.Tensor) -> bool:
-    """Some builds multiply by another view than they were given (pytorch issue 186365), and some cards have no kernel.
-    """
+    """Some builds multiply by another view than was given (pytorch issue 186365), and some cards have no kernel."""
     count = weights.shape[0]
     sizes = [(7 * number) % 5 * 33 for number in range(count)]  # also experts without a row
     ends = torch.tensor(sizes, device=weights.device).cumsum(0, dtype=torch.int32)

@@ -16,7 +16,6 @@ from afina.engine.block import HERE, Placement
 from afina.engine.head import VOCABULARY_AT_ONCE, Host
 
 if TYPE_CHECKING:
-    from afina.engine.block import Block
     from afina.engine.engine import Engine
 
 LAYER_US = 700
