@@ -43,7 +43,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "W3": dict(shape=LLAMA_8B, samples=4, length=2048, four_bits=True, gib=30.0, goal=18000),
     "W4": dict(shape=LLAMA_8B, samples=1, length=2048, four_bits=True, gib=5.0, goal=7500),
     "W5": dict(shape=LLAMA_8B, samples=4, length=2048, gib=17.7, goal=14000),
-    "W6": dict(shape=LLAMA_8B, samples=1, length=65536, four_bits=True, gib=12.0, goal=5500),
+    "W6": dict(shape=LLAMA_8B, samples=1, length=65536, four_bits=True, gib=12.0, goal=5500, steps=(1, 3)),
     "W7": dict(shape=LLAMA_1B, samples=8, length=2048, full=True, gib=20.0, goal=75000),
     "W8": dict(shape=PHI_2, samples=1, length=2048, four_bits=True, gib=2.4, goal=15000),
     "W9": dict(shape=GPT_OSS_20B, samples=2, length=2048, packed=True, gib=40.0, goal=18000),
@@ -53,7 +53,8 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "S1": dict(shape=LLAMA_1B, samples=8, length=2048, gib=16.0, goal=0),
 }
 """shape, samples a micro-batch and tokens each; the memory and the tokens/s to reach (docs/log.md says why)."""
-WARM_UP, TIMED = 3, 6
+STEPS = 3, 6
+"""To warm up, and timed."""
 
 
 def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
@@ -75,6 +76,7 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     tokens = [torch.randint(5, vocabulary - 1, shape, generator=generator).cuda() for _ in range(4)]
     torch.cuda.reset_peak_memory_stats()
     seconds, losses = [], []
+    warm_up, timed_steps = options.get("steps", work.get("steps", STEPS))
 
     def whole(turn: int = 0) -> tuple[Any, Any]:
         loss = step(tokens[turn % 4])
@@ -84,7 +86,7 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
-    for turn in range(WARM_UP + TIMED):
+    for turn in range(warm_up + timed_steps):
         torch.cuda.synchronize()
         started = time.perf_counter()
         loss, norm = whole(turn)
@@ -95,7 +97,7 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
             first = time.perf_counter() - STARTED
         if not norm.item() > 0:
             raise SystemExit("no gradient")
-    timed = sorted(seconds[WARM_UP:])
+    timed = sorted(seconds[warm_up:])
     median = timed[len(timed) // 2]
     result = dict(
         workload=workload, tool=tool, tokens_per_second=round(shape[0] * shape[1] / median),
@@ -193,9 +195,12 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
     import torch
 
     from afina.data.batch import Batch
+    from afina.engine import elementwise, products
     from afina.engine.engine import Engine
     from afina.engine.plan import Plan, choose, count_up, ladder, measure, spread
 
+    products.ALIGN = options.get("align", products.ALIGN)
+    elementwise.WIDEST = options.get("widest", elementwise.WIDEST)
     model, parameters = learner(work)
     engine = Engine(model, torch.bfloat16)
     torch.cuda.empty_cache()

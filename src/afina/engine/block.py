@@ -105,16 +105,14 @@ class Attention:
         """Causal attention inside each sample, over what `turned` made."""
         return attend(*self.split(turned), at.lengths, self.scaling, self.window, self.sinks)
 
-    def backward(
-        self, attended: Attended, d_out: torch.Tensor, raw: torch.Tensor, at: Positions, d_qkv: torch.Tensor
-    ) -> None:
-        """Write the gradient of qkv into d_qkv (tokens, columns); raw: as saved, before its norms if it has any."""
-        turned = self.turned(raw, at) if self.norms is not None else raw
+    def backward(self, attended: Attended, d_out: torch.Tensor, qkv: torch.Tensor, at: Positions) -> None:
+        """Turn qkv (tokens, columns), as saved, before its norms if it has any, into its gradient in place."""
+        turned = self.turned(qkv, at) if self.norms is not None else qkv
         d_out = d_out.view(attended.out.shape)
         d_heads = attend_backward(attended, d_out, *self.split(turned), at.lengths, self.scaling, self.window)
-        gather_rotated(d_heads, at.cos, at.sin, d_qkv)
+        gather_rotated(d_heads, at.cos, at.sin, turned)
         if self.norms is not None:
-            head_norms_backward(d_qkv, raw, self.norms, self.heads)
+            head_norms_backward(turned, qkv, self.norms, self.heads)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -174,8 +172,8 @@ class Block:
         return sum(product.n * product.k for product in self.products)
 
     def at_work(self, rows: int) -> int:
-        """Elements that so many rows take while they go through the widest products."""
-        return rows * (2 * max(product.n for product in self.products) + 2 * self.products[-1].k)
+        """Elements that the backward of so many rows of the MLP has at once, beside what was saved or made again."""
+        return rows * max(self.products[-1].k, 2 * self.products[0].k)
 
     def parameters(self) -> list[nn.Parameter]:
         """What learns, in the order of `backward`'s gradients."""
@@ -234,7 +232,7 @@ class Block:
     ) -> tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor]]:
         """From the gradient of the first product's output past the first norm: dx, as `backward` returns it, and those
         of product and norm. residual: (tokens, hidden), what also went past them; low: the product's `low_of`."""
-        product.widen(wide_d)
+        ups = product.widen(wide_d, low)
         dx, n, of_norm = None, torch.empty_like(x), []
         if below is not None:
             d_n = product.backward(wide_d, self.seed(at, product))
@@ -242,7 +240,15 @@ class Block:
             of_norm = norm_backward(d_n, x, by, dx[:, : x.shape[1]], residual=residual, y=n)
         else:
             norm(x, by, n)
-        return dx, product.gradients(wide_d, n, low, self.seed(at, product)), of_norm
+        return dx, product.gradients(wide_d, n, ups, self.seed(at, product)), of_norm
+
+    def widely(self, x: torch.Tensor, by: Norm, product: Product, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """The product of x's norm, in rows with room for the extra columns of its gradient, and its `low_of`."""
+        wide = x.new_empty(x.shape[0], product.k + product.r)
+        norm(x, by, wide[:, : product.k])
+        y = room(x, product)
+        product.forward(wide, out=y[:, : product.n], seed=self.seed(at, product))
+        return y, product.low_of(wide)
 
     def seed(self, at: Positions, product: Product) -> int | None:
         """Of the dropout before one of this layer's products."""
@@ -252,13 +258,6 @@ class Block:
         """The rows that go through the widest products together."""
         step = self.rows_at_once or tokens
         return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
-
-
-def normed(x: torch.Tensor, by: Norm, product: Product) -> torch.Tensor:
-    """The norm of x in rows that hold the product's extra columns."""
-    wide = x.new_empty(x.shape[0], product.k + product.r)
-    norm(x, by, wide[:, : product.k])
-    return wide
 
 
 def room(x: torch.Tensor, product: Product) -> torch.Tensor:

@@ -29,9 +29,9 @@ class Engine:
         whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         inside, head = whole.model, whole.lm_head
         self.dtype = dtype or inside.embed_tokens.weight.dtype
-        self._scratch = Scratch()
+        self.scratch = Scratch()
         layers = enumerate(inside.layers)
-        self.blocks: list[Block] = [make_block(layer, config, n, self._scratch, self.dtype) for n, layer in layers]
+        self.blocks: list[Block] = [make_block(layer, config, n, self.scratch, self.dtype) for n, layer in layers]
         self.ends = _ends(inside.embed_tokens.weight, head, final_norm(inside, config, self.dtype), self.dtype)
         self._rotary, self._config = inside.rotary_emb, config
         self._products = [product for block in self.blocks for product in block.products]
@@ -83,7 +83,7 @@ class Engine:
         if self._copies is None:
             self._copies = Copies([c for p in self._products if p.wide is not None for c in p.copies(p.wide)])
         self._copies.run()
-        self._scratch.forget()
+        self.scratch.forget()
         if self.ends.learnt:
             for product in self._products:
                 product.refresh_bias()

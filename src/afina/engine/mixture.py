@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from afina.engine.block import Adapted, Block, Positions, Saved, added, normed, room
+from afina.engine.block import Adapted, Block, Positions, Saved, added, room
 from afina.engine.elementwise import Norm, norm, norm_backward
 from afina.engine.experts import Experts, Router
 from afina.engine.products import Product
@@ -63,7 +63,7 @@ class Mixture(Block):
     def saves(self, tokens: int) -> dict[str, int]:
         """See Block."""
         hidden, pairs = self.qkv.k, self.router.chosen
-        widths = {"gate_up": pairs * self.experts.gate_up.n, "qkv": self.qkv.n, "h": hidden}
+        widths = {"gate_up": pairs * self.experts.gate_up.n, "qkv": self.qkv.n + self.qkv.r, "h": hidden}
         return {name: tokens * width for name, width in (widths | {"out": self.o.k, "x": hidden}).items()}
 
     def multiply_adds(self, made: str | None = None) -> int:
@@ -76,12 +76,13 @@ class Mixture(Block):
 
     def at_work(self, rows: int) -> int:
         """See Block."""
-        return rows * self.router.chosen * (self.experts.gate_up.n + 2 * self.experts.down.k + self.experts.down.n)
+        rows_of_hidden = 2 if self.experts.down.adapter is not None else 1
+        return rows * self.router.chosen * (self.experts.down.k + rows_of_hidden * self.experts.down.n)
 
     def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
         """See Block."""
         qkv, low_qkv = self._qkv(x, at)
-        turned = self.attention.turned(qkv, at)
+        turned = self.attention.turned(qkv[:, : self.qkv.n], at)
         attended = self.attention.attend(turned, at)
         h, low_o = self._h(attended.out.flatten(1), x, at)
         keeps_gate_up = save and "gate_up" not in self.placement.again
@@ -117,19 +118,18 @@ class Mixture(Block):
         )
         del h
 
-        self.o.widen(wide_dh)
-        of_o = self.o.gradients(wide_dh, out, saved.lows["o"], self.seed(at, self.o))
+        ups = self.o.widen(wide_dh, saved.lows["o"])
+        of_o = self.o.gradients(wide_dh, out, ups, self.seed(at, self.o))
         d_out = self.o.backward(wide_dh, self.seed(at, self.o))
         qkv = self.take(saved, "qkv")
         if qkv is None:
             qkv = self._qkv(x, at)[0]
             if self.attention.norms is None:
-                self.attention.turned(qkv, at)
-        wide_d = room(x, self.qkv)
-        self.attention.backward(saved.attended, d_out, qkv, at, wide_d[:, : self.qkv.n])
-        del d_out, qkv, out
+                self.attention.turned(qkv[:, : self.qkv.n], at)
+        self.attention.backward(saved.attended, d_out, qkv[:, : self.qkv.n], at)
+        del d_out, out
         dx, of_qkv, of_norm = self.through_input(
-            wide_d, self.qkv, self.norm_attention, x, wide_dh[:, :hidden], saved.lows["qkv"], at, below
+            qkv, self.qkv, self.norm_attention, x, wide_dh[:, :hidden], saved.lows["qkv"], at, below
         )
         return dx, [*of_qkv, *of_o, *of_norm, *of_norm_mlp, *of_experts, *of_router]
 
@@ -147,8 +147,7 @@ class Mixture(Block):
         return of_experts, of_router, of_norm
 
     def _qkv(self, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = normed(x, self.norm_attention, self.qkv)
-        return self.qkv.forward(wide, seed=self.seed(at, self.qkv)), self.qkv.low_of(wide)
+        return self.widely(x, self.norm_attention, self.qkv, at)
 
     def _h(self, out: torch.Tensor, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
         return self.o.forward_narrow(out, x, self.seed(at, self.o))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from afina.engine.elementwise import wide_product
+from afina.engine.elementwise import meet, wide_product
 from afina.engine.nf4 import Nf4, from_bitsandbytes
 
 ALIGN = 8
@@ -61,6 +61,11 @@ class Scratch:
     def ask(self, elements: int) -> None:
         """Say, before the first use, how much will be needed."""
         self._needed = max(self._needed, elements)
+
+    @property
+    def to_come(self) -> int:
+        """Elements that will be taken at the first use; 0 once they are."""
+        return self._needed if self._flat is None else 0
 
     def get(self, holder: object, rows: int, columns: int, like: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """A buffer (rows, columns), and whether it still has what `holder` wrote there."""
@@ -163,7 +168,7 @@ class Product:
     ) -> torch.Tensor:
         """y (+ residual) from wide_x (tokens, K + r), the input in its first K columns; the rest is written here.
 
-        seed: of the dropout, None for none.
+        out: y's place, which may be part of wider rows. seed: of the dropout, None for none.
         """
         wide = self.weights()
         if self.r:
@@ -172,7 +177,7 @@ class Product:
         if residual is not None:
             y = torch.addmm(residual, wide_x, weight, out=out)
             return y if self.bias is None else y.add_(self.bias)
-        return torch.mm(wide_x, weight) if self.bias is None else torch.addmm(self.bias, wide_x, weight)
+        return torch.mm(wide_x, weight, out=out) if self.bias is None else torch.addmm(self.bias, wide_x, weight, out=out)
 
     def forward_narrow(
         self, x: torch.Tensor, residual: torch.Tensor, seed: int | None = None
@@ -199,15 +204,17 @@ class Product:
             return x
         return x * keep_mask(x, self.dropout, seed)
 
-    def widen(self, wide_dy: torch.Tensor) -> None:
-        """Write dy sB into the last columns of wide_dy (tokens, N + r), whose first N hold dy."""
+    def widen(self, wide_dy: torch.Tensor, low: torch.Tensor) -> list[torch.Tensor]:
+        """Write dy sB into the last columns of wide_dy (tokens, N + r), whose first N hold dy; returns each dB.
+
+        low: `low_of` the forward.
+        """
         used = self.adapters[-1].columns.stop if self.adapters else 0
         wide_dy[:, self.n + used :].zero_()  # padding meets zeros of the buffer, and what was here before may be NaN
-        if self.adapters:
-            wide = self.weights()
-            for adapter in self.adapters:
-                up = wide[adapter.rows, self.k :][:, adapter.columns]
-                torch.mm(wide_dy[:, adapter.rows], up, out=wide_dy[:, self.n :][:, adapter.columns])
+        if not self.adapters:
+            return []
+        parts = [(a.rows.start, a.rows.stop, a.columns.start, a.columns.stop) for a in self.adapters]
+        return meet(wide_dy[:, : self.n], self.weights()[: self.n, self.k :], low, parts, wide_dy[:, self.n :])
 
     def backward(self, wide_dy: torch.Tensor, seed: int | None = None) -> torch.Tensor:
         """dx (tokens, K) from wide_dy (tokens, N + r), after `widen`."""
@@ -218,14 +225,13 @@ class Product:
         return dx.add_(self.dropped(torch.mm(wide_dy[:, self.n :], wide[self.n :, : self.k]), seed))
 
     def gradients(
-        self, wide_dy: torch.Tensor, x: torch.Tensor, low: torch.Tensor, seed: int | None = None
+        self, wide_dy: torch.Tensor, x: torch.Tensor, ups: Sequence[torch.Tensor], seed: int | None = None
     ) -> list[torch.Tensor]:
-        """Of what learns, after `widen`; x: (tokens, K), low: `low_of` of it. dA: (rank, K), dB: (rows, rank)."""
+        """Of what learns, after `widen`, which returned `ups`; x: (tokens, K). dA: (rank, K), dB: (rows, rank)."""
         found = []
         if self.adapters:
             lows = wide_product(wide_dy[:, self.n :].t(), self.dropped(x, seed))
-            for adapter in self.adapters:
-                up = wide_product(wide_dy[:, adapter.rows].t(), low[:, adapter.columns])
+            for adapter, up in zip(self.adapters, ups, strict=True):
                 found += [lows[adapter.columns].to(adapter.a.dtype), up.to(adapter.b.dtype)]
         if self.learnt:  # one product for all of them: small ones alone leave most of a GPU idle
             exact = self.learnt[0].weight.element_size() > 2
