@@ -216,12 +216,12 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
         placements = spread(rungs, options["levels"])
         plan = count_up(engine, Plan(count, placements, 0, options.get("host", "neither"), 0, 0.0), rates)
     rows = options.get("rows", plan.rows_at_once)
-    engine.place(plan.placements, rows_at_once=rows, host=plan.host, held=options.get("held", 0))
+    engine.place(plan.placements, rows_at_once=rows, host=plan.host, held=options.get("held", plan.held))
     names = ["+".join(sorted(p.away)) + "/" + "+".join(sorted(p.again)) for p in plan.placements]
     about = {
         "placements": {name: names.count(name) for name in dict.fromkeys(names)}, "host": plan.host, "rows": rows,
-        "planned_gib": round((standing + plan.bytes) / 2**30, 2), "planned_ms": round(plan.microseconds / 1000, 1),
-        "standing_gib": round(standing / 2**30, 2),
+        "held": options.get("held", plan.held), "planned_gib": round((standing + plan.bytes) / 2**30, 2),
+        "planned_ms": round(plan.microseconds / 1000, 1), "standing_gib": round(standing / 2**30, 2),
     }  # fmt: skip
 
     def step(ids: Any) -> Any:

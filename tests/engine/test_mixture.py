@@ -182,19 +182,23 @@ def test_the_plan_lets_go_of_gate_and_up_first():
     assert saved < whole.bytes and engine.blocks[0].saves(1)["gate_up"] == 3 * 2 * 96
 
 
-@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("broken", ["", "products", "router"])
 @pytest.mark.parametrize("family, packed", [("gpt-oss", True), ("qwen3-moe", False), ("mixtral", False)])
 def test_the_proof_holds_where_it_should_and_fails_where_it_should(family, packed, broken):
     model = attach(built(family, packed), Lora(rank=4, experts=True), seed=0).train()
     (batch,) = micro_batches(rows([20, 9, 40]), range(3), budget=1000, packing=True, pad_id=0)
     engine = Engine(model)
     before = [parameter.detach().clone() for parameter in engine.parameters]
-    if broken:
+    if broken == "router":
+        engine.blocks[1].router.weight = engine.blocks[1].router.weight.flip(0)
+    if broken == "products":
         adapter = engine.blocks[1].experts.down.adapter
         engine.blocks[1].experts.down.adapter = replace(adapter, scale=adapter.scale * 1.3)
     with packed_attention(model):
         proof = prove(engine, model, batch, CPU.autocast(), engine.parameters)
-    assert proof.holds != broken, proof
+    assert proof.holds != bool(broken), proof
+    assert (proof.missed > 0.1) == (broken == "router")
+    assert all(block.router.told is None for block in engine.blocks)
     assert all(torch.equal(a, b) for a, b in zip(before, engine.parameters, strict=True))
 
 

@@ -158,7 +158,7 @@ def attend(
         return Attended(graph.detach(), (graph,), leaves, learnt)
     if window is not None and window >= max(lengths):
         window = None
-    if window is None and len(set(lengths)) == 1 and _cudnn_is_faster(query):
+    if window is None and len(set(lengths)) == 1 and lengths[0] > 1 and _cudnn_is_faster(query):
         q, k, v = (_as_batch(part, lengths) for part in (query, key, value))
         results = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, True, False, scale=scaling
@@ -166,7 +166,7 @@ def attend(
         kind, out = "cudnn", results[0].transpose(1, 2).flatten(0, 1)
         log_sums = results[1].view(len(lengths), query.shape[1], lengths[0]).transpose(0, 1)
     else:
-        bounds, longest = _bounds(lengths, query.device), max(lengths)
+        bounds, longest = _bounds(lengths, query.device), _longest(lengths)
         results = torch.ops.aten._flash_attention_forward(
             query, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scaling, **_sides(window)
         )
@@ -231,7 +231,7 @@ def attend_backward(
         )
         return *(part.transpose(1, 2) for part in found), *of_sinks
     state, unused, _mask = rest
-    bounds, longest = _bounds(lengths, query.device), max(lengths)
+    bounds, longest = _bounds(lengths, query.device), _longest(lengths)
     found = torch.ops.aten._flash_attention_backward(
         d_out,
         query,
@@ -248,7 +248,7 @@ def attend_backward(
         state,
         unused,
         scale=scaling,
-        **_sides(None if window is None or window >= longest else window),
+        **_sides(None if window is None or window >= max(lengths) else window),
     )
     return *(part[None] for part in found), *of_sinks
 
@@ -259,6 +259,11 @@ def _sinks_backward(
     """(heads,) from out and d_out (tokens, heads, width) and the sums (heads, tokens) with the sinks in them."""
     through = (out.float() * d_out.float()).sum(-1)
     return -(torch.exp(sinks[:, None] - log_sums) * through.t()).sum(1)
+
+
+def _longest(lengths: tuple[int, ...]) -> int:
+    """At least 2: for a single query the kernel turns heads into queries, and its sums come in another order."""
+    return max(2, *lengths)
 
 
 def _sides(window: int | None) -> dict[str, int]:

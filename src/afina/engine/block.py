@@ -164,6 +164,11 @@ class Block:
         for product in self.products:
             product.hold()
 
+    @property
+    def unpacked(self) -> int:
+        """Elements that `hold` would add, where room that is left over is for that."""
+        return 0
+
     def multiply_adds(self, made: str | None = None) -> int:
         """For a token: of all its products, or of the one that makes a saved tensor."""
         if made is not None:

@@ -58,7 +58,7 @@ class Engine:
     def plan(self, tokens: int, least: int, free_bytes: int) -> Plan:
         """Choose how many tokens are computed at once, from `tokens` down to `least`, and what of them waits where."""
         plan = choose(self, tokens, least, free_bytes)
-        self.place(plan.placements, rows_at_once=plan.rows_at_once, host=plan.host)
+        self.place(plan.placements, rows_at_once=plan.rows_at_once, host=plan.host, held=plan.held)
         return plan
 
     def place(

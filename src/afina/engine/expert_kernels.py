@@ -62,50 +62,48 @@ def gated_backward(
 ) -> torch.Tensor:
     """See experts.gated_backward."""
     pairs, width = d.shape
-    of_rows = torch.empty(pairs, dtype=torch.float32, device=d.device)
-    _gated_backward[(pairs,)](
-        d, gate_up, gate_up if bias is None else bias, experts, share, of_rows, width, by.alpha, by.limit, by.shift,
-        1024, by.interleaved, bias is not None, num_warps=4,
+    block = 1024
+    parts = torch.empty(triton.cdiv(width, block), pairs, dtype=torch.float32, device=d.device)
+    _gated_backward[(pairs, parts.shape[0])](
+        d, gate_up, gate_up if bias is None else bias, experts, share, parts, width, by.alpha, by.limit, by.shift,
+        block, by.interleaved, bias is not None, num_warps=4,
     )  # fmt: skip
-    return of_rows
+    return parts.sum(0)
 
 
 @triton.jit
 def _gated_backward(
-    d, gate_up, bias, experts, share, of_rows, width, alpha, limit, shift,
+    d, gate_up, bias, experts, share, parts, width, alpha, limit, shift,
     BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    weight = tl.load(share + row).to(tl.float32)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
     own = gate_up + row * 2 * width
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < width
-        gate, up = _gate_and_up(own, columns, width, BLOCK, INTERLEAVED)
-        if HAS_BIAS:
-            of_gate, of_up = _gate_and_up(bias + tl.load(experts + row) * 2 * width, columns, width, BLOCK, INTERLEAVED)
-            gate += of_gate
-            up += of_up
-        passes_gate = gate <= limit
-        passes_up = (up <= limit) & (up >= -limit)
-        gate = tl.minimum(gate, limit)
-        up = tl.maximum(tl.minimum(up, limit), -limit) + shift
-        sigmoid = tl.sigmoid(alpha * gate)
-        act = up * gate * sigmoid
-        slope = tl.load(d + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-        total += tl.where(inside, slope * act, 0.0)
-        slope = slope * weight
-        d_gate = tl.where(passes_gate, slope * up * sigmoid * (1 + alpha * gate * (1 - sigmoid)), 0.0)
-        d_up = tl.where(passes_up, slope * gate * sigmoid, 0.0)
-        if INTERLEAVED:
-            both = columns[:, None] * 2 + tl.arange(0, 2)[None, :]
-            tl.store(own + both, tl.join(d_gate, d_up), mask=both < 2 * width)
-        else:
-            tl.store(own + columns, d_gate, mask=inside)
-            tl.store(own + width + columns, d_up, mask=inside)
-        tl.store(d + row * width + columns, act, mask=inside)
-    tl.store(of_rows + row, tl.sum(total, axis=0))
+    gate, up = _gate_and_up(own, columns, width, BLOCK, INTERLEAVED)
+    if HAS_BIAS:
+        of_gate, of_up = _gate_and_up(bias + tl.load(experts + row) * 2 * width, columns, width, BLOCK, INTERLEAVED)
+        gate += of_gate
+        up += of_up
+    passes_gate = gate <= limit
+    passes_up = (up <= limit) & (up >= -limit)
+    gate = tl.minimum(gate, limit)
+    up = tl.maximum(tl.minimum(up, limit), -limit) + shift
+    sigmoid = tl.sigmoid(alpha * gate)
+    act = up * gate * sigmoid
+    slope = tl.load(d + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    total = tl.sum(tl.where(inside, slope * act, 0.0), axis=0)
+    tl.store(parts + tl.program_id(1) * tl.num_programs(0) + row, total)
+    slope = slope * tl.load(share + row).to(tl.float32)
+    d_gate = tl.where(passes_gate, slope * up * sigmoid * (1 + alpha * gate * (1 - sigmoid)), 0.0)
+    d_up = tl.where(passes_up, slope * gate * sigmoid, 0.0)
+    if INTERLEAVED:
+        both = columns[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(own + both, tl.join(d_gate, d_up), mask=both < 2 * width)
+    else:
+        tl.store(own + columns, d_gate, mask=inside)
+        tl.store(own + width + columns, d_up, mask=inside)
+    tl.store(d + row * width + columns, act, mask=inside)
 
 
 def combine(

@@ -60,7 +60,8 @@ class Router:
     """Scores experts by weight (experts, hidden) and bias; each token goes to the `chosen` highest.
 
     over_all: weights are their shares of the softmax over all experts (Qwen 3 without renormalising); else the softmax
-    over the chosen ones, which is the same as renormalising those shares (gpt-oss, Mixtral).
+    over the chosen ones, which is the same as renormalising those shares (gpt-oss, Mixtral). told: (tokens, chosen),
+    experts to be taken instead of the highest; `missed` is then the share of them that are not.
     """
 
     weight: torch.Tensor
@@ -68,6 +69,8 @@ class Router:
     chosen: int
     over_all: bool = False
     adapter: LowRank | None = None
+    told: torch.Tensor | None = None
+    missed: torch.Tensor | None = None
 
     def route(self, n: torch.Tensor) -> Routing:
         """n: (tokens, hidden)."""
@@ -77,6 +80,9 @@ class Router:
         if self.adapter is not None:
             logits.addmm_(self._low(n, self.adapter), self.adapter.b.detach().to(logits.dtype).t())
         highest, ids = torch.topk(logits, self.chosen, dim=1)
+        if self.told is not None:
+            self.missed = (self.told[:, :, None] != ids[:, None, :]).all(2).float().mean()
+            highest, ids = logits.gather(1, self.told), self.told
         shares = torch.softmax(logits, dim=1) if self.over_all else None
         weights = torch.softmax(highest, dim=1) if shares is None else shares.gather(1, ids)
         experts, order = torch.sort(ids.flatten(), stable=True)

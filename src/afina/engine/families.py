@@ -153,6 +153,11 @@ def turned_half(config: Any, cos: torch.Tensor) -> int:
     return int(cos.shape[-1]) // (1 if config.model_type == "gpt_oss" else 2)
 
 
+def routers(model: nn.Module) -> list[nn.Module]:
+    """The modules of a mixture that choose experts, layer by layer; they return the chosen ones third."""
+    return [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
+
+
 def _router(module: Any, config: Any, dtype: torch.dtype) -> Router:
     base, adapters = _beneath(module)
     bias = getattr(base, "bias", None)

@@ -60,6 +60,12 @@ class Mixture(Block):
         self.experts.gate_up.hold()
         self.experts.down.hold()
 
+    @property
+    def unpacked(self) -> int:
+        """See Block."""
+        packed = [part for part in (self.experts.gate_up, self.experts.down) if part.plain is None]
+        return sum(part.experts * part.n * part.k for part in packed)
+
     def saves(self, tokens: int) -> dict[str, int]:
         """See Block."""
         hidden, pairs = self.qkv.k, self.router.chosen

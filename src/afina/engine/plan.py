@@ -16,6 +16,7 @@ from afina.engine.block import HERE, Placement
 from afina.engine.head import VOCABULARY_AT_ONCE, Host
 
 if TYPE_CHECKING:
+    from afina.engine.block import Block
     from afina.engine.engine import Engine
 
 LAYER_US = 700
@@ -48,7 +49,10 @@ def ladder(names: frozenset[str]) -> list[Placement]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a micro-batch of `tokens` is run, the `bytes` it takes beside the weights and the time it should take."""
+    """How a micro-batch of `tokens` is run, the `bytes` it takes beside the weights and the time it should take.
+
+    held: so many of the last layers keep their four-bit weights unpacked.
+    """
 
     tokens: int
     placements: list[Placement]
@@ -56,6 +60,7 @@ class Plan:
     host: Host
     bytes: int
     microseconds: float
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,9 @@ def choose(engine: "Engine", tokens: int, least: int, free_bytes: int, rates: Ra
     rates = rates or measure(engine)
     whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0), rates)
     if whole.bytes <= free_bytes:
-        return whole
+        each = engine.blocks[0].unpacked * engine.dtype.itemsize
+        held = min(len(engine.blocks), (free_bytes - whole.bytes) // each) if each else 0
+        return replace(whole, bytes=whole.bytes + held * each, held=held)
     plans = list(_candidates(engine, tokens, least, rates))
     fitting = [plan for plan in plans if plan.bytes <= free_bytes]
     if not fitting:

@@ -177,7 +177,9 @@ class Product:
         if residual is not None:
             y = torch.addmm(residual, wide_x, weight, out=out)
             return y if self.bias is None else y.add_(self.bias)
-        return torch.mm(wide_x, weight, out=out) if self.bias is None else torch.addmm(self.bias, wide_x, weight, out=out)
+        return (
+            torch.mm(wide_x, weight, out=out) if self.bias is None else torch.addmm(self.bias, wide_x, weight, out=out)
+        )
 
     def forward_narrow(
         self, x: torch.Tensor, residual: torch.Tensor, seed: int | None = None
