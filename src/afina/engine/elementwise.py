@@ -229,9 +229,7 @@ def meet(
     return [wide_product(dy[:, start:end].t(), low[:, first:after]) for start, end, first, after in parts]
 
 
-def cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of each row (rows,), at least fp32, and softmax - one-hot in `dtype`: the gradient of their sum.
 
     The gradient lies where the logits were: a chunk of them is the largest tensor there is.

@@ -137,7 +137,13 @@ HEADS, WIDE = 8, 2048
 
 
 def _by_head(
-    x: torch.Tensor, d: torch.Tensor, norms: Sequence["Norm"], heads: Sequence[int], out: torch.Tensor, *, backward: bool
+    x: torch.Tensor,
+    d: torch.Tensor,
+    norms: Sequence["Norm"],
+    heads: Sequence[int],
+    out: torch.Tensor,
+    *,
+    backward: bool,
 ) -> torch.Tensor:
     width = norms[0].weight.numel()
     count = x.shape[1] // width

@@ -32,9 +32,7 @@ def meet(
         dy, dy.stride(0), up, up.stride(0), low, low.stride(0), table, downs, ups, tokens, at_once, strips * STRIP,
         STRIP, ROWS, rank, num_warps=8, num_stages=3,
     )  # fmt: skip
-    _gather[(triton.cdiv(tokens, ROWS), len(parts))](
-        downs, firsts, out, out.stride(0), tokens, ROWS, rank, num_warps=4
-    )
+    _gather[(triton.cdiv(tokens, ROWS), len(parts))](downs, firsts, out, out.stride(0), tokens, ROWS, rank, num_warps=4)
     found, summed = [], ups.sum(0)
     for (first, end, column, after), strip in zip(parts, _first_strips(parts), strict=True):
         found.append(summed[strip * STRIP :][: end - first, : after - column])
@@ -115,7 +113,9 @@ def _gather(downs, firsts, out, out_stride, tokens, ROWS: tl.constexpr, RANK: tl
     exists = row[:, None] < tokens
     total = tl.zeros((ROWS, RANK), tl.float32)
     for strip in range(begin, end):
-        total += tl.load(downs + (strip * tokens.to(tl.int64) + row[:, None]) * RANK + ranks[None, :], mask=exists, other=0.0)
+        total += tl.load(
+            downs + (strip * tokens.to(tl.int64) + row[:, None]) * RANK + ranks[None, :], mask=exists, other=0.0
+        )
     tl.store(
         out + row[:, None] * out_stride + extra + ranks[None, :], total, mask=exists & (extra + ranks < after)[None, :]
     )
