@@ -59,7 +59,7 @@ def products(routing: Routing) -> None:
     moved = 2.0 * pairs * HIDDEN
     report("low-rank outer", parts.grouped_outer, low, x, ends, moved=moved)
     report("low-rank down", parts.grouped, x, a.transpose(1, 2), ends, moved=moved)
-    report("low-rank up", parts.grouped, low, a, ends, moved=moved)
+    report("low-rank added", parts.grouped_add, x, low, a, ends, moved=2 * moved)
 
 
 def between(n: torch.Tensor, routing: Routing) -> None:

@@ -272,6 +272,9 @@ def test_grouped_outer(r, width, dtype):
     truth = experts_module.grouped_outer(exact(a), exact(b), ends.cpu())
     close(found, truth, torch.float32)
     assert found[0].eq(0).all()
+    weights = torch.randn(len(sizes), width, r, device=DEVICE).to(dtype).transpose(1, 2)
+    truth = experts_module.grouped_add(exact(b).clone(), exact(a), exact(weights), ends.cpu())
+    close(expert_kernels.grouped_add(b, a, weights, ends), truth, dtype)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")

@@ -198,3 +198,38 @@ def _grouped_outer(a, b, ends, out, r, width, RANK: tl.constexpr, BLOCK: tl.cons
         total = tl.dot(low, wide, total, input_precision="ieee")
     place = out + expert.to(tl.int64) * r * width + ranks[:, None] * width + columns[None, :]
     tl.store(place, total, mask=(ranks < r)[:, None] & (columns < width)[None, :])
+
+
+def grouped_add(y: torch.Tensor, low: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """See experts.grouped_add."""
+    experts, r, width = weights.shape
+    rank, block = max(16, triton.next_power_of_2(r)), 128
+    _grouped_add[(experts, triton.cdiv(width, block), 4)](
+        y, low, weights, *weights.stride(), ends, r, width, rank, block, 64, num_warps=4
+    )
+    return y
+
+
+@triton.jit
+def _grouped_add(
+    y, low, weights, of_expert, of_rank, of_column, ends, r, width,
+    RANK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(0).to(tl.int64)
+    first = tl.load(ends + expert - 1, mask=expert > 0, other=0) + tl.program_id(2) * ROWS
+    last = tl.load(ends + expert)
+    ranks, columns = tl.arange(0, RANK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    weight = tl.load(
+        weights + expert * of_expert + ranks[:, None] * of_rank + columns[None, :] * of_column,
+        mask=(ranks < r)[:, None] & inside[None, :], other=0.0,
+    )  # fmt: skip
+    for start in range(first, last, ROWS * tl.num_programs(2)):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        there = row < last
+        part = tl.load(low + row[:, None] * r + ranks[None, :], mask=there[:, None] & (ranks < r)[None, :], other=0.0)
+        place = y + row[:, None] * width + columns[None, :]
+        both = there[:, None] & inside[None, :]
+        total = tl.load(place, mask=both, other=0.0).to(tl.float32)
+        total = tl.dot(part, weight, total, input_precision="ieee")
+        tl.store(place, total, mask=both)

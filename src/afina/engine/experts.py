@@ -170,8 +170,7 @@ class Matrix:
         if self.adapter is None:
             return y, None
         low = self._low(x, ends)
-        y += grouped(low, self._b().transpose(1, 2), ends)
-        return y, low
+        return grouped_add(y, low, self._b().transpose(1, 2), ends), low
 
     def _low(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         scale = 1.0 if self.adapter is None else self.adapter.scale
@@ -183,8 +182,7 @@ class Matrix:
         if self.adapter is None:
             return dx, None
         up = grouped(dy, self._b(), ends) * self.adapter.scale
-        dx += grouped(up, self._a(), ends)
-        return dx, up
+        return grouped_add(dx, up, self._a(), ends), up
 
     def gradients(
         self,
@@ -410,6 +408,19 @@ def _grouped_by_loops(x: torch.Tensor, weights: torch.Tensor, ends: Sequence[int
         torch.mm(x[start:end], weight, out=out[start:end])
         start = end
     return out
+
+
+def grouped_add(y: torch.Tensor, low: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """y (pairs, width) += rows of low (pairs, r) times their expert's matrix of `weights` (experts, r, width)."""
+    if y.is_cuda:
+        from afina.engine import expert_kernels
+
+        return expert_kernels.grouped_add(y, low, weights, ends)
+    start = 0
+    for weight, end in zip(weights, ends.tolist(), strict=True):
+        y[start:end].addmm_(low[start:end], weight)
+        start = end
+    return y
 
 
 def grouped_outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
