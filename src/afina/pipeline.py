@@ -54,6 +54,7 @@ def train(
         refuse_other_recipe(place, wanted)
         base = begun(lambda: _base(wanted, folder))  # hashing gigabytes takes as long as all that is imported below
 
+        from afina.evaluate.during import while_training
         from afina.evaluate.plot import loss_curve  # after what fails at once: these load torch, which takes seconds
         from afina.evaluate.report import draw
         from afina.export.card import model_card
@@ -63,7 +64,7 @@ def train(
         _check_tasks(wanted, folder)
         console.heading(_("Training {name}").format(name=wanted.name))
         with places_told(Path(recipe), overrides):
-            facts = train_run(wanted, folder, place, console, base)
+            facts = train_run(wanted, folder, place, console, base, while_training(wanted, folder))
         durable.write_text(place / "recipe.yaml", dump(wanted))
         durable.write_bytes(place / "loss.png", loss_curve(metrics_of(place)))
         durable.write_text(place / "README.md", model_card(wanted, facts, versions()))
