@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from afina.engine import experts as parts
-from afina.engine.experts import Gating, Router, Routing
+from afina.engine import grouped as products_of
+from afina.engine.experts import Gating
+from afina.engine.router import Router, Routing
 
 EXPERTS, HIDDEN, INNER, CHOSEN = 32, 2880, 2880, 4
 
@@ -51,15 +53,15 @@ def products(routing: Routing) -> None:
             weight = draw(EXPERTS, *((out, width) if layout == "out by in" else (width, out)), scale=0.02)
             weight = weight if layout == "out by in" else weight.transpose(1, 2)
             turned = weight.transpose(1, 2)
-            fast = parts._fast(x, turned), parts._fast(dy, weight)
-            report(f"{name} forward, {layout}, fast {fast[0]}", parts.grouped, x, turned, ends, flops=flops)
-            report(f"{name} dx, {layout}, fast {fast[1]}", parts.grouped, dy, weight, ends, flops=flops)
+            fast = products_of._fast(x, turned), products_of._fast(dy, weight)
+            report(f"{name} forward, {layout}, fast {fast[0]}", products_of.grouped, x, turned, ends, flops=flops)
+            report(f"{name} dx, {layout}, fast {fast[1]}", products_of.grouped, dy, weight, ends, flops=flops)
         report(f"{name} as one product", torch.mm, x, draw(width, out, scale=0.02), flops=flops)
     low, x, a = draw(pairs, 16), draw(pairs, HIDDEN), draw(EXPERTS, 16, HIDDEN)
     moved = 2.0 * pairs * HIDDEN
-    report("low-rank outer", parts.grouped_outer, low, x, ends, moved=moved)
-    report("low-rank down", parts.grouped, x, a.transpose(1, 2), ends, moved=moved)
-    report("low-rank added", parts.grouped_add, x, low, a, ends, moved=2 * moved)
+    report("low-rank outer", products_of.grouped_outer, low, x, ends, moved=moved)
+    report("low-rank down", products_of.grouped, x, a.transpose(1, 2), ends, moved=moved)
+    report("low-rank added", products_of.grouped_add, x, low, a, ends, moved=2 * moved)
 
 
 def between(n: torch.Tensor, routing: Routing) -> None:

@@ -14,9 +14,11 @@ pytest.importorskip("triton")
 
 from afina.engine import elementwise, expert_kernels, kernels, low_rank, movers  # noqa: E402
 from afina.engine import experts as experts_module  # noqa: E402
+from afina.engine import grouped as grouped_module  # noqa: E402
 from afina.engine.elementwise import Norm  # noqa: E402
-from afina.engine.experts import Gating, Router  # noqa: E402
+from afina.engine.experts import Gating  # noqa: E402
 from afina.engine.nf4 import from_bitsandbytes  # noqa: E402
+from afina.engine.router import Router  # noqa: E402
 from afina.model.mxfp4 import dequantise  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -269,11 +271,11 @@ def test_grouped_outer(r, width, dtype):
     ends = torch.tensor(sizes, device=DEVICE).cumsum(0, dtype=torch.int32)
     a, b = (torch.randn(sum(sizes), n, device=DEVICE).to(dtype) for n in (r, width))
     found = expert_kernels.grouped_outer(a, b, ends)
-    truth = experts_module.grouped_outer(exact(a), exact(b), ends.cpu())
+    truth = grouped_module.grouped_outer(exact(a), exact(b), ends.cpu())
     close(found, truth, torch.float32)
     assert found[0].eq(0).all()
     weights = torch.randn(len(sizes), width, r, device=DEVICE).to(dtype).transpose(1, 2)
-    truth = experts_module.grouped_add(exact(b).clone(), exact(a), exact(weights), ends.cpu())
+    truth = grouped_module.grouped_add(exact(b).clone(), exact(a), exact(weights), ends.cpu())
     close(expert_kernels.grouped_add(b, a, weights, ends), truth, dtype)
 
 
@@ -287,7 +289,7 @@ def test_grouped_products_are_those_of_loops(experts, k, n, turned):
     shape = (experts, n, k) if turned else (experts, k, n)
     weights = torch.randn(shape, device=DEVICE).to(torch.bfloat16)
     weights = weights.transpose(1, 2) if turned else weights
-    found, start = experts_module.grouped(x, weights, ends), 0
+    found, start = grouped_module.grouped(x, weights, ends), 0
     for number, end in enumerate(ends.tolist()):
         if end > start:
             close(found[start:end], exact(x[start:end].float() @ weights[number].float()), torch.bfloat16)

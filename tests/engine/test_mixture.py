@@ -14,11 +14,12 @@ from afina.data.template import Rendered
 from afina.engine.attention import packed_attention
 from afina.engine.block import HERE, Placement
 from afina.engine.engine import Engine
-from afina.engine.experts import LowRank, Matrix, Router
+from afina.engine.experts import Matrix
 from afina.engine.families import why_not
 from afina.engine.plan import Rates, choose, ladder
 from afina.engine.products import Scratch
 from afina.engine.proof import prove
+from afina.engine.router import LowRank, Router
 from afina.model.attach import attach, learning
 from afina.model.load import unpack
 from afina.model.loss import summed_loss
@@ -173,9 +174,12 @@ def test_ends_that_pass_by_change_nothing():
 
 
 def test_the_plan_lets_go_of_gate_and_up_first():
-    engine = Engine(learning_model("gpt-oss", packed=True))
+    held = choose(Engine(learning_model("gpt-oss", packed=True)), 4096, 256, 10**12, RATES)
+    some = choose(Engine(learning_model("gpt-oss", packed=True)), 4096, 256, held.bytes - 1, RATES)
+    assert (held.held, some.held) == (2, 1)
+    engine = Engine(learning_model("gpt-oss"))
     whole = choose(engine, 4096, 256, 10**12, RATES)
-    assert whole.tokens == 4096 and whole.placements == [HERE, HERE]
+    assert whole.tokens == 4096 and whole.placements == [HERE, HERE] and whole.held == 0
     tight = choose(engine, 4096, 4096, whole.bytes - 1, RATES)
     assert {name for placement in tight.placements for name in placement.again} == {"gate_up"}
     saved = sum(engine.blocks[0].saves(4096).values()) * 4 * len(engine.blocks)

@@ -1,4 +1,4 @@
-"""The Triton twins of experts.py: one pass over memory each, sums in fp32. Imported on a GPU only."""
+"""The Triton twins of experts.py and grouped.py: one pass over memory each, sums in fp32. Imported on a GPU only."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from afina.engine.experts import Gating, Routing
+    from afina.engine.experts import Gating
+    from afina.engine.router import Routing
 
 
 def gated(gate_up: torch.Tensor, bias: torch.Tensor | None, experts: torch.Tensor, by: "Gating") -> torch.Tensor:
@@ -169,7 +170,7 @@ def _fill_mxfp4(words, scales, out, count, BLOCK: tl.constexpr):
 
 
 def grouped_outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """See experts.grouped_outer; fp32."""
+    """See grouped.grouped_outer; fp32."""
     experts, r, width = ends.numel(), a.shape[1], b.shape[1]
     out = torch.empty(experts, r, width, dtype=torch.float32, device=a.device)
     rank, block = max(16, triton.next_power_of_2(r)), 128
@@ -201,7 +202,7 @@ def _grouped_outer(a, b, ends, out, r, width, RANK: tl.constexpr, BLOCK: tl.cons
 
 
 def grouped_add(y: torch.Tensor, low: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """See experts.grouped_add."""
+    """See grouped.grouped_add."""
     experts, r, width = weights.shape
     rank, block = max(16, triton.next_power_of_2(r)), 128
     _grouped_add[(experts, triton.cdiv(width, block), 4)](

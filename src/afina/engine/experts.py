@@ -1,15 +1,10 @@
-"""A mixture's experts: which token goes to which of them, and the products of the rows that each one sees.
+"""A mixture's experts: the products of the rows that each one sees, and what stands between and around them.
 
-Pairs of token and expert are sorted by expert, so that each expert's rows lie together, and one grouped product does
-all experts: no loop, no copy of a weight, no shape that depends on the routing, and nothing for the GPU to wait for.
 Experts are frozen: their products go forward and to dx. Their weights lie as transformers has them, or packed in MXFP4,
-unpacked matrix by matrix into a scratch that all layers share. Low-rank terms are grouped products too.
-
-The plain twins here define what the Triton kernels (expert_kernels.py) do; grouped products are PyTorch's on a GPU,
-once they have shown on the very weights that they are right.
+unpacked matrix by matrix into a scratch that all layers share. Low-rank terms are grouped products too. The plain twins
+here define what the Triton kernels (expert_kernels.py) do.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,103 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from afina.engine.elementwise import wide_product
+from afina.engine.grouped import grouped, grouped_add, grouped_outer
 from afina.engine.products import ALIGN, Scratch
+from afina.engine.router import LowRank, Routing
 from afina.model.mxfp4 import dequantise
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Where `tokens` tokens go. A pair is a token and one of its `chosen` experts.
-
-    ids, weights: (tokens, chosen), the weights at least fp32. places: (tokens, chosen), the row of each pair where rows
-    are sorted by expert. Of each such row, `tokens`: (pairs,), `experts`: (pairs,) and its `share`: (pairs,), the
-    weight. ends: (experts,) int32, where each expert's rows end. shares: (tokens, experts), the softmax over all, where
-    the weights are taken from it.
-    """
-
-    ids: torch.Tensor
-    weights: torch.Tensor
-    places: torch.Tensor
-    tokens: torch.Tensor
-    experts: torch.Tensor
-    ends: torch.Tensor
-    shares: torch.Tensor | None = None
-
-    @property
-    def share(self) -> torch.Tensor:
-        """(pairs,) the weight of each sorted row."""
-        sorted_weights = torch.empty_like(self.weights).flatten()
-        return sorted_weights.scatter_(0, self.places.flatten(), self.weights.flatten())
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """PEFT's adapter of a parameter: a (experts * rank, in), b (out, rank * experts), of which `scale` b a is added."""
-
-    a: nn.Parameter
-    b: nn.Parameter
-    scale: float
-
-
-@dataclass(eq=False)
-class Router:
-    """Scores experts by weight (experts, hidden) and bias; each token goes to the `chosen` highest.
-
-    over_all: weights are their shares of the softmax over all experts (Qwen 3 without renormalising); else the softmax
-    over the chosen ones, which is the same as renormalising those shares (gpt-oss, Mixtral). told: (tokens, chosen),
-    experts to be taken instead of the highest; `missed` is then the share of them that are not.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    chosen: int
-    over_all: bool = False
-    adapter: LowRank | None = None
-    told: torch.Tensor | None = None
-    missed: torch.Tensor | None = None
-
-    def route(self, n: torch.Tensor) -> Routing:
-        """n: (tokens, hidden)."""
-        logits = wide_product(n, self.weight.t())
-        if self.bias is not None:
-            logits += self.bias
-        if self.adapter is not None:
-            logits.addmm_(self._low(n, self.adapter), self.adapter.b.detach().to(logits.dtype).t())
-        highest, ids = torch.topk(logits, self.chosen, dim=1)
-        if self.told is not None:
-            self.missed = (self.told[:, :, None] != ids[:, None, :]).all(2).float().mean()
-            highest, ids = logits.gather(1, self.told), self.told
-        shares = torch.softmax(logits, dim=1) if self.over_all else None
-        weights = torch.softmax(highest, dim=1) if shares is None else shares.gather(1, ids)
-        experts, order = torch.sort(ids.flatten(), stable=True)
-        places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=n.device))
-        numbers = torch.arange(self.weight.shape[0], device=n.device)
-        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-        return Routing(ids, weights, places.view(ids.shape), order // self.chosen, experts, ends, shares)
-
-    def backward(
-        self, routing: Routing, d_weights: torch.Tensor, n: torch.Tensor, d_n: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Add the gradient of n to d_n (tokens, hidden), from that of the weights; returns those of what learns."""
-        if routing.shares is None:
-            slopes = routing.weights * (d_weights - (routing.weights * d_weights).sum(1, keepdim=True))
-            d_logits = slopes.new_zeros(n.shape[0], self.weight.shape[0]).scatter_(1, routing.ids, slopes)
-        else:
-            of_shares = torch.zeros_like(routing.shares).scatter_(1, routing.ids, d_weights)
-            d_logits = routing.shares * (of_shares - (routing.shares * of_shares).sum(1, keepdim=True))
-        d_n.addmm_(d_logits.to(n.dtype), self.weight)
-        if self.adapter is None:
-            return []
-        b = self.adapter.b.detach().to(d_logits.dtype)
-        up = torch.mm(d_logits, b) * self.adapter.scale
-        narrow = up.to(n.dtype)
-        d_n.addmm_(narrow, self.adapter.a.detach().to(n.dtype))
-        of_a, of_b = wide_product(narrow.t(), n), torch.mm(d_logits.t(), self._low(n, self.adapter))
-        return [of_a.to(self.adapter.a.dtype), of_b.to(self.adapter.b.dtype)]
-
-    def _low(self, n: torch.Tensor, adapter: LowRank) -> torch.Tensor:
-        """s n A^T (tokens, rank), at least fp32."""
-        return wide_product(n, adapter.a.detach().to(n.dtype).t()) * adapter.scale
 
 
 @dataclass(eq=False)
@@ -393,74 +295,3 @@ def fill_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) ->
         return
     for place, packed, powers in zip(out, blocks, scales, strict=True):
         place.copy_(dequantise(packed, powers, out.dtype))
-
-
-def grouped(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """(pairs, out): rows of x (pairs, in) times their expert's matrix of `weights` (experts, in, out)."""
-    if _fast(x, weights):
-        return F.grouped_mm(x, weights, offs=ends)
-    return _grouped_by_loops(x, weights, ends.tolist())
-
-
-def _grouped_by_loops(x: torch.Tensor, weights: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
-    out, start = x.new_empty(x.shape[0], weights.shape[2]), 0
-    for weight, end in zip(weights, ends, strict=True):
-        torch.mm(x[start:end], weight, out=out[start:end])
-        start = end
-    return out
-
-
-def grouped_add(y: torch.Tensor, low: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """y (pairs, width) += rows of low (pairs, r) times their expert's matrix of `weights` (experts, r, width)."""
-    if y.is_cuda:
-        from afina.engine import expert_kernels
-
-        return expert_kernels.grouped_add(y, low, weights, ends)
-    start = 0
-    for weight, end in zip(weights, ends.tolist(), strict=True):
-        y[start:end].addmm_(low[start:end], weight)
-        start = end
-    return y
-
-
-def grouped_outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """(experts, r, width), at least fp32: a^T b over each expert's rows of a (pairs, r) and b (pairs, width)."""
-    if a.is_cuda:
-        from afina.engine import expert_kernels
-
-        return expert_kernels.grouped_outer(a, b, ends)
-    wide, start = torch.promote_types(a.dtype, torch.float32), 0
-    out = a.new_empty(ends.numel(), a.shape[1], b.shape[1], dtype=wide)
-    for place, end in zip(out, ends.tolist(), strict=True):
-        torch.mm(a[start:end].t().to(wide), b[start:end].to(wide), out=place)
-        start = end
-    return out
-
-
-_PROVEN: dict[tuple[object, ...], bool] = {}
-
-
-def _fast(x: torch.Tensor, weights: torch.Tensor) -> bool:
-    """Whether PyTorch's grouped product takes these, and gave what loops give for weights of the same layout."""
-    if not x.is_cuda or x.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
-        return False
-    layout = (x.device.index, *weights.shape, *weights.stride())
-    if layout not in _PROVEN:
-        _PROVEN[layout] = _proves(weights)
-    return _PROVEN[layout]
-
-
-@torch.no_grad()
-def _proves(weights: torch.Tensor) -> bool:
-    """Some builds multiply by another view than was given (pytorch issue 186365), and some cards have no kernel."""
-    count = weights.shape[0]
-    sizes = [(7 * number) % 5 * 33 for number in range(count)]  # also experts without a row
-    ends = torch.tensor(sizes, device=weights.device).cumsum(0, dtype=torch.int32)
-    generator = torch.Generator(weights.device).manual_seed(0)
-    x = torch.randn(sum(sizes), weights.shape[1], dtype=weights.dtype, device=weights.device, generator=generator)
-    try:
-        found = F.grouped_mm(x, weights, offs=ends).float()
-    except RuntimeError:
-        return False
-    truth = _grouped_by_loops(x, weights, ends.tolist()).float()
-    return bool((found - truth).norm() <= 1e-2 * truth.norm())

@@ -7,11 +7,12 @@ from torch import nn
 
 from afina.engine.block import Attention, Block, norm_of
 from afina.engine.elementwise import Norm
-from afina.engine.experts import Experts, Gating, LowRank, Matrix, Router
+from afina.engine.experts import Experts, Gating, Matrix
 from afina.engine.mixture import Mixture
 from afina.engine.nf4 import from_bitsandbytes
 from afina.engine.parallel import Parallel
 from afina.engine.products import Scratch, make_product
+from afina.engine.router import LowRank, Router
 from afina.engine.sequential import Sequential
 from afina.language import _
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from afina.engine.block import Adapted, Block, Positions, Saved, added, room
 from afina.engine.elementwise import Norm, norm, norm_backward
-from afina.engine.experts import Experts, Router
+from afina.engine.experts import Experts
 from afina.engine.products import Product
+from afina.engine.router import Router
 
 
 @dataclass(kw_only=True, eq=False)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from afina.engine.engine import Engine
-from afina.engine.experts import Router
 from afina.engine.families import routers
 from afina.engine.mixture import Mixture
+from afina.engine.router import Router
 from afina.model.loss import Targeted, summed_loss
 
 
