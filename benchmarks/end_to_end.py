@@ -1,4 +1,4 @@
-"""From a file of examples to a saved adapter, from the start of the process to its end: GSM8K, one epoch, LoRA, 1B shape.
+"""From a file of examples to a saved adapter, from a process's start to its end: GSM8K, one epoch, LoRA on a 1B shape.
 
     python benchmarks/end_to_end.py --data gsm8k/train.jsonl --tokenizer gpt-2 --runs 2 --profile
     python benchmarks/end_to_end.py ... --peer end_to_end.py          the peers' own harness on the same base and rows
@@ -22,7 +22,7 @@ from typing import Any
 HERE = Path(__file__).parent
 RECIPE = """\
 name: end-to-end
-model: {{base: base, max_length: 2048, chat_template: afina/plain}}
+model: {{base: {base}, max_length: 2048, chat_template: afina/plain}}
 data:
   train: {data}
   validation: 0
@@ -33,14 +33,14 @@ export: {{formats: []}}
 """
 
 
-def prepare(folder: Path, tokenizer: Path, shape: str) -> None:
+def prepare(base: Path, tokenizer: Path, shape: str) -> None:
     """The base, in a process of its own: Python would keep the GPU."""
     import gpu
 
     model = gpu.random_model(gpu.LLAMA_1B) if shape == "1b" else tiny()
-    model.save_pretrained(folder / "base")
+    model.save_pretrained(base)
     for file in tokenizer.iterdir():
-        shutil.copyfile(file, folder / "base" / file.name)
+        shutil.copyfile(file, base / file.name)
 
 
 def tiny() -> Any:
@@ -94,6 +94,7 @@ def main() -> None:
     options.add_argument("--profile", action="store_true", help="one more, in which Python counts where it spends time")
     options.add_argument("--shape", choices=["1b", "tiny"], default="1b")
     options.add_argument("--peer", type=Path)
+    options.add_argument("--base", type=Path, help="a folder that keeps the base; made where it is not there")
     options.add_argument("--results", type=Path, default=HERE / "results" / "gpu.jsonl")
     options.add_argument("overrides", nargs="*", help="of the recipe, for instance training.steps=3")
     chosen = options.parse_args()
@@ -104,9 +105,12 @@ def main() -> None:
              "command": "python benchmarks/" + " ".join(["end_to_end.py", *sys.argv[1:]])}  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="end-to-end-") as name:
         folder = Path(name)
-        work = f"import end_to_end, pathlib; end_to_end.prepare(pathlib.Path({name!r}), pathlib.Path({str(chosen.tokenizer)!r}), {chosen.shape!r})"  # noqa: E501
-        subprocess.run([sys.executable, "-c", work], cwd=HERE, check=True)
-        (folder / "recipe.yaml").write_text(RECIPE.format(data=chosen.data.resolve()), "utf-8")
+        base = (chosen.base or folder / "base").resolve()
+        if not base.is_dir():
+            work = "import end_to_end, pathlib, sys; end_to_end.prepare(*map(pathlib.Path, sys.argv[1:3]), sys.argv[3])"
+            given = [str(base), str(chosen.tokenizer.resolve()), chosen.shape]
+            subprocess.run([sys.executable, "-c", work, *given], cwd=HERE, check=True)
+        (folder / "recipe.yaml").write_text(RECIPE.format(base=base, data=chosen.data.resolve()), "utf-8")
         for number in range(chosen.runs + chosen.profile):
             found = run(folder, number, chosen.overrides, profile=number == chosen.runs)
             for second, line in found.pop("said"):
@@ -116,7 +120,7 @@ def main() -> None:
                 record(chosen.results, {**about, "tool": "afina", **found, "engine": "fused",
                                         "total_is": "process start to process end"})  # fmt: skip
         if chosen.peer:
-            command = [sys.executable, str(chosen.peer), "--tool", "unsloth", "--dir", str(folder / "base"),
+            command = [sys.executable, str(chosen.peer), "--tool", "unsloth", "--dir", str(base),
                        "--data", str(chosen.data), "--out", str(folder / "peer")]  # fmt: skip
             environment = os.environ | {"UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
             said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=folder)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 STARTED = time.perf_counter()
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "pinned_use_cuda_host_register:True,pinned_num_register_threads:8")
 HERE = Path(__file__).parent
 LLAMA_8B = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
@@ -195,12 +196,11 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
     import torch
 
     from afina.data.batch import Batch
-    from afina.engine import elementwise, products
+    from afina.engine import products
     from afina.engine.engine import Engine
     from afina.engine.plan import Plan, choose, count_up, ladder, measure, spread
 
-    products.ALIGN = options.get("align", products.ALIGN)
-    elementwise.WIDEST = options.get("widest", elementwise.WIDEST)
+    products.ALIGN["cuda"] = options.get("align", products.ALIGN["cuda"])
     model, parameters = learner(work)
     engine = Engine(model, torch.bfloat16)
     torch.cuda.empty_cache()

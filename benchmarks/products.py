@@ -1,9 +1,9 @@
-"""How fast a layer's products are in a run that lasts: the GPU warm and held by its power limit, not cool.
+"""How fast a layer's products are in a run that lasts: the GPU warm and held by its power limit.
 
-    python benchmarks/products.py            Llama-3.1-8B's layer at 8,192 tokens, forward and backward, in several layouts
+    python benchmarks/products.py       Llama-3.1-8B's layer at 8,192 tokens, forward and backward, in several layouts
 
-Rows wider than the data by the adapters' extra columns (products.py says why), rounded up to some number of elements;
-cuBLASLt instead of cuBLAS; other algorithms of cuBLASLt than its first choice; copies to the computer's memory meanwhile.
+Rows wider than the data by the adapters' extra columns (engine/products.py says why), rounded up to some number of
+elements; cuBLASLt instead of cuBLAS; other algorithms than its first choice; copies to the computer's memory meanwhile.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def plain(parts: dict[str, tuple[Any, ...]]) -> dict[str, Callable[[], Any]]:
 
 
 class Result(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012 - as ctypes wants it
+    _fields_ = [
         ("algorithm", ctypes.c_uint64 * 8), ("workspace", ctypes.c_size_t), ("state", ctypes.c_int),
         ("waves", ctypes.c_float), ("reserved", ctypes.c_int * 4),
     ]  # fmt: skip
@@ -129,7 +129,7 @@ def with_copies(parts: dict[str, tuple[Any, ...]], back: bool) -> dict[str, floa
     host = torch.empty(2**29, dtype=torch.uint8, pin_memory=True)
     here, stream = torch.empty(2**29, dtype=torch.uint8, device="cuda"), torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for _turn in range(130):
+        for _turn in range(1000 // 4):
             (here if back else host).copy_(host if back else here, non_blocking=True)
     found = measured(plain(parts), 0.5)
     found["copies still running"] = float(not stream.query())
@@ -183,7 +183,7 @@ def main() -> None:
         halves = {f"{name} {half}": (a[half * 4096 :][:4096], b, out[half * 4096 :][:4096])
                   for name, (a, b, out) in parts.items() for half in (0, 1)}  # fmt: skip
         say("64, 4,096 tokens at once", measured(plain(halves)))
-        n, k, _rank = SHAPES["gate_up"]
+        n = SHAPES["gate_up"][0]
         apart = {name: part for name, part in parts.items() if not name.startswith("gate_up")}
         x, weight, out = parts["gate_up y"]
         apart |= {"gate": (x, weight[:, : n // 2], out[:, : n // 2]), "up": (x, weight[:, n // 2 :], out[:, n // 2 :])}

@@ -237,7 +237,7 @@ class Block:
     ) -> tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor]]:
         """From the gradient of the first product's output past the first norm: dx, as `backward` returns it, and those
         of product and norm. residual: (tokens, hidden), what also went past them; low: the product's `low_of`."""
-        ups = product.widen(wide_d, low)
+        product.widen(wide_d)
         dx, n, of_norm = None, torch.empty_like(x), []
         if below is not None:
             d_n = product.backward(wide_d, self.seed(at, product))
@@ -245,7 +245,7 @@ class Block:
             of_norm = norm_backward(d_n, x, by, dx[:, : x.shape[1]], residual=residual, y=n)
         else:
             norm(x, by, n)
-        return dx, product.gradients(wide_d, n, ups, self.seed(at, product)), of_norm
+        return dx, product.gradients(wide_d, n, low, self.seed(at, product)), of_norm
 
     def widely(self, x: torch.Tensor, by: Norm, product: Product, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
         """The product of x's norm, in rows with room for the extra columns of its gradient, and its `low_of`."""

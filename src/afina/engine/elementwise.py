@@ -15,11 +15,6 @@ import torch
 Twin = TypeVar("Twin", bound=Callable[..., Any])
 
 
-Part = tuple[int, int, int, int]
-WIDEST = 64
-"""Of adapters' ranks, what the kernel that reads dy once has registers for."""
-
-
 @dataclass
 class Norm:
     """A layer norm (Ba et al., 2016, arXiv:1607.06450), or an RMS norm (Zhang & Sennrich, 2019, arXiv:1910.07467).
@@ -209,24 +204,6 @@ def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.is_cuda and a.element_size() == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
     return _at_least_fp32(torch.mm(a, b))
-
-
-def meet(
-    dy: torch.Tensor, up: torch.Tensor, low: torch.Tensor, parts: Sequence[Part], out: torch.Tensor
-) -> list[torch.Tensor]:
-    """What a gradient meets in adapters: write dy sB into `out` (tokens, r); returns each dB, (rows, rank), at least fp32.
-
-    dy: (tokens, N). up: (N, r), holding sB where a part's rows and columns meet. low: (tokens, r), s x A^T. parts: each
-    adapter's first row of y, the one after its last, its first column of r, the one after its last.
-    """
-    widest = max(after - first for _start, _end, first, after in parts)
-    if dy.is_cuda and dy.element_size() == 2 and widest <= WIDEST:
-        from afina.engine import low_rank
-
-        return low_rank.meet(dy, up, low, parts, out)
-    for start, end, first, after in parts:
-        torch.mm(dy[:, start:end], up[start:end, first:after], out=out[:, first:after])
-    return [wide_product(dy[:, start:end].t(), low[:, first:after]) for start, end, first, after in parts]
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,9 +29,9 @@ class Engine:
         whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         inside, head = whole.model, whole.lm_head
         self.dtype = dtype or inside.embed_tokens.weight.dtype
-        self.scratch = Scratch()
+        self._scratch = Scratch()
         layers = enumerate(inside.layers)
-        self.blocks: list[Block] = [make_block(layer, config, n, self.scratch, self.dtype) for n, layer in layers]
+        self.blocks: list[Block] = [make_block(layer, config, n, self._scratch, self.dtype) for n, layer in layers]
         self.ends = _ends(inside.embed_tokens.weight, head, final_norm(inside, config, self.dtype), self.dtype)
         self._rotary, self._config = inside.rotary_emb, config
         self._products = [product for block in self.blocks for product in block.products]
@@ -44,6 +44,11 @@ class Engine:
     def device(self) -> torch.device:
         """Where it computes."""
         return self.ends.norm.weight.device
+
+    @property
+    def to_come(self) -> int:
+        """Bytes that the first step takes for good, beside what is planned."""
+        return self._scratch.to_come * self.dtype.itemsize
 
     def summed_loss(self, _model: nn.Module, batch: Targeted) -> torch.Tensor:
         """Sum of the loss over the batch's targets, differentiable in what learns."""
@@ -83,7 +88,7 @@ class Engine:
         if self._copies is None:
             self._copies = Copies([c for p in self._products if p.wide is not None for c in p.copies(p.wide)])
         self._copies.run()
-        self.scratch.forget()
+        self._scratch.forget()
         if self.ends.learnt:
             for product in self._products:
                 product.refresh_bias()
@@ -104,11 +109,14 @@ class Engine:
     def _hidden(self, batch: Targeted, at: Positions, *, save: bool) -> tuple[torch.Tensor, list[Saved | None]]:
         x = self.ends.embed(batch.input_ids[0])
         saved: list[Saved | None] = []
+        offload = self.blocks[0].offload if save else None
         for block in self.blocks:
+            if offload is not None and block is self.blocks[-1] and not block.placement.away:
+                offload.settle()  # what is still leaving would lie beside all that is saved
             x, kept = block.forward(x, at, save=save)
             saved.append(kept)
-        if save and self.blocks[0].offload is not None:
-            self.blocks[0].offload.settle()
+        if offload is not None:
+            offload.settle()
         return x, saved
 
     def forward(self, batch: Targeted) -> tuple[torch.Tensor, list[Any]]:

@@ -115,8 +115,8 @@ class Ends:
     def _summed(
         self, rows: torch.Tensor, batch: Targeted, d_rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The loss of rows (predicting, hidden), some at a time. `d_rows`, where given, receives their gradient; returned
-        are then those of the norm, head and bias too, summed in at least fp32."""
+        """The loss of rows (predicting, hidden), some at a time. `d_rows`, where given, receives their gradient; then
+        those of norm, head and bias are returned too, summed in at least fp32."""
         wide = torch.promote_types(rows.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=rows.device)
         learns = self.learnt and d_rows is not None

@@ -63,17 +63,17 @@ class Parallel(Block):
         if z is None:
             z = self.widely(x, self.norm, self.inner, at)[0]
             self.attention.turned(z[:, :columns], at)
-        ups = self.fc2.widen(wide_dy, saved.lows["fc2"])
+        self.fc2.widen(wide_dy)
         d_act = self.fc2.backward(wide_dy, self.seed(at, self.fc2))
         act = gelu_backward(d_act, z[:, columns : self.inner.n])
-        of_fc2 = self.fc2.gradients(wide_dy, act, ups, self.seed(at, self.fc2))
+        of_fc2 = self.fc2.gradients(wide_dy, act, saved.lows["fc2"], self.seed(at, self.fc2))
         del d_act, act
 
         wide_dense = room(x, self.dense)
         wide_dense[:, :hidden] = wide_dy[:, :hidden]
-        ups = self.dense.widen(wide_dense, saved.lows["dense"])
+        self.dense.widen(wide_dense)
         d_out = self.dense.backward(wide_dense, self.seed(at, self.dense))
-        of_dense = self.dense.gradients(wide_dense, out, ups, self.seed(at, self.dense))
+        of_dense = self.dense.gradients(wide_dense, out, saved.lows["dense"], self.seed(at, self.dense))
         self.attention.backward(saved.attended, d_out, z[:, :columns], at)
         del d_out, out, wide_dense
         dx, of_inner, of_norm = self.through_input(

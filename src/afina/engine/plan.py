@@ -149,7 +149,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
         needed = max(needed, standing + here * element + of_head + gradients * (layers - number))
         standing -= rungs[number].kept * element
     ends_away = {"neither": 0, "embedding": 1, "both": 1 if ends.tied else 2}[plan.host]
-    needed += WORKSPACE + engine.scratch.to_come * element - element * hidden * vocabulary * ends_away
+    needed += WORKSPACE + engine.to_come - element * hidden * vocabulary * ends_away
     copying = sum(rung.away for rung in rungs) * element / rates.copies
     passes = 3 if ends.learnt else 2
     base = (block.multiply_adds() * layers + vocabulary * hidden) * tokens / rates.products
@@ -179,10 +179,11 @@ def _weigh(block: "Block", rung: Placement, tokens: int, rows: int) -> _Weight:
     sizes, attention = block.saves(tokens), block.attention
     made = {name: size * rows // tokens if name == "gate_up" else size for name, size in sizes.items()}
     away, again = (sum(sizes[name] for name in names) for names in (rung.away, rung.again))
-    lows = tokens * sum(part.r for part in block.products)
+    lows = tokens * sum(part.used for part in block.products)
     hidden, wide = block.products[0].k, attention.heads[0] * attention.width
     of_mlp = block.at_work(rows) + sum(made[name] for name in rung.again)
-    of_attention = tokens * (attention.columns * (1 if attention.norms is None else 2) + 3 * wide)  # wide ones: fp32
+    repeated = 3 if attention.heads[0] == attention.heads[1] else 5  # sums in fp32, gradients of each query's own key
+    of_attention = tokens * (attention.columns * (1 if attention.norms is None else 2) + repeated * wide)
     of_attention += sum(made[name] for name in rung.again - {"gate_up"})
     if "gate_up" not in rung.again:  # its gradient has gone by then
         of_attention -= sizes.get("gate_up", 0)

@@ -79,8 +79,8 @@ class Sequential(Block):
         of_mlp, of_norm_mlp = self._mlp_backward(wide_dy, h, self.take(saved, "gate_up"), saved, at, wide_dh)
         del h
 
-        ups = self.o.widen(wide_dh, saved.lows["o"])
-        of_o = self.o.gradients(wide_dh, out, ups, self.seed(at, self.o))
+        self.o.widen(wide_dh)
+        of_o = self.o.gradients(wide_dh, out, saved.lows["o"], self.seed(at, self.o))
         d_out = self.o.backward(wide_dh, self.seed(at, self.o))
         qkv = self.take(saved, "qkv")
         if qkv is None:
@@ -109,17 +109,18 @@ class Sequential(Block):
         for rows in self.chunks(h.shape[0]) if gate_up is None else [slice(0, h.shape[0])]:
             dy = wide_dy[rows]
             wide_d = self._gate_up(h[rows], at)[0] if gate_up is None else gate_up
-            ups = self.down.widen(dy, saved.lows["down"][rows])
+            self.down.widen(dy)
             d_act = self.down.backward(dy, seeds[1])
             act = swiglu_backward(d_act, wide_d[:, : self.gate_up.n])
-            of_down = added(of_down, self.down.gradients(dy, act, ups, seeds[1]))
+            of_down = added(of_down, self.down.gradients(dy, act, saved.lows["down"][rows], seeds[1]))
             del d_act, act
-            ups = self.gate_up.widen(wide_d, saved.lows["gate_up"][rows])
+            self.gate_up.widen(wide_d)
             d_n = self.gate_up.backward(wide_d, seeds[0])
             n = torch.empty_like(d_n)
             dh = wide_dh[rows, :hidden]
             of_norm = added(of_norm, norm_backward(d_n, h[rows], self.norm_mlp, dh, residual=dy[:, :hidden], y=n))
-            of_gate_up = added(of_gate_up, self.gate_up.gradients(wide_d, n, ups, seeds[0]))
+            low = saved.lows["gate_up"][rows]
+            of_gate_up = added(of_gate_up, self.gate_up.gradients(wide_d, n, low, seeds[0]))
         return [*of_gate_up, *of_down], of_norm
 
     def _qkv(self, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:

@@ -73,8 +73,7 @@ def train_run(
     """Train as the recipe says, or go on where `place` left off; returns the facts for its manifest.
 
     Leaves adapter, tokenizer and metrics in `place`. `folder` is where the recipe's relative paths start; `base` will
-    name the base model by hash; `on_evaluate` asks the tasks of `training.evaluate`. The model is read while the data
-    are.
+    name the base model by hash; `on_evaluate` asks the tasks of `training.evaluate`. The model is read while data are.
     """
     hardware = choose_hardware(recipe.model)
     source = model_source(recipe.model.base, folder)
