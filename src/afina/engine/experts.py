@@ -13,9 +13,12 @@ from torch.nn import functional as F
 
 from afina.engine.elementwise import wide_product
 from afina.engine.grouped import grouped, grouped_add, grouped_outer
-from afina.engine.products import ALIGN, Scratch
+from afina.engine.products import Scratch
 from afina.engine.router import LowRank, Routing
 from afina.model.mxfp4 import dequantise
+
+ALIGN = 8
+"""To a multiple of which ranks are filled up: a row of 16-bit numbers then begins at 16 bytes."""
 
 
 @dataclass(eq=False)

@@ -125,8 +125,8 @@ class Mixture(Block):
         )
         del h
 
-        ups = self.o.widen(wide_dh, saved.lows["o"])
-        of_o = self.o.gradients(wide_dh, out, ups, self.seed(at, self.o))
+        self.o.widen(wide_dh)
+        of_o = self.o.gradients(wide_dh, out, saved.lows["o"], self.seed(at, self.o))
         d_out = self.o.backward(wide_dh, self.seed(at, self.o))
         qkv = self.take(saved, "qkv")
         if qkv is None:
