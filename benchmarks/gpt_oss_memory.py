@@ -4,8 +4,8 @@
     python benchmarks/gpt_oss_memory.py --account      the bytes alone, from shapes; needs no GPU
     python benchmarks/gpt_oss_memory.py --experts      adapters on every expert and the router too
 
-One sample, half of its tokens learnt, LoRA on q, k, v and o, the allocator held to 14.9 GiB (16 GB) and the plan made for
-it; --engine reference: transformers and PEFT, layers computed again in the backward. 120b: --model 120b.
+One sample, half of its tokens learnt, LoRA on q, k, v and o, the allocator held to 14.9 GiB (16 GB) and the plan made
+for it; --engine reference: transformers and PEFT, layers computed again in the backward. 120b: --model 120b.
 """
 
 import argparse
