@@ -5,7 +5,7 @@ python -m pytest -n 0 -s tests/train/test_methods_gpu.py
 
 import pytest
 import torch
-from small import llama, spread
+from small import llama
 from torch import nn
 from train.test_loop import rows
 from transformers import AutoModelForCausalLM, PhiConfig
@@ -123,10 +123,13 @@ def test_the_engine_is_the_reference_on_four_bits(folder, kind, double):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-8bit", "paged-adamw-8bit", "adafactor", "lion"])
-def test_moments_are_taken_up_to_the_bit(folder, tmp_path, name):
+def test_moments_are_taken_up_to_the_bit(tmp_path, name):
+    place = tmp_path / "base"
+    llama(hidden_size=1024, intermediate_size=1024, vocab_size=128).save_pretrained(place)
+
     def started() -> tuple[nn.Module, Training, State]:
-        method = Lora(rank=32)  # 4,096 weights and more, from which bitsandbytes holds moments in eight bits
-        model = attach(load_model(str(folder), CUDA, Model(quantization="nf4")), method, seed=0)
+        method = Lora(rank=128)  # 100,000 weights and more, from which bitsandbytes pages its moments
+        model = attach(load_model(str(place), CUDA, Model(quantization="nf4")), method, seed=0)
         training = Training(optimizer=name, learning_rate=1e-3)
         return model, training, begin(model, training, CUDA, method)
 
@@ -156,7 +159,12 @@ def test_phi_2_of_true_shape_trains_in_six_gib(tmp_path):
     )  # fmt: skip
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    spread(empty.to_empty(device="cpu"), scale=0.02).save_pretrained(tmp_path)
+    base = empty.to_empty(device="cuda")
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(float(name.endswith("weight")))
+    base.save_pretrained(tmp_path)
+    del base, empty
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from afina.engine.exact import in_order
 from afina.model.virtual import is_prefix
 
 NAME = "afina_packed"
@@ -181,24 +182,25 @@ def attend_backward(
         return tuple(part.transpose(1, 2) for part in found)  # type: ignore[return-value]
     state, unused, _mask = rest
     bounds, longest = _bounds(lengths, query.device), max(lengths)
-    found = torch.ops.aten._flash_attention_backward(
-        d_out,
-        query,
-        key,
-        value,
-        attended.out,
-        log_sums,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        0.0,
-        True,
-        state,
-        unused,
-        scale=scaling,
-        **_sides(None if window is None or window >= longest else window),
-    )
+    with in_order():
+        found = torch.ops.aten._flash_attention_backward(
+            d_out,
+            query,
+            key,
+            value,
+            attended.out,
+            log_sums,
+            bounds,
+            bounds,
+            longest,
+            longest,
+            0.0,
+            True,
+            state,
+            unused,
+            scale=scaling,
+            **_sides(None if window is None or window >= longest else window),
+        )
     return tuple(part[None] for part in found)  # type: ignore[return-value]
 
 
@@ -217,7 +219,9 @@ def _hopper(index: int) -> bool:
 
 
 def _cudnn_is_faster(query: torch.Tensor) -> bool:
-    """On Hopper cuDNN's kernels take 0.6 of the time of flash 2; on Ampere and Ada they are slower."""
+    """On Hopper cuDNN's kernels take 0.6 of the time of flash 2; on Ampere and Ada they are slower. Never exact."""
+    if torch.are_deterministic_algorithms_enabled():
+        return False
     return _hopper(query.device.index or 0) and query.shape[-1] <= 128
 
 

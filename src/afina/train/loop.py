@@ -10,6 +10,7 @@ micro-batches of a step, and a Follower to report to.
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -92,12 +93,8 @@ def _compute(
         batches = [batch.to(hardware.device) for batch in made]
         learnt = sum(batch.weight for batch in made)
         state.optimizer.zero_grad(set_to_none=True)
-        with follower.computing():
-            loss = within_memory(
-                lambda batches=batches, learnt=learnt: accumulate(  # type: ignore[misc]
-                    model, batches, learnt, seed, state.step, hardware, loss_fn, state.scaler
-                )
-            )
+        work = partial(accumulate, model, batches, learnt, seed, state.step, hardware, loss_fn, state.scaler)
+        loss = follower.compute(partial(within_memory, work))
         if loss is not None:
             return batches, loss
         follower.on_out_of_memory(state.step, made)

@@ -23,6 +23,7 @@ from afina.data.template import Rendered, Renderer
 from afina.data.tokenizer import load_tokenizer
 from afina.engine.attention import covers, packed_attention
 from afina.engine.engine import Engine
+from afina.engine.exact import exact
 from afina.engine.families import why_not
 from afina.engine.proof import prove
 from afina.errors import Interrupted
@@ -81,12 +82,13 @@ def train_run(
     examples = prepare_once(recipe, folder, renderer, console, place.parent / FOLDER)
     say_examples(examples, console)
     adapter = adapter_of(recipe, folder, base)
-    model, counts = open_model(recipe, source, hardware, tokenizer, console, adapter)
-    if adapter is not None:
-        examples.files.append(parent(adapter, sha256(adapter / "adapter_model.safetensors"), "adapter"))
-    parents = [*([base] if base else []), *examples.files]
-    run = enter(place, recipe, parents, examples.train + examples.validation)
-    measured = _run_loop(model, recipe, examples, hardware, tokenizer.pad_id, place, run, console)
+    with exact(recipe.training.exact and hardware.device.type == "cuda"):
+        model, counts = open_model(recipe, source, hardware, tokenizer, console, adapter)
+        if adapter is not None:
+            examples.files.append(parent(adapter, sha256(adapter / "adapter_model.safetensors"), "adapter"))
+        parents = [*([base] if base else []), *examples.files]
+        run = enter(place, recipe, parents, examples.train + examples.validation)
+        measured = _run_loop(model, recipe, examples, hardware, tokenizer.pad_id, place, run, console)
     durable.remove(place / "adapter")  # of a sitting that was killed before the manifest stood
     with durable.new_folder(place / "adapter") as adapter:
         save_adapter(model, adapter, base=recipe.model.base)
@@ -168,7 +170,7 @@ def _run_loop(
         criterion=Criterion() if training.keep == "best" else None,
         surroundings=surroundings(str(hardware), "reference" if isinstance(loss_fn, partial) else "fused"),
     )
-    record, stop = Record(place), Stop()
+    record, stop = Record(place), Stop(aside=hardware.device.type == "cpu")
     total = sum(work(step) for step in range(steps)) + held_out * len(validate_after)
     with (
         stop.handled(),

@@ -3,10 +3,10 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from afina.console import Console, Progress
 from afina.data.batch import Batch
@@ -24,6 +24,7 @@ from afina.train.surroundings import differences
 from afina.train.trend import judge
 from afina.train.watch import PATIENCE, Diverged, Rejection
 
+T = TypeVar("T")
 SHOWN = 8
 """Samples of a rejected step that are printed; the log has all."""
 
@@ -99,8 +100,7 @@ class Session(Follower):
         if state.step >= self.plan.steps:
             return
         try:
-            with self.stop.raising():
-                lines = probe(self.room, make, compute)
+            lines = self.stop.compute(partial(probe, self.room, make, compute))
         finally:
             state.optimizer.zero_grad(set_to_none=True)
         self._since = time.perf_counter()
@@ -204,8 +204,8 @@ class Session(Follower):
         hint = _("The run is not finished. Run the same command again to go on from there.")
         return Interrupted(message, signal_number=number, hint=hint)
 
-    def computing(self) -> AbstractContextManager[None]:
-        return self.stop.raising()
+    def compute(self, work: Callable[[], T]) -> T:
+        return self.stop.compute(work)
 
     def on_step(self, report: StepReport, samples: Sequence[int]) -> None:
         tally = self.tally
@@ -281,8 +281,7 @@ class Session(Follower):
     def _measured(self, state: State) -> float:
         while True:
             batches = self.plan.held_out()
-            with self.stop.raising():
-                loss = within_memory(lambda batches=batches: self.plan.measure(batches))  # type: ignore[misc]
+            loss = self.stop.compute(partial(within_memory, partial(self.plan.measure, batches)))
             if loss is not None:
                 return loss
             self.on_out_of_memory(state.step - 1, batches)

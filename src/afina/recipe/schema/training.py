@@ -25,6 +25,9 @@ class Training(Section):
     engine: Literal["auto", "reference"] = "auto"
     """auto: fused blocks, where they cover the model and prove themselves on the first batch; reference: transformers
     and PEFT as they are."""
+    exact: bool = True
+    """On a GPU: sum in an order that does not change, so that the same recipe gives the same bits, and a run that was
+    stopped ends as the one that was not. Costs a few percent of the time."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer and compute the rest again going back: less memory, a third more time. For the
     reference; the fused engine chooses by itself what it keeps."""
