@@ -11,8 +11,9 @@ from train.test_loop import rows
 from transformers import AutoModelForCausalLM, PhiConfig
 
 from afina.data.batch import micro_batches
-from afina.engine.attention import covers, packed_attention
+from afina.engine.attention import attend, attend_backward, covers, packed_attention
 from afina.engine.engine import Engine
+from afina.engine.exact import exact
 from afina.engine.families import why_not
 from afina.engine.proof import prove
 from afina.model.attach import attach, learning, load_adapter, recompute, save_adapter
@@ -148,6 +149,31 @@ def test_moments_are_taken_up_to_the_bit(tmp_path, name):
     go_on(model, training, state, Losses())
     again = checkpoint.snapshot(state)
     assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+@pytest.mark.parametrize("width", [64, 80, 128])
+@pytest.mark.parametrize("lengths", [(700, 1, 1300), (512,) * 4, (3000,), (1,), (4096, 4096)], ids=str)
+def test_attention_has_the_same_bits_each_time(lengths, width):
+    """Of cuDNN (samples of one length) and of flash attention (the others), in `exact` alone; and both are right."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(sum(lengths), heads, width) for heads in (8, 2, 2, 8)]
+    q, k, v, d = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator) for shape in shapes
+    )  # fmt: skip
+
+    def once() -> list[torch.Tensor]:
+        attended = attend(q, k, v, lengths, 0.1)
+        found = attend_backward(attended, d, q, k, v, lengths, 0.1)
+        return [attended.out, *(part.flatten(0, 1) for part in found)]
+
+    with exact():
+        first = once()
+        assert all(torch.equal(one, two) for _turn in range(8) for one, two in zip(first, once(), strict=True))
+    assert not torch.are_deterministic_algorithms_enabled()
+    leaves = [part.float().requires_grad_() for part in (q, k, v)]
+    plain = attend(*leaves, lengths, 0.1)  # in fp32 the samples are gathered, and PyTorch's own attention computes
+    for found, right in zip(first, [plain.out, *attend_backward(plain, d.float(), *leaves, lengths, 0.1)], strict=True):
+        assert (found - right.reshape(found.shape)).abs().max() <= 0.03 * right.abs().max()
 
 
 @pytest.mark.slow

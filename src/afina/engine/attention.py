@@ -143,6 +143,7 @@ def attend(
     return Attended(results[0], ("flash", *results[1:]))
 
 
+@in_order()
 def attend_backward(
     attended: Attended,
     d_out: torch.Tensor,
@@ -182,25 +183,24 @@ def attend_backward(
         return tuple(part.transpose(1, 2) for part in found)  # type: ignore[return-value]
     state, unused, _mask = rest
     bounds, longest = _bounds(lengths, query.device), max(lengths)
-    with in_order():
-        found = torch.ops.aten._flash_attention_backward(
-            d_out,
-            query,
-            key,
-            value,
-            attended.out,
-            log_sums,
-            bounds,
-            bounds,
-            longest,
-            longest,
-            0.0,
-            True,
-            state,
-            unused,
-            scale=scaling,
-            **_sides(None if window is None or window >= longest else window),
-        )
+    found = torch.ops.aten._flash_attention_backward(
+        d_out,
+        query,
+        key,
+        value,
+        attended.out,
+        log_sums,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        0.0,
+        True,
+        state,
+        unused,
+        scale=scaling,
+        **_sides(None if window is None or window >= longest else window),
+    )
     return tuple(part[None] for part in found)  # type: ignore[return-value]
 
 
@@ -219,9 +219,7 @@ def _hopper(index: int) -> bool:
 
 
 def _cudnn_is_faster(query: torch.Tensor) -> bool:
-    """On Hopper cuDNN's kernels take 0.6 of the time of flash 2; on Ampere and Ada they are slower. Never exact."""
-    if torch.are_deterministic_algorithms_enabled():
-        return False
+    """On Hopper cuDNN's kernels take 0.6 of the time of flash 2; on Ampere and Ada they are slower."""
     return _hopper(query.device.index or 0) and query.shape[-1] <= 128
 
 

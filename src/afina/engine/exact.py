@@ -1,7 +1,8 @@
 """The same bits each time, on a GPU too, where threads add up what others made in whatever order they come.
 
-torch has one switch for the whole process. Where it is on, torch takes an order that does not change; flash attention's
-backward does so only for those who want an error rather than a warning, which others' operations could not stand.
+torch has one switch for the whole process. Where it is on, torch takes an order that does not change. The backward of
+attention, which is where the bits differ (the gradient of the queries, by flash and by cuDNN), does so only for those
+who want an error rather than a warning, which others' operations could not stand.
 """
 
 import os
@@ -29,7 +30,7 @@ def exact(on: bool = True) -> Iterator[None]:
 
 @contextmanager
 def in_order() -> Iterator[None]:
-    """Around flash attention's backward: sums in a fixed order inside `exact`, else as it likes."""
+    """Around the backward of attention: sums in a fixed order inside `exact`, else as it likes."""
     if not torch.are_deterministic_algorithms_enabled():
         yield
         return
