@@ -8,6 +8,7 @@ who want an error rather than a warning, which others' operations could not stan
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,13 +20,14 @@ def exact(on: bool = True) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product of the process is made
-    filling = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    settings: Any = torch.utils.deterministic
+    filling = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False  # nothing here reads what it has not written
     try:
         with _switched(warn_only=True):
             yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        settings.fill_uninitialized_memory = filling
 
 
 @contextmanager

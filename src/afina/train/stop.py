@@ -118,6 +118,7 @@ class Aside:
     def _run(self) -> None:
         with suppress(_Left):
             while (work := self._asked.get()) is not None:
+                answer: tuple[Any, BaseException | None]
                 try:
                     answer = work(), None
                 except _Left:
