@@ -34,13 +34,14 @@ from afina.model.loss import summed_loss
 from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe, Training
-from afina.train.best import Criterion
+from afina.train.best import GROUPS, Criterion
 from afina.train.examples import Examples, places, prepare_once, say_examples
 from afina.train.keeper import Keeper
-from afina.train.loop import LossFunction, accumulate, mean_loss, train
+from afina.train.loop import LossFunction, accumulate, measure, train
 from afina.train.memory import Room
 from afina.train.opening import adapter_of, open_model, why_padded, why_reference
 from afina.train.record import Record
+from afina.train.repeats import WATCHED, notice, repeated
 from afina.train.resume import CHECKPOINTS
 from afina.train.resume import begin as enter
 from afina.train.session import Plan, Session
@@ -141,9 +142,6 @@ def _run_loop(
     def work(step: int) -> int:
         return BACKWARD_WORK * sum(examples.train[index].ids.size for index in order.step(step))
 
-    def measure(batches: Sequence[Batch]) -> float:
-        return mean_loss(model, batches, hardware, loss_fn)
-
     def once(batch: Batch) -> None:
         on_device = batch.to(hardware.device)
         accumulate(model.train(), [on_device], batch.weight, recipe.seed, 0, hardware, loss_fn)
@@ -152,6 +150,9 @@ def _run_loop(
     with packed_attention(model, packing):
         loss_fn, engine = _choose_engine(model, recipe, hardware, first if packing else None, room)
     console.line(_("Engine    {engine}").format(engine=engine))
+    again = repeated(examples.train)
+    if told := notice(again, len(examples.train), order.epoch(steps), lambda sample: examples.origin[sample].where):
+        console.warn(told)
     held_out = sum(row.ids.size for row in examples.validation)
     validate_after = _validation_steps(steps, training.validations) if held_out else frozenset()
     keeper = Keeper(place / CHECKPOINTS, run, training, console.warn)
@@ -160,13 +161,16 @@ def _run_loop(
         hardware=hardware,
         epoch=order.epoch,
         work=work,
-        held_out=lambda: lay_out(examples.validation, range(len(examples.validation))),
-        measure=measure,
+        held_out=lambda: [lay_out(examples.validation, group) for group in _dealt(len(examples.validation))],
+        again=again[:WATCHED],
+        learnt_again=lambda: [lay_out(examples.train, [one.sample]) for one in again[:WATCHED]],
+        measure=lambda groups: measure(model, groups, hardware, loss_fn),
         measure_work=held_out,
         validate_after=validate_after,
         where=lambda sample: examples.origin[sample].where,
         early_stop=training.early_stop,
         held_out_samples=len(examples.validation),
+        exact=training.exact or hardware.device.type != "cuda",
         criterion=Criterion() if training.keep == "best" else None,
         surroundings=surroundings(str(hardware), "reference" if isinstance(loss_fn, partial) else "fused"),
     )
@@ -253,6 +257,11 @@ def _few(rows: Sequence[Rendered], samples: Sequence[int]) -> list[int]:
             break
         chosen.append(index)
     return chosen
+
+
+def _dealt(samples: int) -> list[range]:
+    """Validation samples in groups, whose losses show how much they scatter."""
+    return [range(group, samples, GROUPS) for group in range(min(GROUPS, samples))]
 
 
 def _validation_steps(steps: int, times: int) -> frozenset[int]:

@@ -54,7 +54,8 @@ class Training(Section):
     validations: Annotated[int, Field(ge=0, le=10_000)] = 4
     """How many times the validation loss is measured, the last time after the last step."""
     keep: Literal["best", "last"] = "best"
-    """Which weights the finished run holds: those with the lowest validation loss measured, or the last."""
+    """Which weights the finished run holds: the last; or those with the lowest validation loss measured, where the
+    later ones are worse by more than chance."""
     early_stop: bool = True
     """End the run where it plainly overfits or diverges: its validation loss rose twice in a row, by a tenth in all."""
     checkpoint_minutes: Annotated[float, Field(gt=0, le=10_000)] | None = Field(default=None, examples=[5.0])
