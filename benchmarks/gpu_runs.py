@@ -35,9 +35,9 @@ TINY = dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=8192, max_position_embeddings=4096, tie_word_embeddings=True,
 )  # fmt: skip
-THIN = {**LLAMA_1B, "num_hidden_layers": 4}
+THIN = {**LLAMA_1B, "num_hidden_layers": 2, "vocab_size": 32768}
 SHAPES = {"1b": LLAMA_1B, "thin": THIN, "tiny": TINY}
-"""thin: the widths of 1b, and four of its layers, for runs that are stopped dozens of times."""
+"""thin: the widths of 1b and two of its layers, for runs that are stopped dozens of times."""
 STEPS, WARM = 30, 8
 SAMPLES, WORDS = 256, 500
 OFTEN = "training.checkpoint_minutes=1e-6"
@@ -356,7 +356,7 @@ def main() -> None:
             began = time.monotonic()
             line = {"part": part, "shape": chosen.shape, **parts[part](), "took_s": round(time.monotonic() - began, 1)}
             print(json.dumps(line), flush=True)
-            line |= {"commit": git.stdout.strip() or chosen.commit, "versions": versions(),
+            line |= {"commit": chosen.commit or git.stdout.strip(), "versions": versions(),
                      "date": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
             with chosen.results.open("a", encoding="utf-8") as results:
                 results.write(json.dumps(line) + "\n")

@@ -57,6 +57,7 @@ def sit(
     training=None,
     measured=None,
     criterion=None,
+    exact=True,
     fault_in_validation=lambda step, batches: None,
     prepare=lambda model, state: None,
 ):
@@ -101,6 +102,7 @@ def sit(
         frozenset(measured),
         str,
         {},
+        exact=exact,
         criterion=criterion,
         held_out_samples=20,
     )

@@ -57,8 +57,11 @@ class Snapshot:
     """Copies of tensors as they are between two steps: the loop may go on at once.
 
     On a GPU with room for it they are made there, laid end to end so that hundreds take a handful of launches, and
-    `fetch`, in the thread that writes, brings them to main memory beside the computation.
+    `fetch`, in the thread that writes, brings them to main memory beside the computation. `finite`, after it: whether
+    all are numbers; only such a state is good to go back to.
     """
+
+    finite = True
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         on_gpu = {name: tensor for name, tensor in tensors.items() if tensor.is_cuda}
@@ -77,11 +80,14 @@ class Snapshot:
     def fetch(self) -> dict[str, torch.Tensor]:
         """All of them in main memory, once."""
         copies, self._copies, flat, self._flat = self._copies, {}, self._flat or [], None
+        self.finite = all(bool(torch.isfinite(tensor).all()) for tensor in copies.values())
         if self._ready is not None:
             with torch.cuda.stream(torch.cuda.Stream()):
                 self._ready.wait()
                 for entries, whole in flat:
-                    parts = whole.to("cpu").split([shape.numel() for _name, shape in entries])
+                    here = whole.to("cpu")
+                    self.finite &= bool(torch.isfinite(here).all())
+                    parts = here.split([shape.numel() for _name, shape in entries])
                     copies |= {name: part.view(shape) for (name, shape), part in zip(entries, parts, strict=True)}
         return copies
 
@@ -120,11 +126,6 @@ def facts_of(state: State) -> dict[str, Any]:
         "scaler": state.scaler.state_dict(),
         "watch": state.watch.dump(),
     }
-
-
-def is_finite(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether all of them are numbers: only such a state is good to go back to."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
 def write(folder: Path, run: str, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> Checkpoint:

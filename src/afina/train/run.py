@@ -26,7 +26,7 @@ from afina.engine.engine import Engine
 from afina.engine.exact import exact
 from afina.engine.families import why_not
 from afina.engine.proof import prove
-from afina.errors import Interrupted
+from afina.errors import Interrupted, ResourceError
 from afina.language import _
 from afina.model.attach import save_adapter
 from afina.model.load import Hardware, choose_hardware
@@ -38,7 +38,7 @@ from afina.train.best import GROUPS, Criterion
 from afina.train.examples import Examples, places, prepare_once, say_examples
 from afina.train.keeper import Keeper
 from afina.train.loop import LossFunction, accumulate, measure, train
-from afina.train.memory import Room
+from afina.train.memory import Room, within_memory
 from afina.train.opening import adapter_of, open_model, why_padded, why_reference
 from afina.train.record import Record
 from afina.train.repeats import WATCHED, notice, repeated
@@ -225,7 +225,15 @@ def _choose_engine(
         return plain, _("reference (transformers + PEFT) with packed attention: {reason}").format(reason=reason)
     engine, batch = Engine(model, hardware.dtype), first.to(hardware.device)
     model.train()
-    proof = prove(engine, model, batch, hardware.autocast(), engine.parameters)
+    proof = within_memory(partial(prove, engine, model, batch, hardware.autocast(), engine.parameters))
+    if proof is None:
+        raise ResourceError(
+            _("The memory does not hold a forward and backward pass of {tokens} tokens.").format(tokens=batch.tokens),
+            hint=_(
+                "Close other programs that use this device, set model.quantization to nf4, lower model.max_length, or "
+                "take a smaller base model."
+            ),
+        )
     if not proof.holds:
         reason = _("on the first batch the fused loss differs by {loss:.1e}, its gradients by {gradient:.1e}")
         return plain, _("reference (transformers + PEFT) with packed attention: {reason}").format(
