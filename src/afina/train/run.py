@@ -5,6 +5,7 @@ Knows nothing of evaluation, export or where the folder will finally lie.
 
 import heapq
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from afina import durable
 from afina.artifact import parent, sha256
+from afina.beside import begun
 from afina.console import Console
 from afina.data.batch import Batch, micro_batches
 from afina.data.cache import FOLDER
@@ -29,14 +31,15 @@ from afina.engine.proof import prove
 from afina.errors import Interrupted, ResourceError
 from afina.language import _
 from afina.model.attach import save_adapter
-from afina.model.load import Hardware, choose_hardware
+from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.loss import summed_loss
 from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe, Training
-from afina.train.best import GROUPS, Criterion
+from afina.train.best import GROUPS
 from afina.train.examples import Examples, places, prepare_once, say_examples
 from afina.train.keeper import Keeper
+from afina.train.looking import Looking, OnEvaluate
 from afina.train.loop import LossFunction, accumulate, measure, train
 from afina.train.memory import Room, within_memory
 from afina.train.opening import adapter_of, open_model, why_padded, why_reference
@@ -63,15 +66,21 @@ PROOF_TOKENS = 512
 
 
 def train_run(
-    recipe: Recipe, folder: Path, place: Path, console: Console, base: dict[str, str] | None = None
+    recipe: Recipe,
+    folder: Path,
+    place: Path,
+    console: Console,
+    base: Future[dict[str, str]] | None = None,
+    on_evaluate: OnEvaluate | None = None,
 ) -> dict[str, Any]:
     """Train as the recipe says, or go on where `place` left off; returns the facts for its manifest.
 
-    Leaves adapter, tokenizer and metrics in `place`. `folder` is where the recipe's relative paths start; `base` names
-    the base model by hash.
+    Leaves adapter, tokenizer and metrics in `place`. `folder` is where the recipe's relative paths start; `base` will
+    name the base model by hash; `on_evaluate` asks the tasks of `training.evaluate`. The model is read while data are.
     """
     hardware = choose_hardware(recipe.model)
     source = model_source(recipe.model.base, folder)
+    reading = begun(lambda: load_model(source, hardware, recipe.model))
     tokenizer = load_tokenizer(
         source,
         template=recipe.model.chat_template,
@@ -82,14 +91,15 @@ def train_run(
     renderer = Renderer(tokenizer, recipe.data.learn)
     examples = prepare_once(recipe, folder, renderer, console, place.parent / FOLDER)
     say_examples(examples, console)
-    adapter = adapter_of(recipe, folder, base)
+    adapter = adapter_of(recipe, folder, base.result() if base and recipe.model.adapter else None)
     with exact(recipe.training.exact and hardware.device.type == "cuda"):
-        model, counts = open_model(recipe, source, hardware, tokenizer, console, adapter)
+        model, counts = open_model(recipe, reading.result(), source, hardware, tokenizer, console, adapter)
         if adapter is not None:
             examples.files.append(parent(adapter, sha256(adapter / "adapter_model.safetensors"), "adapter"))
-        parents = [*([base] if base else []), *examples.files]
+        parents = [*([base.result()] if base else []), *examples.files]
         run = enter(place, recipe, parents, examples.train + examples.validation)
-        measured = _run_loop(model, recipe, examples, hardware, tokenizer.pad_id, place, run, console)
+        looking = Looking(model, renderer, hardware, on_evaluate)
+        measured = _run_loop(looking, recipe, examples, tokenizer.pad_id, place, run, console)
     durable.remove(place / "adapter")  # of a sitting that was killed before the manifest stood
     with durable.new_folder(place / "adapter") as adapter:
         save_adapter(model, adapter, base=recipe.model.base)
@@ -117,24 +127,22 @@ def train_run(
 
 
 def _run_loop(
-    model: nn.Module,
+    looking: Looking,
     recipe: Recipe,
     examples: Examples,
-    hardware: Hardware,
     pad_id: int,
     place: Path,
     run: str,
     console: Console,
 ) -> dict[str, Any]:
     """Drive train(), from the newest checkpoint where there is one; returns what was measured."""
-    training = recipe.training
+    model, hardware, training = looking.model, looking.hardware, recipe.training
     packing = training.packing and covers(model)
     order = order_of([row.ids.size for row in examples.train], training, recipe.seed)
     steps = training.steps or order.steps
     extra = virtual_tokens(model)
-    room = Room(
-        training.micro_batch_tokens or max(recipe.model.max_length + extra, MICRO_BATCH_TOKENS[hardware.device.type])
-    )
+    most = max(recipe.model.max_length + extra, MICRO_BATCH_TOKENS[hardware.device.type])
+    room = Room(training.micro_batch_tokens or most)
 
     def lay_out(rows: Sequence[Rendered], samples: Sequence[int]) -> list[Batch]:
         return micro_batches(rows, samples, budget=room.tokens, packing=packing, pad_id=pad_id, extra=extra)
@@ -155,6 +163,7 @@ def _run_loop(
         console.warn(told)
     held_out = sum(row.ids.size for row in examples.validation)
     validate_after = _validation_steps(steps, training.validations) if held_out else frozenset()
+    asking = looking.asking(_validation_steps(steps, training.evaluations))
     keeper = Keeper(place / CHECKPOINTS, run, training, console.warn)
     plan = Plan(
         steps=steps,
@@ -171,11 +180,12 @@ def _run_loop(
         early_stop=training.early_stop,
         held_out_samples=len(examples.validation),
         exact=training.exact or hardware.device.type != "cuda",
-        criterion=Criterion() if training.keep == "best" else None,
+        criterion=looking.criterion(training.best_by) if training.keep == "best" else None,
         surroundings=surroundings(str(hardware), "reference" if isinstance(loss_fn, partial) else "fused"),
+        asking=asking,
     )
     record, stop = Record(place), Stop(aside=hardware.device.type == "cpu")
-    total = sum(work(step) for step in range(steps)) + held_out * len(validate_after)
+    total = sum(work(step) for step in range(steps)) + held_out * len(validate_after) + asking.work * len(asking.after)
     with (
         stop.handled(),
         closing(record),
@@ -198,7 +208,7 @@ def _run_loop(
                 hardware=hardware,
                 loss_fn=loss_fn,
                 follower=session,
-                validate_after=validate_after,
+                validate_after=validate_after | asking.after,
             )
             digest = session.finish(state)
         except Interrupted as stopped:
