@@ -213,7 +213,7 @@ def test_merged_and_quantised_again_by_choice(run, tmp_path):
     assert four["format"] == "nf4" and four["passed"] and plain["passed"]
     assert four["certificate"]["divergence"] > 10 * plain["certificate"]["divergence"]
     assert not (tmp_path / "export" / nf4.PLAIN).exists()
-    assert "Take the merged folder" in four["notes"][0]
+    assert "Take the merged folder" in four["notes"][-1]
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "export" / "nf4")
     assert opened.config.quantization_config.bnb_4bit_quant_type == "nf4"
     assert opened.model.layers[0].mlp.down_proj.weight.dtype == torch.uint8
@@ -247,4 +247,4 @@ def test_a_quantised_base_is_quantised_again_from_its_plain_weights(run, tmp_pat
     plain = away("plain")
     monkeypatch.setattr(nf4, "weights_of", lambda *_given: None)
     monkeypatch.setitem(certificate.LIMITS, "nf4", certificate.Limits(1e9, 0.0))
-    assert away("steps") > 3 * plain
+    assert away("steps") > 1.5 * plain
