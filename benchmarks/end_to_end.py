@@ -77,7 +77,9 @@ def run(folder: Path, number: int, overrides: list[str], profile: bool) -> dict[
     if profile:
         import pstats
 
-        pstats.Stats(str(folder / "profile")).sort_stats("cumulative").print_stats(90)
+        found = pstats.Stats(str(folder / "profile"))
+        found.sort_stats("cumulative").print_stats(110)
+        found.sort_stats("tottime").print_stats(40)
     return {
         "total_s": round(total, 1), "loop_s": round(loop, 1), "steps": len(steps), "real_tokens": training["tokens"],
         "tokens_per_second": round(training["tokens"] / loop), "losses": [steps[0]["loss"], steps[-1]["loss"]],

@@ -54,6 +54,8 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     import torch
 
     work = WORKLOADS[workload]
+    if "layers" in options:  # to look at a few of them
+        work = work | dict(shape=work["shape"] | dict(num_hidden_layers=options["layers"]))
     if tool == "floor":
         return floor(workload, work)
     if tool == "afina":
