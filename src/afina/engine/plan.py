@@ -27,6 +27,8 @@ ROWS_AT_ONCE = 4096
 """Tokens that go through the widest products together where their output is not kept."""
 MEANWHILE = 0.12
 """A copy slows what computes meanwhile: beyond the computation its time counts in full, within it so much."""
+PASSED = frozenset({"gate_up", "h"})
+"""Gone from the GPU when a layer's backward has come to its attention."""
 LAST = 3
 """Layers that keep the most, where some do: what they fetch or make again would lie beside all that is saved."""
 WORKSPACE = 96 * 2**20
@@ -178,9 +180,8 @@ def _weigh(block: "Block", rung: Placement, tokens: int, rows: int) -> _Weight:
     of_mlp = rows * max(block.last.k, 2 * hidden) + sum(made[name] for name in rung.again)
     repeated = 3 if attention.heads[0] == attention.heads[1] else 5  # sums in fp32, gradients of each query's own key
     of_attention = tokens * (attention.columns * (1 if attention.norms is None else 2) + repeated * wide)
-    of_attention += sum(made[name] for name in rung.again - {"gate_up"})
-    if "gate_up" not in rung.again:  # its gradient has gone by then
-        of_attention -= sizes.get("gate_up", 0)
+    of_attention += sum(made[name] for name in rung.again - PASSED)
+    of_attention -= sum(size for name, size in sizes.items() if name in PASSED - rung.again)
     work = 2 * tokens * (hidden + block.last.r) + max(of_mlp, of_attention)
     multiplied = sum(_made_again(name, block) for name in rung.again) * tokens
     return _Weight(sum(sizes.values()) + lows - away - again, away, work, multiplied)
