@@ -41,8 +41,9 @@ class Ends:
 
     @property
     def logits_at_once(self) -> int:
-        """Elements of a chunk of logits: a head that learns sums a gradient as large as itself chunk by chunk."""
-        return LOGITS_AT_ONCE * (4 if self.learnt else 1)
+        """Elements of a chunk of logits: a head that learns sums a gradient as large as itself chunk by chunk, one that
+        waits in the computer's memory passes by twice for each."""
+        return LOGITS_AT_ONCE * (4 if self.learnt or self.passes_by else 1)
 
     @property
     def tied(self) -> bool:

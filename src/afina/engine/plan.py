@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from afina.engine.block import HERE, Placement
-from afina.engine.head import VOCABULARY_AT_ONCE, Host
+from afina.engine.head import LOGITS_AT_ONCE, VOCABULARY_AT_ONCE, Host
 
 if TYPE_CHECKING:
     from afina.engine.block import Block
@@ -137,7 +137,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
     of_head = 4 * vocabulary * hidden if ends.learnt else 0
     at_once = min(tokens * vocabulary, ends.logits_at_once)
     if plan.host == "both":
-        at_once = min(tokens * VOCABULARY_AT_ONCE, ends.logits_at_once) * 2 + 2 * VOCABULARY_AT_ONCE * hidden
+        at_once = min(tokens * VOCABULARY_AT_ONCE, 4 * LOGITS_AT_ONCE) * 2 + 2 * VOCABULARY_AT_ONCE * hidden
     standing = sum(rung.kept for rung in rungs) * element
     needed = standing + of_head + at_once * 4 + 4 * tokens * hidden * element
     for number in range(layers - 1, -1, -1):
@@ -152,7 +152,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
     again = sum(rung.again for rung in rungs) / rates.products
     microseconds = max(base, copying) + max((passes - 1) * base + again, copying) + MEANWHILE * 2 * copying
     if plan.host == "both":
-        times = -(-tokens * VOCABULARY_AT_ONCE // ends.logits_at_once)
+        times = -(-tokens * VOCABULARY_AT_ONCE // (4 * LOGITS_AT_ONCE))
         microseconds += vocabulary * hidden * (2 * times * element / rates.copies + tokens / rates.products)
     launching = LAYER_US * layers
     microseconds = max(microseconds, launching) + OVERHEAD * launching
