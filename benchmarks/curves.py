@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,9 @@ export: {{formats: []}}
 """
 
 
-def trained(folder: Path, text: str, overrides: dict[str, Any]) -> dict[str, Any]:
+def trained(file: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """One run in a process of its own: the losses of its steps, the last validation loss, and which engine it was."""
-    file, out = folder / "recipe.yaml", folder / "-".join(str(value) for value in overrides.values())
-    file.write_text(text)
+    out = file.parent / "-".join(str(value) for value in overrides.values())
     command = [sys.executable, "-m", "afina", "train", str(file), "--out", str(out)]
     subprocess.run([*command, *(f"{key}={value}" for key, value in overrides.items())], check=True, capture_output=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if line]
@@ -79,15 +79,24 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=300)
     options.add_argument("--seeds", default="1,2,3")
     options.add_argument("--method", default="{rank: 16, alpha: 32.0}")
+    options.add_argument("--at-once", type=int, default=1, help="runs side by side: their speed then says nothing")
     options.add_argument("--out", type=Path, default=ROOT)
     chosen = options.parse_args()
     data = Path(os.environ["AFINA_REAL_DATA"]).resolve() / "data" / "gsm8k" / "train.jsonl"
     runs: dict[str, list[dict[str, Any]]] = {"engine": [], "reference": []}
     with tempfile.TemporaryDirectory() as folder:
-        for name, engine in (("engine", "auto"), ("reference", "reference")):
-            for seed in chosen.seeds.split(","):
-                overrides = {"seed": seed, "training.engine": engine, "training.steps": chosen.steps}
-                found = trained(Path(folder), recipe(data, chosen.method), overrides)
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(recipe(data, chosen.method))
+        with ThreadPoolExecutor(chosen.at_once) as several:
+            begun = {
+                (name, seed): several.submit(
+                    trained, file, {"seed": seed, "training.engine": engine, "training.steps": chosen.steps}
+                )
+                for name, engine in (("engine", "auto"), ("reference", "reference"))
+                for seed in chosen.seeds.split(",")
+            }
+            for (name, seed), run in begun.items():
+                found = run.result()
                 runs[name].append({"seed": int(seed), **found})
                 print(name, seed, f"{found['losses'][-1]:.4f} {found['validation']:.4f} {found['engine']}", flush=True)
     finals = {name: [run["validation"] for run in several] for name, several in runs.items()}

@@ -62,6 +62,8 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     import torch
 
     work = WORKLOADS[workload]
+    if "layers" in options:  # to look at a few of them
+        work = work | dict(shape=work["shape"] | dict(num_hidden_layers=options["layers"]))
     if tool == "floor":
         return floor(workload, work)
     if tool == "afina":
@@ -94,6 +96,8 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
         losses.append(round(loss.item(), 4))
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        print(f"step {turn + 1}: {seconds[-1]:.3f} s, {peak:.2f} GiB, loss {losses[-1]}", file=sys.stderr, flush=True)
         if turn == 0:
             first = time.perf_counter() - STARTED
         if not norm.item() > 0:

@@ -23,9 +23,7 @@ from afina.data.cache import FOLDER
 from afina.data.order import order_of
 from afina.data.template import Rendered, Renderer
 from afina.data.tokenizer import load_tokenizer
-from afina.engine.attention import covers, packed_attention
 from afina.engine.engine import Engine
-from afina.engine.exact import exact
 from afina.engine.families import why_not
 from afina.engine.proof import prove
 from afina.errors import Interrupted, ResourceError
@@ -33,6 +31,8 @@ from afina.language import _
 from afina.model.attach import save_adapter
 from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.loss import summed_loss
+from afina.model.packed import covers, packed_attention
+from afina.model.repeatable import exact
 from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe, Training
