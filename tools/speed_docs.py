@@ -37,7 +37,7 @@ tokens, every token learnt, LoRA of rank 16 on every linear layer, clipping and 
 after three. Ours and the peer's figures of a row were measured on the same kind of machine within the hour, each in a
 process of its own, by `make bench-gpu`. The floor is what no implementation in bf16 avoids: the products of base and
 head, forward and backward, and attention. Clocks fall with heat and power, so figures of different days differ by some
-percent; a row's own figures are the ones to compare.
+percent; a row's own figures are the ones to compare. A figure from another card names it.
 
 | | workload | Afina | Unsloth | floor | goal |
 |---|---|---|---|---|---|
@@ -63,20 +63,22 @@ def newest() -> dict[tuple[str, str], dict[str, Any]]:
     return found
 
 
-def cell(entry: dict[str, Any] | None) -> str:
-    """One figure."""
+def cell(entry: dict[str, Any] | None, gpu: str) -> str:
+    """One figure, and the card where it is another than the page's."""
     if entry is None:
         return "-"
     peak = f" at {entry['peak_gib']:.1f}" if entry["peak_gib"] else ""
-    return f"{entry['tokens_per_second']:,}{peak}"
+    card = "" if entry["gpu"] == gpu else f" ({entry['gpu'].removeprefix('NVIDIA ').split()[0]})"
+    return f"{entry['tokens_per_second']:,}{peak}{card}"
 
 
 def page() -> str:
     """All of docs/speed.md."""
     found = newest()
-    text = INTRODUCTION.format(gpu=found["W1", "afina"]["gpu"])
+    gpu = found["W1", "afina"]["gpu"]
+    text = INTRODUCTION.format(gpu=gpu)
     for name, (about, goal) in WORKLOADS.items():
-        cells = [cell(found.get((name, tool))) for tool in ("afina", "unsloth", "floor")]
+        cells = [cell(found.get((name, tool)), gpu) for tool in ("afina", "unsloth", "floor")]
         text += f"| {name} | {about} | " + " | ".join([*cells, goal]) + " |\n"
     ours, theirs = found["E1", "afina"], found["E1", "unsloth"]
     first = [found["W1", tool]["first_step_s"] for tool in ("afina", "unsloth")]
