@@ -300,6 +300,22 @@ def choices(router):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_waits_for_the_gpu_and_no_shape_depends_on_the_routing_on_a_gpu(method):
+    model = learning_model("gpt-oss", packed=True, **METHODS[method]).to("cuda", torch.bfloat16)
+    (batch,) = micro_batches(rows([300, 2, 77]), range(3), budget=10**6, packing=True, pad_id=0)
+    batch, engine = batch.to(torch.device("cuda")), Engine(model)
+    truth = gradients(engine, model, batch)  # compiles, proves the grouped products, fills what is cached
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = gradients(engine, model, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(part).all() and (part - other).norm() <= 1e-2 * other.norm()
+               for part, other in zip(found, truth, strict=True))  # fmt: skip
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("family", ["gpt-oss", "gpt-oss, packed", "qwen3-moe", "mixtral"])
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_on_a_gpu_is_bf16_of_the_same_numbers(family, method):
