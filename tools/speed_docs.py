@@ -20,6 +20,11 @@ WORKLOADS = {
     "W4": ("the same, 1 x 2,048, least memory", "7,500 at 5.0"),
     "W6": ("the same, 1 x 65,536", "5,500 at 12"),
     "W7": ("Llama-3.2-1B, every weight, 8 x 2,048", "75,000 at 20"),
+    "W9": ("gpt-oss-20b, LoRA on attention, experts in MXFP4 (the peer's in bf16), 2 x 2,048", "18,000 at 40"),
+    "W9-bf16": ("the same, experts in bf16", "-"),
+    "W9-least": ("the same in MXFP4, 1 x 2,048, least memory", "13 GiB"),
+    "W9-experts": ("W9 with adapters on every expert and router", "-"),
+    "W9-short": ("that on packed samples of GSM8K's lengths, 8,192 tokens", "-"),
     "W8": ("Phi-2, QLoRA (NF4), 1 x 2,048, least memory", "15,000 at 2.4"),
 }
 INTRODUCTION = """\
