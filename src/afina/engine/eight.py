@@ -1,0 +1,232 @@
+"""Rows in eight bits: e4m3 (Micikevicius et al., 2022, arXiv:2209.05433) or INT8, a scale for each; what makes and reads them.
+
+Each is one pass over memory: the norms, SwiGLU and their backwards write their result in eight bits at once, for a pass
+of its own would eat a third of what 8-bit products gain. The plain code here is the definition; kernels in
+eight_kernels.py run on a GPU and are held to it. A row whose largest magnitude is m has the scale m / peak; a row of
+zeros stays zeros, and a row with a NaN or an infinity becomes NaN (e4m3) or has a scale that is no number (INT8): what is
+broken stays visible.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from afina.engine.elementwise import Norm, gather_rotated, norm, norm_backward, swiglu_backward
+
+TINY = 1e-30
+"""The least magnitude that a row's scale is made for; smaller rows are zeros."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """peak: to what the largest of a row is scaled. e4m3 leaves room above it for what is appended to the rows: as its
+    steps are relative, that costs nothing. weights_peak: the same of weights. largest: what can be stored at all."""
+
+    name: str
+    dtype: torch.dtype
+    peak: float
+    weights_peak: float
+    largest: float
+
+    def round(self, values: torch.Tensor) -> torch.Tensor:
+        """To the nearest that can be stored; beyond the largest to the largest."""
+        values = values.clamp(-self.largest, self.largest)
+        if self.dtype == torch.int8:
+            values = (values + 0.5).floor()
+        return values.to(self.dtype)
+
+
+FP8 = Format("fp8", torch.float8_e4m3fn, 224.0, 28.0, 448.0)
+INT8 = Format("int8", torch.int8, 127.0, 127.0, 127.0)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """values: (rows, width + appended) in eight bits; scales: (rows,) fp32. What is appended belongs to `append`."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    width: int
+    form: Format
+
+    @classmethod
+    def empty(cls, count: int, width: int, appended: int, form: Format, device: torch.device) -> "Rows":
+        """Room for rows."""
+        values = torch.empty(count, width + appended, dtype=form.dtype, device=device)
+        return cls(values, torch.empty(count, dtype=torch.float32, device=device), width, form)
+
+    def part(self, rows: slice) -> "Rows":
+        """Some of the rows, the same memory."""
+        return Rows(self.values[rows], self.scales[rows], self.width, self.form)
+
+    def exact(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(rows, width), what the eight bits mean."""
+        return self.values[:, : self.width].to(dtype) * self.scales[:, None].to(dtype)
+
+    def write(self, x: torch.Tensor, peak: float | None = None) -> None:
+        """Round x (rows, width) into place."""
+        wide = _wide(x)
+        scales = wide.abs().amax(1).clamp(min=TINY) / (peak or self.form.peak)
+        self.scales.copy_(scales)
+        self.values[:, : self.width] = self.form.round(wide / scales[:, None])
+
+
+def quantise(x: torch.Tensor, to: Rows, fold: torch.Tensor | None = None) -> Rows:
+    """x (rows, width), its columns times `fold` (width,) where given."""
+    if x.is_cuda:
+        from afina.engine import eight_kernels
+
+        return eight_kernels.quantise(x, to, fold)
+    to.write(x if fold is None else _wide(x) * fold)
+    return to
+
+
+def norm_rows(
+    x: torch.Tensor, by: Norm, to: Rows, past: torch.Tensor | None = None, total: torch.Tensor | None = None
+) -> Rows:
+    """The RMS norm of x, or of `total` = x + past where those are given. x, past, total: (rows, width)."""
+    if x.is_cuda:
+        from afina.engine import eight_kernels
+
+        return eight_kernels.norm_rows(x, by, to, past, total)
+    if past is not None and total is not None:
+        x = total.copy_(_wide(x) + past)
+    to.write(norm(x, by, torch.empty_like(x)))
+    return to
+
+
+def norm_backward_rows(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    by: Norm,
+    dx: torch.Tensor,
+    residual: torch.Tensor,
+    again: Rows,
+    to: Rows | None = None,
+    fold: torch.Tensor | None = None,
+) -> None:
+    """dx of the RMS norm plus `residual`; the norm's output into `again`; dx, its columns times `fold`, into `to`."""
+    if x.is_cuda:
+        from afina.engine import eight_kernels
+
+        eight_kernels.norm_backward_rows(dy, x, by, dx, residual, again, to, fold)
+        return
+    found, y = torch.empty_like(_wide(x)), torch.empty_like(x)
+    norm_backward(dy, x, by, found, residual=residual, y=y)
+    again.write(y)
+    dx.copy_(found)
+    if to is not None and fold is not None:
+        to.write(found * fold)
+
+
+def swiglu_rows(gate_up: torch.Tensor, to: Rows) -> Rows:
+    """silu(gate) * up. gate_up: (rows, 2 width)."""
+    if gate_up.is_cuda:
+        from afina.engine import eight_kernels
+
+        return eight_kernels.swiglu_rows(gate_up, to)
+    gate, up = _wide(gate_up).chunk(2, dim=1)
+    to.write(torch.nn.functional.silu(gate) * up)
+    return to
+
+
+def swiglu_backward_rows(d: torch.Tensor, gate_up: torch.Tensor, fold: torch.Tensor, to: Rows, again: Rows) -> None:
+    """The gradient of gate and up, times `fold` (2 width,), into `to`; the forward's output into `again`.
+
+    d: (rows, width); gate_up: (rows, 2 width).
+    """
+    if gate_up.is_cuda:
+        from afina.engine import eight_kernels
+
+        eight_kernels.swiglu_backward_rows(d, gate_up, fold, to, again)
+        return
+    wide = _wide(gate_up)
+    slopes, act = torch.empty_like(wide), _wide(d).clone()
+    swiglu_backward(act, wide, slopes)
+    to.write(slopes * fold)
+    again.write(act)
+
+
+def gather_rotated_rows(
+    d_heads: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, fold: torch.Tensor, to: Rows
+) -> Rows:
+    """As elementwise.gather_rotated, its columns times `fold`."""
+    if cos.is_cuda:
+        from afina.engine import eight_kernels
+
+        return eight_kernels.gather_rotated_rows(d_heads, cos, sin, fold, to)
+    out = torch.empty(cos.shape[0], to.width, dtype=_wide(d_heads[0]).dtype)
+    to.write(gather_rotated([_wide(part) for part in d_heads], cos, sin, out) * fold)
+    return to
+
+
+def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: float, *, append: bool) -> torch.Tensor:
+    """x small^T (rows, r) in small's dtype: the low-rank side of x. small: (r, width), times `unfold` (width,) if given.
+
+    `append`: it is also written behind x's columns, in the units of a row's scale times `unit`, as e4m3 and what e4m3
+    leaves of it and e4m3 again, against the weights' twice e4m3 and what that leaves: eight bits of precision.
+    """
+    if x.values.is_cuda:
+        from afina.engine import eight_kernels
+
+        return eight_kernels.inward(x, small, unfold, unit, append)
+    wide = torch.promote_types(small.dtype, torch.float32)
+    found = x.values[:, : x.width].to(wide) @ (small.to(wide) if unfold is None else small.to(wide) * unfold).t()
+    if append:
+        high, rest = halves(found / unit, x.form)
+        behind(x.values, x.width, (high, rest, high))
+    return (found * x.scales[:, None]).to(small.dtype)
+
+
+def outward(x: Rows, low: torch.Tensor) -> torch.Tensor:
+    """low^T x (r, width), at least fp32: gradients of adapters. low: (rows, r)."""
+    if x.values.is_cuda:
+        from afina.engine import eight_kernels
+
+        return eight_kernels.outward(x, low)
+    wide = torch.promote_types(low.dtype, torch.float32)
+    return (low.to(wide) * x.scales[:, None]).t() @ x.values[:, : x.width].to(wide)
+
+
+def append_up(weights: Rows, up: torch.Tensor, unit: float) -> None:
+    """Write `up` (rows, r), in the units of a row's scale over `unit`, behind the weights' columns."""
+    if up.is_cuda:
+        from afina.engine import eight_kernels
+
+        eight_kernels.append_up(weights, up, unit)
+        return
+    high, rest = halves(_wide(up) * unit / weights.scales[:, None], weights.form)
+    behind(weights.values, weights.width, (high, high, rest))
+
+
+def turn(weights: Rows, down: torch.Tensor | None, unit: float, out: torch.Tensor) -> torch.Tensor:
+    """The weights' values turned over into out (width, rows + appended), `down` (r, width) times `unit` behind them."""
+    if out.is_cuda:
+        from afina.engine import eight_kernels
+
+        return eight_kernels.turn(weights, down, unit, out)
+    rows = weights.values.shape[0]
+    out[:, :rows] = weights.values[:, : weights.width].t()
+    if down is not None:
+        high, rest = halves(_wide(down).t() * unit, weights.form)
+        behind(out, rows, (high, high, rest))
+    return out
+
+
+def halves(values: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """What eight bits hold of the values, and what eight bits hold of the rest."""
+    high = form.round(values)
+    return high, form.round(values - high.to(values.dtype))
+
+
+def behind(values: torch.Tensor, width: int, parts: Sequence[torch.Tensor]) -> None:
+    """Write parts side by side behind `width` columns, and zeros behind them."""
+    for part in parts:
+        values[:, width : width + part.shape[1]] = part
+        width += part.shape[1]
+    values[:, width:] = torch.zeros((), dtype=values.dtype)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,445 @@
+"""The Triton twins of eight.py: one pass over memory each. Imported on a GPU only.
+
+Rows are quantised by the program that makes them: it must have seen the whole row before it knows the scale. SwiGLU's
+backward, whose row does not fit into registers, goes over it twice, the second time out of the L2 cache.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from afina.engine.eight import Rows
+    from afina.engine.elementwise import Norm
+
+TINY = tl.constexpr(1e-30)
+BACKWARD_CHUNK = 4096
+"""Columns of SwiGLU's backward that are in registers at a time."""
+
+
+def quantise(x: torch.Tensor, to: "Rows", fold: torch.Tensor | None) -> "Rows":
+    """See eight.quantise."""
+    rows, width = x.shape
+    block = triton.next_power_of_2(width)
+    _quantise[(rows,)](
+        x, x.stride(0), to.scales if fold is None else fold, to.values, to.values.stride(0), to.scales, width,
+        to.form.peak, block, fold is not None, num_warps=_warps(block),
+    )  # fmt: skip
+    return to
+
+
+@triton.jit
+def _quantise(x, x_stride, fold, out, out_stride, scales, width, peak, BLOCK: tl.constexpr, FOLDS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if FOLDS:
+        value = value * tl.load(fold + columns, mask=inside, other=0.0)
+    _write(value, out + row * out_stride + columns, scales + row, peak, inside)
+
+
+@triton.jit
+def _write(value, out, scale_at, peak, inside):
+    """Scale a whole row to its peak and round it into place."""
+    scale = _scale(tl.max(tl.abs(value), axis=0), tl.sum(value * 0.0, axis=0), peak)
+    tl.store(scale_at, scale)
+    tl.store(out, _rounded(value / scale, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _scale(largest, nothing, peak):
+    """nothing: the sum of the row times zero, which is NaN where the row has a NaN or an infinity."""
+    return tl.maximum(largest, TINY) / peak + nothing
+
+
+@triton.jit
+def _rounded(value, KIND: tl.constexpr):
+    if KIND == tl.int8:
+        return tl.floor(value + 0.5).to(tl.int8)
+    return value.to(KIND)
+
+
+def norm_rows(
+    x: torch.Tensor, by: "Norm", to: "Rows", past: torch.Tensor | None, total: torch.Tensor | None
+) -> "Rows":
+    """See eight.norm_rows."""
+    rows, width = x.shape
+    block = triton.next_power_of_2(width)
+    other, sums = (x, x) if past is None or total is None else (past, total)
+    _norm_rows[(rows,)](
+        x, x.stride(0), other, other.stride(0), sums, sums.stride(0), by.weight, to.values, to.values.stride(0),
+        to.scales, width, by.eps, to.form.peak, block, past is not None, num_warps=_warps(block),
+    )  # fmt: skip
+    return to
+
+
+@triton.jit
+def _norm_rows(
+    x, x_stride, past, past_stride, total, total_stride, w, out, out_stride, scales, width, eps, peak,
+    BLOCK: tl.constexpr, HAS_PAST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_PAST:
+        value += tl.load(past + row * past_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        value = value.to(total.dtype.element_ty)
+        tl.store(total + row * total_stride + columns, value, mask=inside)
+        value = value.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+    weight = tl.load(w + columns, mask=inside, other=0.0).to(tl.float32)
+    rounded = (value * inverse).to(x.dtype.element_ty).to(tl.float32)
+    _write(weight * rounded, out + row * out_stride + columns, scales + row, peak, inside)
+
+
+def norm_backward_rows(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    by: "Norm",
+    dx: torch.Tensor,
+    residual: torch.Tensor,
+    again: "Rows",
+    to: "Rows | None",
+    fold: torch.Tensor | None,
+) -> None:
+    """See eight.norm_backward_rows."""
+    rows, width = x.shape
+    block = triton.next_power_of_2(width)
+    d, by_column = (again, again.scales) if to is None or fold is None else (to, fold)
+    _norm_backward_rows[(rows,)](
+        dy, dy.stride(0), x, x.stride(0), by.weight, residual, residual.stride(0), dx, dx.stride(0),
+        again.values, again.values.stride(0), again.scales, d.values, d.values.stride(0), d.scales, by_column,
+        width, by.eps, again.form.peak, block, to is not None, num_warps=_warps(block),
+    )  # fmt: skip
+
+
+@triton.jit
+def _norm_backward_rows(
+    dy, dy_stride, x, x_stride, w, past, past_stride, dx, dx_stride, again, again_stride, again_scales,
+    d, d_stride, d_scales, fold, width, eps, peak, BLOCK: tl.constexpr, FOLDS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    slope = tl.load(dy + row * dy_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(w + columns, mask=inside, other=0.0).to(tl.float32)
+    scaled = slope * weight
+    inverse = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+    normed = value * inverse
+    found = (scaled - normed * (tl.sum(scaled * normed, axis=0) / width)) * inverse
+    found += tl.load(past + row * past_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + row * dx_stride + columns, found, mask=inside)
+    rounded = normed.to(x.dtype.element_ty).to(tl.float32)
+    _write(weight * rounded, again + row * again_stride + columns, again_scales + row, peak, inside)
+    if FOLDS:
+        found = found * tl.load(fold + columns, mask=inside, other=0.0)
+        _write(found, d + row * d_stride + columns, d_scales + row, peak, inside)
+
+
+def swiglu_rows(gate_up: torch.Tensor, to: "Rows") -> "Rows":
+    """See eight.swiglu_rows."""
+    block = triton.next_power_of_2(to.width)
+    _swiglu_rows[(gate_up.shape[0],)](
+        gate_up, gate_up.stride(0), to.values, to.values.stride(0), to.scales, to.width, to.form.peak, block,
+        num_warps=_warps(block),
+    )  # fmt: skip
+    return to
+
+
+@triton.jit
+def _swiglu_rows(gate_up, gate_up_stride, out, out_stride, scales, width, peak, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(gate_up + row * gate_up_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * gate_up_stride + width + columns, mask=inside, other=0.0).to(tl.float32)
+    _write(gate * tl.sigmoid(gate) * up, out + row * out_stride + columns, scales + row, peak, inside)
+
+
+def swiglu_backward_rows(d: torch.Tensor, gate_up: torch.Tensor, fold: torch.Tensor, to: "Rows", again: "Rows") -> None:
+    """See eight.swiglu_backward_rows."""
+    block = min(BACKWARD_CHUNK, triton.next_power_of_2(again.width))
+    _swiglu_backward_rows[(d.shape[0],)](
+        d, d.stride(0), gate_up, gate_up.stride(0), fold, to.values, to.values.stride(0), to.scales,
+        again.values, again.values.stride(0), again.scales, again.width, to.form.peak, block, num_warps=_warps(block) * 2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _swiglu_slopes(d, gate_up, fold, width, columns):
+    inside = columns < width
+    gate = tl.load(gate_up + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + width + columns, mask=inside, other=0.0).to(tl.float32)
+    slope = tl.load(d + columns, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    d_gate = slope * up * (sigmoid + silu * (1 - sigmoid)) * tl.load(fold + columns, mask=inside, other=0.0)
+    d_up = slope * silu * tl.load(fold + width + columns, mask=inside, other=0.0)
+    return d_gate, d_up, silu * up, inside
+
+
+@triton.jit
+def _swiglu_backward_rows(
+    d, d_stride, gate_up, gate_up_stride, fold, out, out_stride, scales, again, again_stride, again_scales, width, peak,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d += row * d_stride
+    gate_up += row * gate_up_stride
+    out += row * out_stride
+    again += row * again_stride
+    largest = tl.zeros((BLOCK,), tl.float32)
+    largest_act = tl.zeros((BLOCK,), tl.float32)
+    nothing = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        d_gate, d_up, act, inside = _swiglu_slopes(d, gate_up, fold, width, start + tl.arange(0, BLOCK))
+        largest = tl.maximum(largest, tl.maximum(tl.abs(d_gate), tl.abs(d_up)))
+        largest_act = tl.maximum(largest_act, tl.abs(act))
+        nothing += (d_gate + d_up + act) * 0.0
+    none = tl.sum(nothing, axis=0)
+    scale = _scale(tl.max(largest, axis=0), none, peak)
+    scale_act = _scale(tl.max(largest_act, axis=0), none, peak)
+    tl.store(scales + row, scale)
+    tl.store(again_scales + row, scale_act)
+    by, by_act = 1.0 / scale, 1.0 / scale_act
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        d_gate, d_up, act, inside = _swiglu_slopes(d, gate_up, fold, width, columns)
+        tl.store(out + columns, _rounded(d_gate * by, out.dtype.element_ty), mask=inside)
+        tl.store(out + width + columns, _rounded(d_up * by, out.dtype.element_ty), mask=inside)
+        tl.store(again + columns, _rounded(act * by_act, again.dtype.element_ty), mask=inside)
+
+
+def gather_rotated_rows(
+    d_heads: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, fold: torch.Tensor, to: "Rows"
+) -> "Rows":
+    """See eight.gather_rotated_rows."""
+    q, k, v = d_heads
+    length, heads, width = q.shape[1:]
+    block, group = triton.next_power_of_2(width), triton.next_power_of_2(heads + 2 * k.shape[2])
+    _gather_rotated_rows[(cos.shape[0],)](
+        q, q.stride(0), q.stride(1), q.stride(2), k, k.stride(0), k.stride(1), k.stride(2),
+        v, v.stride(0), v.stride(1), v.stride(2), cos, sin, fold, to.values, to.values.stride(0), to.scales, length,
+        heads, k.shape[2], width, cos.shape[1], to.form.peak, group, block, num_warps=_warps(group * block),
+    )  # fmt: skip
+    return to
+
+
+@triton.jit
+def _gather_rotated_rows(
+    q, q_sample, q_token, q_head, k, k_sample, k_token, k_head, v, v_sample, v_token, v_head,
+    cos, sin, fold, out, out_stride, scales, length, heads, kv_heads, width, half, peak,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    sample, place = token // length, token % length
+    head = tl.arange(0, GROUP)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    is_q, is_k = head < heads, (head >= heads) & (head < heads + kv_heads)
+    is_v = (head >= heads + kv_heads) & (head < heads + 2 * kv_heads)
+    inside, turns = column < width, (column < 2 * half) & (head < heads + kv_heads)
+    other = tl.where(column < half, column + half, column - half)  # what a turned column is turned against
+    from_q = q + sample * q_sample + place * q_token + head * q_head
+    from_k = k + sample * k_sample + place * k_token + (head - heads) * k_head
+    from_v = v + sample * v_sample + place * v_token + (head - heads - kv_heads) * v_head
+    own = tl.load(from_q + column, mask=is_q & inside, other=0.0).to(tl.float32)
+    own += tl.load(from_k + column, mask=is_k & inside, other=0.0).to(tl.float32)
+    own += tl.load(from_v + column, mask=is_v & inside, other=0.0).to(tl.float32)
+    against = tl.load(from_q + other, mask=is_q & turns, other=0.0).to(tl.float32)
+    against += tl.load(from_k + other, mask=is_k & turns, other=0.0).to(tl.float32)
+    angle = tl.where(column < half, column, column - half)
+    c = tl.load(cos + token * half + angle, mask=turns, other=1.0)
+    s = tl.load(sin + token * half + angle, mask=turns, other=0.0)
+    found = own * c + tl.where(column < half, against, -against) * s
+    written = (is_q | is_k | is_v) & inside
+    found = found * tl.load(fold + head * width + column, mask=written, other=0.0)
+    scale = _scale(tl.max(tl.max(tl.abs(found), axis=1), axis=0), tl.sum(tl.sum(found * 0.0, axis=1), axis=0), peak)
+    tl.store(scales + token, scale)
+    tl.store(
+        out + token * out_stride + head * width + column, _rounded(found / scale, out.dtype.element_ty), mask=written
+    )
+
+
+def inward(x: "Rows", small: torch.Tensor, unfold: torch.Tensor | None, unit: float, append: bool) -> torch.Tensor:
+    """See eight.inward."""
+    rows, r = x.values.shape[0], small.shape[0]
+    low = torch.empty(rows, r, dtype=small.dtype, device=small.device)
+    block = max(16, triton.next_power_of_2(r))
+    _inward[(triton.cdiv(rows, INWARD[0]),)](
+        x.values, x.values.stride(0), x.scales, small, small.stride(0), x.scales if unfold is None else unfold, low,
+        rows, x.width, x.values.shape[1], r, 1.0 / unit, x.form.largest, INWARD[0], INWARD[1], block,
+        unfold is not None, append, num_warps=INWARD[2], num_stages=INWARD[3],
+    )  # fmt: skip
+    return low
+
+
+INWARD = (64, 256, 4, 3)
+"""Rows and columns of a program's tile, warps, and tiles on their way."""
+
+
+@triton.jit
+def _inward(
+    x, x_stride, scales, small, small_stride, unfold, low, rows, width, whole, r, per_unit, largest,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, UNFOLDS: tl.constexpr, APPENDS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rank = tl.arange(0, BLOCK_R)
+    found = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for start in range(0, width, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        inside = (row[:, None] < rows) & (column[None, :] < width)
+        value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+        known = (rank[None, :] < r) & (column[:, None] < width)
+        by = tl.load(small + rank[None, :] * small_stride + column[:, None], mask=known, other=0.0)
+        if UNFOLDS:
+            by = (by.to(tl.float32) * tl.load(unfold + column, mask=column < width, other=0.0)[:, None]).to(by.dtype)
+        found = tl.dot(value.to(tl.float32).to(by.dtype), by, found, input_precision="ieee")
+    scale = tl.load(scales + row, mask=row < rows, other=0.0)
+    known = (row[:, None] < rows) & (rank[None, :] < r)
+    tl.store(low + row[:, None] * r + rank[None, :], found * scale[:, None], mask=known)
+    if APPENDS:
+        at = x + row[:, None] * x_stride + width + rank[None, :]
+        value = tl.minimum(tl.maximum(found * per_unit, -largest), largest)
+        high = value.to(x.dtype.element_ty)
+        rest = (value - high.to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(at, high, mask=known)
+        tl.store(at + r, rest, mask=known)
+        tl.store(at + 2 * r, high, mask=known)
+        behind = width + 3 * r + rank[None, :]
+        tl.store(x + row[:, None] * x_stride + behind, high, mask=(row[:, None] < rows) & (behind < whole))
+
+
+def outward(x: "Rows", low: torch.Tensor) -> torch.Tensor:
+    """See eight.outward. Tokens are split among programs, whose sums are added up afterwards, always in one order."""
+    rows, r = low.shape
+    block_t, block_n, warps, stages = OUTWARD
+    block = max(16, triton.next_power_of_2(r))
+    columns = triton.cdiv(x.width, block_n)
+    splits = max(1, min(triton.cdiv(rows, 4 * block_t), triton.cdiv(512, columns)))
+    sums = torch.empty(splits, r, x.width, dtype=torch.float32, device=low.device)
+    _outward[(columns, splits)](
+        x.values, x.values.stride(0), x.scales, low, low.stride(0), sums, rows, x.width, r, block_t, block_n, block,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return sums[0] if splits == 1 else sums.sum(0)
+
+
+OUTWARD = (64, 128, 4, 3)
+"""Rows and columns of a program's tile, warps, and tiles on their way."""
+
+
+@triton.jit
+def _outward(
+    x, x_stride, scales, low, low_stride, out, rows, width, r,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rank = tl.arange(0, BLOCK_R)
+    found = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for start in range(tl.program_id(1) * BLOCK_T, rows, tl.num_programs(1) * BLOCK_T):
+        row = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        inside = (row[:, None] < rows) & (column[None, :] < width)
+        value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+        known = (row[None, :] < rows) & (rank[:, None] < r)
+        by = tl.load(low + row[None, :] * low_stride + rank[:, None], mask=known, other=0.0)
+        scale = tl.load(scales + row, mask=row < rows, other=0.0)
+        by = (by.to(tl.float32) * scale[None, :]).to(by.dtype)
+        found = tl.dot(by, value.to(tl.float32).to(by.dtype), found, input_precision="ieee")
+    place = tl.program_id(1).to(tl.int64) * r * width + rank[:, None] * width + column[None, :]
+    tl.store(out + place, found, mask=(rank[:, None] < r) & (column[None, :] < width))
+
+
+def append_up(weights: "Rows", up: torch.Tensor, unit: float) -> None:
+    """See eight.append_up."""
+    rows, r = up.shape
+    block = triton.next_power_of_2(r)
+    group = max(1, 2048 // block)
+    _append_up[(triton.cdiv(rows, group),)](
+        weights.values, weights.values.stride(0), weights.scales, up, up.stride(0), rows, weights.width,
+        weights.values.shape[1], r, unit, weights.form.largest, group, block, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _append_up(
+    values, stride, scales, up, up_stride, rows, width, whole, r, unit, largest,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)[:, None]
+    rank = tl.arange(0, BLOCK)[None, :]
+    known = (row < rows) & (rank < r)
+    value = tl.load(up + row * up_stride + rank, mask=known, other=0.0).to(tl.float32)
+    value = value * unit / tl.load(scales + row, mask=row < rows, other=1.0)
+    value = tl.minimum(tl.maximum(value, -largest), largest)
+    at = values + row * stride + width + rank
+    high = value.to(values.dtype.element_ty)
+    rest = (value - high.to(tl.float32)).to(values.dtype.element_ty)
+    tl.store(at, high, mask=known)
+    tl.store(at + r, high, mask=known)
+    tl.store(at + 2 * r, rest, mask=known)
+    behind = width + 3 * r + rank
+    zero = tl.zeros((GROUP, BLOCK), tl.float32).to(values.dtype.element_ty)
+    tl.store(values + row * stride + behind, zero, mask=(row < rows) & (behind < whole))
+
+
+def turn(weights: "Rows", down: torch.Tensor | None, unit: float, out: torch.Tensor) -> torch.Tensor:
+    """See eight.turn."""
+    rows, width = weights.values.shape[0], weights.width
+    bits, turned = weights.values.view(torch.uint8), out.view(torch.uint8)
+    block_n, block_k, warps = TURN
+    _turn[(triton.cdiv(rows, block_n), triton.cdiv(width, block_k))](
+        bits, bits.stride(0), turned, turned.stride(0), rows, width, block_n, block_k, num_warps=warps
+    )
+    if down is not None:
+        r = down.shape[0]
+        block = triton.next_power_of_2(r)
+        group = max(1, 2048 // block)
+        _append_down[(triton.cdiv(width, group),)](
+            out, out.stride(0), down, down.stride(0), rows, width, out.shape[1], r, unit, weights.form.largest, group,
+            block, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+TURN = (128, 128, 8)
+"""Rows and columns of a tile, and warps."""
+
+
+@triton.jit
+def _turn(x, x_stride, out, out_stride, rows, width, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (row[:, None] < rows) & (column[None, :] < width)
+    value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0)
+    inside = (row[None, :] < rows) & (column[:, None] < width)
+    tl.store(out + column[:, None] * out_stride + row[None, :], tl.trans(value), mask=inside)
+
+
+@triton.jit
+def _append_down(
+    out, stride, down, down_stride, rows, width, whole, r, unit, largest, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    column = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)[:, None]
+    rank = tl.arange(0, BLOCK)[None, :]
+    known = (column < width) & (rank < r)
+    value = tl.load(down + rank * down_stride + column, mask=known, other=0.0).to(tl.float32) * unit
+    value = tl.minimum(tl.maximum(value, -largest), largest)
+    at = out + column * stride + rows + rank
+    high = value.to(out.dtype.element_ty)
+    rest = (value - high.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(at, high, mask=known)
+    tl.store(at + r, high, mask=known)
+    tl.store(at + 2 * r, rest, mask=known)
+    behind = rows + 3 * r + rank
+    zero = tl.zeros((GROUP, BLOCK), tl.float32).to(out.dtype.element_ty)
+    tl.store(out + column * stride + behind, zero, mask=(column < width) & (behind < whole))
+
+
+def _warps(block: int) -> int:
+    return 4 if block <= 2048 else 8 if block <= 8192 else 16
