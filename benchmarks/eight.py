@@ -28,6 +28,7 @@ HIDDEN, WIDE, HEADS, KEPT, HEAD, LAYERS = 4096, 14336, 32, 8, 128, 32
 WIDTHS = {"qkv": ((HEADS + 2 * KEPT) * HEAD, HIDDEN, 48), "o": (HIDDEN, HIDDEN, 16),
           "gate_up": (2 * WIDE, HIDDEN, 32), "down": (HIDDEN, WIDE, 16)}  # fmt: skip
 """Outputs, inputs, and the rank of all adapters together."""
+UNIT = torch.ones(1, device="cuda")
 found: dict[str, dict[str, Any]] = {}
 
 
@@ -52,7 +53,7 @@ def timed(name: str, call: Callable[[], object], bytes_moved: int = 0, flops: in
 
 def rows_of(count: int, width: int, appended: int = 0, form: eight.Format = FP8) -> Rows:
     made = Rows.empty(count, width, appended, form, torch.device("cuda"))
-    eight_kernels.quantise(torch.randn(count, width, device="cuda", dtype=torch.bfloat16), made, None)
+    eight_kernels.quantise(torch.randn(count, width, device="cuda", dtype=torch.bfloat16), made, None, form.peak)
     if appended:
         made.values[:, width:] = made.values[:, :appended]
     return made
@@ -111,8 +112,8 @@ def kernels(tokens: int) -> None:
     fold, count = torch.rand(HIDDEN, device="cuda"), tokens * HIDDEN
     timed("norm", lambda: eight_kernels.norm_rows(x, by, n8, None, None), 3 * count)
     timed("norm of a sum", lambda: eight_kernels.norm_rows(x, by, n8, past, total), 7 * count)
-    timed("quantise", lambda: eight_kernels.quantise(x, n8, None), 3 * count)
-    timed("quantise, folded", lambda: eight_kernels.quantise(x, d8, fold), 3 * count)
+    timed("quantise", lambda: eight_kernels.quantise(x, n8, None, 224.0), 3 * count)
+    timed("quantise, folded", lambda: eight_kernels.quantise(x, d8, fold, 224.0), 3 * count)
     timed("norm backward", lambda: eight_kernels.norm_backward_rows(d, x, by, total, past, n8, None, None), 9 * count)
     timed("norm backward and the next dy", lambda: eight_kernels.norm_backward_rows(d, x, by, total, past, n8, d8, fold),
           10 * count)  # fmt: skip
@@ -132,16 +133,16 @@ def kernels(tokens: int) -> None:
     for name, (n, k_, r) in WIDTHS.items():
         inputs, outputs = rows_of(tokens, k_, 3 * r), rows_of(tokens, n, 3 * r)
         a, b = draw(r, k_), draw(n, r)
-        up, unfold = b.t().contiguous(), torch.rand(n, device="cuda")
-        low = eight_kernels.inward(inputs, a, None, 4.0, True)
-        timed(f"{name} xA^T", lambda: eight_kernels.inward(inputs, a, None, 4.0, True), tokens * k_)
-        timed(f"{name} dyB", lambda: eight_kernels.inward(outputs, up, unfold, 512.0, True), tokens * n)
+        up, unfold = b.t(), torch.rand(n, device="cuda")
+        low = eight_kernels.inward(inputs, a, None, UNIT)
+        timed(f"{name} xA^T", lambda: eight_kernels.inward(inputs, a, None, UNIT), tokens * k_)
+        timed(f"{name} dyB", lambda: eight_kernels.inward(outputs, up, unfold, UNIT), tokens * n)
         timed(f"{name} dA", lambda: eight_kernels.outward(inputs, low), tokens * k_)
         timed(f"{name} dB", lambda: eight_kernels.outward(outputs, low), tokens * n)
         weights = rows_of(n, k_, 3 * r)
         out = torch.empty(k_, n + 3 * r, dtype=FP8.dtype, device="cuda")
-        timed(f"{name} B behind", lambda: eight_kernels.append_up(weights, b, 4.0), 5 * n * r)
-        timed(f"{name} turned", lambda: eight_kernels.turn(weights, a, 512.0, out), 2 * n * k_)
+        timed(f"{name} B behind", lambda: eight_kernels.append_up(weights, b, UNIT), 5 * n * r)
+        timed(f"{name} turned", lambda: eight_kernels.turn(weights, a, UNIT, out), 2 * n * k_)
 
 
 def tiles(tokens: int) -> None:
@@ -155,8 +156,8 @@ def tiles(tokens: int) -> None:
     before = eight_kernels.INWARD
     for tile in ((32, 256, 4, 3), (64, 128, 4, 4), (64, 256, 4, 4), (64, 256, 8, 3), (128, 128, 8, 3), (32, 512, 8, 3)):
         eight_kernels.INWARD = tile
-        timed(f"inward {tile} down", lambda: eight_kernels.inward(inputs, a, None, 4.0, True), tokens * WIDE)
-        timed(f"inward {tile} gate_up", lambda: eight_kernels.inward(outputs, up, unfold, 4.0, True), tokens * n)
+        timed(f"inward {tile} down", lambda: eight_kernels.inward(inputs, a, None, UNIT), tokens * WIDE)
+        timed(f"inward {tile} gate_up", lambda: eight_kernels.inward(outputs, up, unfold, UNIT), tokens * n)
     eight_kernels.INWARD, before = before, eight_kernels.OUTWARD
     for tile in ((64, 256, 4, 3), (128, 128, 4, 3), (128, 128, 8, 3), (32, 256, 4, 4), (64, 128, 8, 4)):
         eight_kernels.OUTWARD = tile
@@ -168,7 +169,7 @@ def tiles(tokens: int) -> None:
     before = eight_kernels.TURN
     for tile in ((64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 4), (256, 64, 8), (64, 256, 8)):
         eight_kernels.TURN = tile
-        timed(f"turn {tile}", lambda: eight_kernels.turn(weights, None, 1.0, out), 2 * n * k)
+        timed(f"turn {tile}", lambda: eight_kernels.turn(weights, None, UNIT, out), 2 * n * k)
     eight_kernels.TURN = before
     timed("turn by copy_", lambda: out.view(torch.uint8)[:, :n].copy_(weights.values.view(torch.uint8)[:, :k].t()), 2 * n * k)
     gate_up = torch.randn(tokens, n, device="cuda").bfloat16()

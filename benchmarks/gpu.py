@@ -36,6 +36,9 @@ PHI_2 = dict(
 WORKLOADS: dict[str, dict[str, Any]] = {
     "W1": dict(shape=LLAMA_8B, samples=4, length=2048, gib=36.0, goal=18700),
     "W10": dict(shape=LLAMA_8B, samples=2, length=4096, gib=36.0, goal=17200),
+    "W2": dict(shape=LLAMA_8B, samples=4, length=2048, eight="fp8", gib=36.0, goal=27000),
+    "W2i": dict(shape=LLAMA_8B, samples=4, length=2048, eight="int8", gib=36.0, goal=0),
+    "W3e": dict(shape=LLAMA_8B, samples=4, length=2048, four_bits=True, eight="fp8", gib=30.0, goal=25000),
     "W3": dict(shape=LLAMA_8B, samples=4, length=2048, four_bits=True, gib=30.0, goal=18000),
     "W4": dict(shape=LLAMA_8B, samples=1, length=2048, four_bits=True, gib=5.0, goal=7500),
     "W5": dict(shape=LLAMA_8B, samples=4, length=2048, gib=17.7, goal=14000),
@@ -173,11 +176,14 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
     import torch
 
     from afina.data.batch import Batch
+    from afina.engine.eight import FP8, INT8
     from afina.engine.engine import Engine
     from afina.engine.plan import Plan, choose, count_up, ladder, measure, spread
 
     model, parameters = learner(work)
     engine = Engine(model, torch.bfloat16)
+    if work.get("eight"):
+        engine.into_eight_bits({"fp8": FP8, "int8": INT8}[work["eight"]])
     torch.cuda.empty_cache()
     samples, length = work["samples"], work["length"]
     count = samples * length

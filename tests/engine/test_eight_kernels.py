@@ -72,10 +72,6 @@ def alike(found, truth, share=0.02):
     assert (ours - theirs).norm() <= 2e-2 * theirs.norm()
 
 
-def twin(name, *arguments):
-    return getattr(eight, name)(*(argument.cpu() if isinstance(argument, torch.Tensor) else argument for argument in arguments))
-
-
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 @pytest.mark.parametrize("rows, width", SHAPES)
 @pytest.mark.parametrize("folded", [False, True])
@@ -84,7 +80,7 @@ def test_quantise(rows, width, form, folded):
     x[0] *= 0
     fold = torch.rand(width, device=DEVICE) + 0.1 if folded else None
     truth = eight.quantise(x.cpu(), on_cpu(empty(rows, width, form)), None if fold is None else fold.cpu())
-    found = eight_kernels.quantise(x, empty(rows, width, form), fold)
+    found = eight_kernels.quantise(x, empty(rows, width, form), fold, form.peak)
     alike(found, truth)
     assert found.exact()[0].eq(0).all()
     assert (found.values[:, width:].view(torch.uint8) == 0x55).all()
@@ -160,14 +156,15 @@ def test_gather_rotated(samples, length, heads, kept, width, half, form):
 @pytest.mark.parametrize("r", [8, 16, 24, 48])
 def test_low_rank_products(rows, width, r, form):
     appended = -(-3 * r // 16) * 16
-    x = eight_kernels.quantise(draw(rows, width), empty(rows, width, form, appended), None)
+    x = eight_kernels.quantise(draw(rows, width), empty(rows, width, form, appended), None, form.peak)
     small = (torch.randn(r, width, device=DEVICE) / width**0.5).to(DTYPE)
     unfold = torch.rand(width, device=DEVICE) + 0.5
     for by in (None, unfold):
         theirs = on_cpu(x)
         appends = form is FP8
-        truth = eight.inward(theirs, small.cpu(), None if by is None else by.cpu(), 4.0, append=appends)
-        low = eight_kernels.inward(x, small, by, 4.0, appends)
+        unit = torch.tensor([4.0]) if appends else None
+        truth = eight.inward(theirs, small.cpu(), None if by is None else by.cpu(), unit)
+        low = eight_kernels.inward(x, small, by, None if unit is None else unit.to(DEVICE))
         assert (low.cpu().double() - truth.double()).norm() <= (1e-2 if CUDA else 1e-5) * truth.double().norm()
         if appends:
             ours = x.values[:, width:].cpu().float()
@@ -189,16 +186,16 @@ def test_weights_turned_over_with_the_adapters_behind(rows, width, r, form):
     appended = -(-3 * r // 16) * 16 if form is FP8 else 0
     weights = empty(rows, width, form, appended)
     weights.write(torch.randn(rows, width, device=DEVICE) * 0.02, form.weights_peak)
-    ours, theirs = weights, on_cpu(weights)
+    ours, theirs, unit = weights, on_cpu(weights), torch.tensor([4.0])
     if appended:
         up = (torch.randn(rows, r, device=DEVICE) * 1e-2).to(DTYPE)
-        eight_kernels.append_up(ours, up, 4.0)
-        eight.append_up(theirs, up.cpu(), 4.0)
+        eight_kernels.append_up(ours, up, unit.to(DEVICE))
+        eight.append_up(theirs, up.cpu(), unit)
         assert (ours.values.cpu().float() - theirs.values.float()).norm() <= 1e-3 * theirs.values.float().norm()
     down = (torch.randn(r, width, device=DEVICE) * 1e-2).to(DTYPE) if appended else None
     out = torch.empty(width, rows + appended, dtype=form.dtype, device=DEVICE)
-    eight_kernels.turn(ours, down, 512.0, out)
+    eight_kernels.turn(ours, down, 128 * unit.to(DEVICE), out)
     truth = torch.empty(width, rows + appended, dtype=form.dtype)
-    eight.turn(theirs, None if down is None else down.cpu(), 512.0, truth)
+    eight.turn(theirs, None if down is None else down.cpu(), 128 * unit, truth)
     assert torch.equal(out[:, :rows].cpu().view(torch.uint8), truth[:, :rows].view(torch.uint8))
     assert (out.cpu().float() - truth.float()).norm() <= 1e-3 * truth.float().norm()

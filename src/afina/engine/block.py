@@ -91,14 +91,19 @@ class Attention:
         """Causal attention inside each sample, over what `turned` made."""
         return attend(*self.split(turned), at.lengths, self.scaling, self.window)
 
+    def d_heads(
+        self, attended: Attended, d_out: torch.Tensor, turned: torch.Tensor, at: Positions
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of what `turned` made: of queries, keys and values, as attend_backward returns them."""
+        d_out = d_out.view(attended.out.shape)
+        return attend_backward(attended, d_out, *self.split(turned), at.lengths, self.scaling, self.window)
+
     def backward(
         self, attended: Attended, d_out: torch.Tensor, raw: torch.Tensor, at: Positions, d_qkv: torch.Tensor
     ) -> None:
         """Write the gradient of qkv into d_qkv (tokens, columns); raw: as saved, before its norms if it has any."""
         turned = self.turned(raw, at) if self.norms is not None else raw
-        d_out = d_out.view(attended.out.shape)
-        d_heads = attend_backward(attended, d_out, *self.split(turned), at.lengths, self.scaling, self.window)
-        gather_rotated(d_heads, at.cos, at.sin, d_qkv)
+        gather_rotated(self.d_heads(attended, d_out, turned, at), at.cos, at.sin, d_qkv)
         if self.norms is not None:
             head_norms_backward(d_qkv, raw, self.norms, self.heads)
 

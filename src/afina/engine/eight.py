@@ -72,13 +72,14 @@ class Rows:
         self.values[:, : self.width] = self.form.round(wide / scales[:, None])
 
 
-def quantise(x: torch.Tensor, to: Rows, fold: torch.Tensor | None = None) -> Rows:
-    """x (rows, width), its columns times `fold` (width,) where given."""
+def quantise(x: torch.Tensor, to: Rows, fold: torch.Tensor | None = None, *, weights: bool = False) -> Rows:
+    """x (rows, width), its columns times `fold` (width,) where given; `weights` are scaled to a peak of their own."""
+    peak = to.form.weights_peak if weights else to.form.peak
     if x.is_cuda:
         from afina.engine import eight_kernels
 
-        return eight_kernels.quantise(x, to, fold)
-    to.write(x if fold is None else _wide(x) * fold)
+        return eight_kernels.quantise(x, to, fold, peak)
+    to.write(x if fold is None else _wide(x) * fold, peak)
     return to
 
 
@@ -161,19 +162,19 @@ def gather_rotated_rows(
     return to
 
 
-def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: float, *, append: bool) -> torch.Tensor:
+def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: torch.Tensor | None) -> torch.Tensor:
     """x small^T (rows, r) in small's dtype: the low-rank side of x. small: (r, width), times `unfold` (width,) if given.
 
-    `append`: it is also written behind x's columns, in the units of a row's scale times `unit`, as e4m3 and what e4m3
+    With a `unit`, (1,) fp32, it is also written behind x's columns, in the units of a row's scale times `unit`, as e4m3 and what e4m3
     leaves of it and e4m3 again, against the weights' twice e4m3 and what that leaves: eight bits of precision.
     """
     if x.values.is_cuda:
         from afina.engine import eight_kernels
 
-        return eight_kernels.inward(x, small, unfold, unit, append)
+        return eight_kernels.inward(x, small, unfold, unit)
     wide = torch.promote_types(small.dtype, torch.float32)
     found = x.values[:, : x.width].to(wide) @ (small.to(wide) if unfold is None else small.to(wide) * unfold).t()
-    if append:
+    if unit is not None:
         high, rest = halves(found / unit, x.form)
         behind(x.values, x.width, (high, rest, high))
     return (found * x.scales[:, None]).to(small.dtype)
@@ -189,7 +190,7 @@ def outward(x: Rows, low: torch.Tensor) -> torch.Tensor:
     return (low.to(wide) * x.scales[:, None]).t() @ x.values[:, : x.width].to(wide)
 
 
-def append_up(weights: Rows, up: torch.Tensor, unit: float) -> None:
+def append_up(weights: Rows, up: torch.Tensor, unit: torch.Tensor) -> None:
     """Write `up` (rows, r), in the units of a row's scale over `unit`, behind the weights' columns."""
     if up.is_cuda:
         from afina.engine import eight_kernels
@@ -200,7 +201,7 @@ def append_up(weights: Rows, up: torch.Tensor, unit: float) -> None:
     behind(weights.values, weights.width, (high, high, rest))
 
 
-def turn(weights: Rows, down: torch.Tensor | None, unit: float, out: torch.Tensor) -> torch.Tensor:
+def turn(weights: Rows, down: torch.Tensor | None, unit: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The weights' values turned over into out (width, rows + appended), `down` (r, width) times `unit` behind them."""
     if out.is_cuda:
         from afina.engine import eight_kernels
@@ -212,6 +213,21 @@ def turn(weights: Rows, down: torch.Tensor | None, unit: float, out: torch.Tenso
         high, rest = halves(_wide(down).t() * unit, weights.form)
         behind(out, rows, (high, high, rest))
     return out
+
+
+def multiply(
+    x: Rows, values: torch.Tensor, scales: torch.Tensor, like: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x W^T (rows, outputs) in the dtype of `like`, what is appended to both included. values: W's, (outputs, x's
+    columns), in eight bits; scales: (outputs,); bias: (outputs,).
+    """
+    if x.values.is_cuda:
+        from afina.engine import eight_kernels
+
+        return eight_kernels.multiply(x, values, scales, like.dtype, bias)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    found = (x.values.to(wide) @ values.to(wide).t()) * x.scales[:, None] * scales
+    return (found if bias is None else found + bias).to(like.dtype)
 
 
 def halves(values: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor]:

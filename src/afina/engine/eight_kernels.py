@@ -5,6 +5,7 @@ backward, whose row does not fit into registers, goes over it twice, the second 
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,13 +21,13 @@ BACKWARD_CHUNK = 4096
 """Columns of SwiGLU's backward that are in registers at a time."""
 
 
-def quantise(x: torch.Tensor, to: "Rows", fold: torch.Tensor | None) -> "Rows":
+def quantise(x: torch.Tensor, to: "Rows", fold: torch.Tensor | None, peak: float) -> "Rows":
     """See eight.quantise."""
     rows, width = x.shape
     block = triton.next_power_of_2(width)
     _quantise[(rows,)](
         x, x.stride(0), to.scales if fold is None else fold, to.values, to.values.stride(0), to.scales, width,
-        to.form.peak, block, fold is not None, num_warps=_warps(block),
+        peak, block, fold is not None, num_warps=_warps(block),
     )  # fmt: skip
     return to
 
@@ -266,15 +267,17 @@ def _gather_rotated_rows(
     )
 
 
-def inward(x: "Rows", small: torch.Tensor, unfold: torch.Tensor | None, unit: float, append: bool) -> torch.Tensor:
+def inward(
+    x: "Rows", small: torch.Tensor, unfold: torch.Tensor | None, unit: torch.Tensor | None
+) -> torch.Tensor:
     """See eight.inward."""
     rows, r = x.values.shape[0], small.shape[0]
     low = torch.empty(rows, r, dtype=small.dtype, device=small.device)
     block = max(16, triton.next_power_of_2(r))
     _inward[(triton.cdiv(rows, INWARD[0]),)](
-        x.values, x.values.stride(0), x.scales, small, small.stride(0), x.scales if unfold is None else unfold, low,
-        rows, x.width, x.values.shape[1], r, 1.0 / unit, x.form.largest, INWARD[0], INWARD[1], block,
-        unfold is not None, append, num_warps=INWARD[2], num_stages=INWARD[3],
+        x.values, x.values.stride(0), x.scales, small, *small.stride(), x.scales if unfold is None else unfold, low,
+        x.scales if unit is None else unit, rows, x.width, x.values.shape[1], r, x.form.largest, INWARD[0], INWARD[1],
+        block, unfold is not None, unit is not None, num_warps=INWARD[2], num_stages=INWARD[3],
     )  # fmt: skip
     return low
 
@@ -285,7 +288,7 @@ INWARD = (64, 256, 4, 3)
 
 @triton.jit
 def _inward(
-    x, x_stride, scales, small, small_stride, unfold, low, rows, width, whole, r, per_unit, largest,
+    x, x_stride, scales, small, small_stride, small_step, unfold, low, unit, rows, width, whole, r, largest,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, UNFOLDS: tl.constexpr, APPENDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -296,7 +299,7 @@ def _inward(
         inside = (row[:, None] < rows) & (column[None, :] < width)
         value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
         known = (rank[None, :] < r) & (column[:, None] < width)
-        by = tl.load(small + rank[None, :] * small_stride + column[:, None], mask=known, other=0.0)
+        by = tl.load(small + rank[None, :] * small_stride + column[:, None] * small_step, mask=known, other=0.0)
         if UNFOLDS:
             by = (by.to(tl.float32) * tl.load(unfold + column, mask=column < width, other=0.0)[:, None]).to(by.dtype)
         found = tl.dot(value.to(tl.float32).to(by.dtype), by, found, input_precision="ieee")
@@ -305,7 +308,7 @@ def _inward(
     tl.store(low + row[:, None] * r + rank[None, :], found * scale[:, None], mask=known)
     if APPENDS:
         at = x + row[:, None] * x_stride + width + rank[None, :]
-        value = tl.minimum(tl.maximum(found * per_unit, -largest), largest)
+        value = tl.minimum(tl.maximum(found / tl.load(unit), -largest), largest)
         high = value.to(x.dtype.element_ty)
         rest = (value - high.to(tl.float32)).to(x.dtype.element_ty)
         tl.store(at, high, mask=known)
@@ -355,7 +358,7 @@ def _outward(
     tl.store(out + place, found, mask=(rank[:, None] < r) & (column[None, :] < width))
 
 
-def append_up(weights: "Rows", up: torch.Tensor, unit: float) -> None:
+def append_up(weights: "Rows", up: torch.Tensor, unit: torch.Tensor) -> None:
     """See eight.append_up."""
     rows, r = up.shape
     block = triton.next_power_of_2(r)
@@ -375,7 +378,7 @@ def _append_up(
     rank = tl.arange(0, BLOCK)[None, :]
     known = (row < rows) & (rank < r)
     value = tl.load(up + row * up_stride + rank, mask=known, other=0.0).to(tl.float32)
-    value = value * unit / tl.load(scales + row, mask=row < rows, other=1.0)
+    value = value * tl.load(unit) / tl.load(scales + row, mask=row < rows, other=1.0)
     value = tl.minimum(tl.maximum(value, -largest), largest)
     at = values + row * stride + width + rank
     high = value.to(values.dtype.element_ty)
@@ -388,7 +391,7 @@ def _append_up(
     tl.store(values + row * stride + behind, zero, mask=(row < rows) & (behind < whole))
 
 
-def turn(weights: "Rows", down: torch.Tensor | None, unit: float, out: torch.Tensor) -> torch.Tensor:
+def turn(weights: "Rows", down: torch.Tensor | None, unit: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """See eight.turn."""
     rows, width = weights.values.shape[0], weights.width
     bits, turned = weights.values.view(torch.uint8), out.view(torch.uint8)
@@ -428,7 +431,7 @@ def _append_down(
     column = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)[:, None]
     rank = tl.arange(0, BLOCK)[None, :]
     known = (column < width) & (rank < r)
-    value = tl.load(down + rank * down_stride + column, mask=known, other=0.0).to(tl.float32) * unit
+    value = tl.load(down + rank * down_stride + column, mask=known, other=0.0).to(tl.float32) * tl.load(unit)
     value = tl.minimum(tl.maximum(value, -largest), largest)
     at = out + column * stride + rows + rank
     high = value.to(out.dtype.element_ty)
@@ -439,6 +442,71 @@ def _append_down(
     behind = rows + 3 * r + rank
     zero = tl.zeros((GROUP, BLOCK), tl.float32).to(out.dtype.element_ty)
     tl.store(out + column * stride + behind, zero, mask=(column < width) & (behind < whole))
+
+
+def multiply(
+    x: "Rows", values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """See eight.multiply. cuBLAS and CUTLASS take the rows of both factors as they lie: W is turned over by a view."""
+    if x.form.dtype == torch.int8:
+        return _rescale(_int_product(x.values, values), x.scales, scales, dtype, bias)
+    if by_row(x.values.device.index or 0):
+        return torch._scaled_mm(
+            x.values, values.t(), scale_a=x.scales[:, None], scale_b=scales[None], bias=bias, out_dtype=dtype,
+            use_fast_accum=True,
+        )  # fmt: skip
+    one = torch.ones((), device=values.device)
+    whole = torch._scaled_mm(x.values, values.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True)
+    return _rescale(whole, x.scales, scales, dtype, bias)
+
+
+@cache
+def by_row(index: int) -> bool:
+    """Whether this GPU's products take a scale a row; sm_120 (GeForce Blackwell) and others take one for all."""
+    try:
+        rows = torch.zeros(64, 64, dtype=torch.float8_e4m3fn, device=f"cuda:{index}")
+        scales = torch.ones(64, device=rows.device)
+        torch._scaled_mm(
+            rows, rows.t(), scale_a=scales[:, None], scale_b=scales[None], out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    except RuntimeError:
+        return False
+    return True
+
+
+def _int_product(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """In int32; cuBLAS wants more than 16 rows."""
+    if x.shape[0] > 16:
+        return torch._int_mm(x, values.t())
+    return torch._int_mm(torch.cat([x, x.new_zeros(32 - x.shape[0], x.shape[1])]), values.t())[: x.shape[0]]
+
+
+def _rescale(
+    whole: torch.Tensor, scales: torch.Tensor, by_column: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """whole times the scales of its rows and columns, in place where the dtype is the same."""
+    out = whole if whole.dtype == dtype else torch.empty(whole.shape, dtype=dtype, device=whole.device)
+    rows, width = whole.shape
+    block = 2048
+    _rescale_kernel[(rows, triton.cdiv(width, block))](
+        whole, whole.stride(0), out, out.stride(0), scales, by_column, by_column if bias is None else bias, width, block,
+        bias is not None, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _rescale_kernel(
+    x, x_stride, out, out_stride, scales, by_column, bias, width, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(x + row * x_stride + columns, mask=inside, other=0).to(tl.float32)
+    value = value * tl.load(scales + row) * tl.load(by_column + columns, mask=inside, other=0.0)
+    if HAS_BIAS:
+        value += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + columns, value, mask=inside)
 
 
 def _warps(block: int) -> int:

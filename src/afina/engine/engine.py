@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from afina.engine.block import Block, Placement, Positions, Saved
+from afina.engine.eight import Format
+from afina.engine.eight_product import Turned
+from afina.engine.eight_sequential import in_eight_bits
 from afina.engine.families import final_norm, make_block
 from afina.engine.head import Ends, Host
 from afina.engine.offload import Offload
@@ -29,7 +32,7 @@ class Engine:
         whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         inside, head = whole.model, whole.lm_head
         self.dtype = dtype or inside.embed_tokens.weight.dtype
-        self._scratch = Scratch()
+        self._scratch, self._turned = Scratch(), Turned()
         layers = enumerate(inside.layers)
         self.blocks: list[Block] = [make_block(layer, config, n, self._scratch, self.dtype) for n, layer in layers]
         self.ends = _ends(inside.embed_tokens.weight, head, final_norm(inside, config, self.dtype), self.dtype)
@@ -79,12 +82,23 @@ class Engine:
         self.ends.leave(host)
 
     @torch.no_grad()
+    def into_eight_bits(self, form: Format) -> None:
+        """Hold the frozen weights in eight bits from now on, and multiply in them; layer by layer, so that what is freed
+        makes room. The transformers model has no weights of these layers any more."""
+        turned = Turned()
+        self.blocks = [in_eight_bits(block, form, turned) for block in self.blocks]
+        self._products = [product for block in self.blocks for product in block.products]
+        self._turned, self._copies = turned, None
+        self._scratch.let_go()
+
+    @torch.no_grad()
     def _refresh(self) -> None:
         """Take over what learns as it is now: always, as a fused optimiser does not tell that it changed it."""
         if self._copies is None:
-            self._copies = Copies([c for p in self._products if p.wide is not None for c in p.copies(p.wide)])
+            self._copies = Copies([copy for product in self._products for copy in product.placed()])
         self._copies.run()
         self._scratch.forget()
+        self._turned.forget()
         if self.ends.learnt:
             for product in self._products:
                 product.refresh_bias()
