@@ -142,7 +142,8 @@ def kernels(tokens: int) -> None:
         weights = rows_of(n, k_, 3 * r)
         out = torch.empty(k_, n + 3 * r, dtype=FP8.dtype, device="cuda")
         timed(f"{name} B behind", lambda: eight_kernels.append_up(weights, b, UNIT), 5 * n * r)
-        timed(f"{name} turned", lambda: eight_kernels.turn(weights, a, UNIT, out), 2 * n * k_)
+        timed(f"{name} turned", lambda: eight_kernels.turn(weights, out), 2 * n * k_)
+        timed(f"{name} A behind", lambda: eight_kernels.append_down(out, n, a, UNIT, 448.0), 5 * k_ * r)
 
 
 def tiles(tokens: int) -> None:
@@ -169,7 +170,7 @@ def tiles(tokens: int) -> None:
     before = eight_kernels.TURN
     for tile in ((64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 4), (256, 64, 8), (64, 256, 8)):
         eight_kernels.TURN = tile
-        timed(f"turn {tile}", lambda: eight_kernels.turn(weights, None, UNIT, out), 2 * n * k)
+        timed(f"turn {tile}", lambda: eight_kernels.turn(weights, out), 2 * n * k)
     eight_kernels.TURN = before
     timed("turn by copy_", lambda: out.view(torch.uint8)[:, :n].copy_(weights.values.view(torch.uint8)[:, :k].t()), 2 * n * k)
     gate_up = torch.randn(tokens, n, device="cuda").bfloat16()

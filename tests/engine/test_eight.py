@@ -62,3 +62,21 @@ def test_a_gpu_computes_what_the_plain_twins_do(family, form, again):
     one, two, three = (torch.cat([part.flatten().float().cpu() for part in parts]) for parts in (found, truth, exact))
     print(family, form.name, cosine(one, two), cosine(one, three), cosine(two, three))
     assert cosine(one, two) > 0.98 and cosine(one, three) > 0.98
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_four_bits_are_held_in_eight_or_unpacked_for_each_use(form):
+    pytest.importorskip("bitsandbytes")
+    from test_engine import four_bits
+
+    model = perturbed(four_bits(llama(hidden_size=64, intermediate_size=128)))
+    (batch,) = micro_batches(rows([20, 9, 31]), range(3), budget=1000, packing=True, pad_id=0)
+    found = {}
+    for hold in (False, True):
+        engine = Engine(model)
+        exact = gradients(engine, model, batch)
+        engine.into_eight_bits(form, hold=hold)
+        found[hold] = gradients(engine, model, batch)
+    for a, b, c in zip(found[False], found[True], exact, strict=True):
+        assert torch.equal(a, b)
+        assert cosine(a, c) > 0.9

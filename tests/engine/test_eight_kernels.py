@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 from afina.engine import eight, eight_kernels  # noqa: E402
 from afina.engine.eight import FP8, INT8, Rows  # noqa: E402
 from afina.engine.elementwise import Norm  # noqa: E402
+from afina.engine.nf4 import from_bitsandbytes  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SHAPES = [(1, 16), (7, 96), (33, 4096), (130, 2064), (5, 14336)] if CUDA else [(1, 16), (7, 96), (3, 2064)]
@@ -192,10 +193,34 @@ def test_weights_turned_over_with_the_adapters_behind(rows, width, r, form):
         eight_kernels.append_up(ours, up, unit.to(DEVICE))
         eight.append_up(theirs, up.cpu(), unit)
         assert (ours.values.cpu().float() - theirs.values.float()).norm() <= 1e-3 * theirs.values.float().norm()
-    down = (torch.randn(r, width, device=DEVICE) * 1e-2).to(DTYPE) if appended else None
-    out = torch.empty(width, rows + appended, dtype=form.dtype, device=DEVICE)
-    eight_kernels.turn(ours, down, 128 * unit.to(DEVICE), out)
-    truth = torch.empty(width, rows + appended, dtype=form.dtype)
-    eight.turn(theirs, None if down is None else down.cpu(), 128 * unit, truth)
+    out = torch.zeros(width, rows + appended, dtype=form.dtype, device=DEVICE)
+    truth = eight.turn(theirs, torch.zeros(width, rows + appended, dtype=form.dtype))
+    eight_kernels.turn(ours, out)
+    if appended:
+        down = (torch.randn(r, width, device=DEVICE) * 1e-2).to(DTYPE)
+        eight_kernels.append_down(out, rows, down, 128 * unit.to(DEVICE), form.largest)
+        eight.append_down(truth, rows, down.cpu(), 128 * unit, form)
     assert torch.equal(out[:, :rows].cpu().view(torch.uint8), truth[:, :rows].view(torch.uint8))
     assert (out.cpu().float() - truth.float()).norm() <= 1e-3 * truth.float().norm()
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("rows, columns", [(16, 64), (48, 192), (1024, 4096)] if CUDA else [(16, 64), (48, 192)])
+def test_unpack(rows, columns, nested, form):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(rows, columns, device=DEVICE)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type="nf4")
+    packed.quant_state = state
+    four = from_bitsandbytes(packed)
+    plain = functional.dequantize_4bit(packed, state).cpu().float()
+    truth = Rows.empty(rows, columns, 16, form, torch.device("cpu"))
+    truth.write(plain, form.weights_peak)
+    found = empty(rows, columns, form)
+    found.scales.copy_(truth.scales)
+    eight_kernels.unpack(four, found.scales, found.values, False)
+    alike(found, truth)
+    out = torch.zeros(columns, rows + 16, dtype=form.dtype, device=DEVICE)
+    eight_kernels.unpack(four, found.scales, out[:, :rows], True)
+    assert torch.equal(out[:, :rows].t().contiguous().view(torch.uint8), found.values[:, :columns].contiguous().view(torch.uint8))
+    assert out[:, rows:].float().eq(0).all()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from afina.engine.elementwise import Norm, gather_rotated, norm, norm_backward, swiglu_backward
+from afina.engine.nf4 import Nf4
 
 TINY = 1e-30
 """The least magnitude that a row's scale is made for; smaller rows are zeros."""
@@ -201,18 +202,55 @@ def append_up(weights: Rows, up: torch.Tensor, unit: torch.Tensor) -> None:
     behind(weights.values, weights.width, (high, high, rest))
 
 
-def turn(weights: Rows, down: torch.Tensor | None, unit: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The weights' values turned over into out (width, rows + appended), `down` (r, width) times `unit` behind them."""
+def turn(weights: Rows, out: torch.Tensor) -> torch.Tensor:
+    """The weights' values turned over into the first columns of out (width, rows + appended)."""
     if out.is_cuda:
         from afina.engine import eight_kernels
 
-        return eight_kernels.turn(weights, down, unit, out)
-    rows = weights.values.shape[0]
-    out[:, :rows] = weights.values[:, : weights.width].t()
-    if down is not None:
-        high, rest = halves(_wide(down).t() * unit, weights.form)
-        behind(out, rows, (high, high, rest))
+        return eight_kernels.turn(weights, out)
+    out[:, : weights.values.shape[0]] = weights.values[:, : weights.width].t()
     return out
+
+
+def unpack(packed: Sequence[tuple[slice, Nf4]], to: Rows) -> Rows:
+    """Weights of four bits, each with its rows, as `to` with the scales that stand there already."""
+    for rows, weight in packed:
+        if to.values.is_cuda:
+            from afina.engine import eight_kernels
+
+            eight_kernels.unpack(weight, to.scales[rows], to.values[rows], False)
+            continue
+        plain = torch.empty(weight.rows, weight.columns)
+        weight.fill(plain)
+        to.values[rows, : to.width] = to.form.round(plain / to.scales[rows, None])
+    return to
+
+
+def unpack_turned(
+    packed: Sequence[tuple[slice, Nf4]], scales: torch.Tensor, form: Format, out: torch.Tensor
+) -> torch.Tensor:
+    """The same turned over into the first columns of out (width, rows + appended); scales: (rows,)."""
+    for rows, weight in packed:
+        if out.is_cuda:
+            from afina.engine import eight_kernels
+
+            eight_kernels.unpack(weight, scales[rows], out[:, rows], True)
+            continue
+        plain = torch.empty(weight.rows, weight.columns)
+        weight.fill(plain)
+        out[:, rows] = form.round(plain / scales[rows, None]).t()
+    return out
+
+
+def append_down(out: torch.Tensor, rows: int, down: torch.Tensor, unit: torch.Tensor, form: Format) -> None:
+    """`down` (r, width) times `unit`, turned over, behind the first `rows` columns of out (width, rows + appended)."""
+    if out.is_cuda:
+        from afina.engine import eight_kernels
+
+        eight_kernels.append_down(out, rows, down, unit, form.largest)
+        return
+    high, rest = halves(_wide(down).t() * unit, form)
+    behind(out, rows, (high, high, rest))
 
 
 def multiply(

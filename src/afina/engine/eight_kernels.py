@@ -15,6 +15,7 @@ import triton.language as tl
 if TYPE_CHECKING:
     from afina.engine.eight import Rows
     from afina.engine.elementwise import Norm
+    from afina.engine.nf4 import Nf4
 
 TINY = tl.constexpr(1e-30)
 BACKWARD_CHUNK = 4096
@@ -391,7 +392,7 @@ def _append_up(
     tl.store(values + row * stride + behind, zero, mask=(row < rows) & (behind < whole))
 
 
-def turn(weights: "Rows", down: torch.Tensor | None, unit: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def turn(weights: "Rows", out: torch.Tensor) -> torch.Tensor:
     """See eight.turn."""
     rows, width = weights.values.shape[0], weights.width
     bits, turned = weights.values.view(torch.uint8), out.view(torch.uint8)
@@ -399,14 +400,6 @@ def turn(weights: "Rows", down: torch.Tensor | None, unit: torch.Tensor, out: to
     _turn[(triton.cdiv(rows, block_n), triton.cdiv(width, block_k))](
         bits, bits.stride(0), turned, turned.stride(0), rows, width, block_n, block_k, num_warps=warps
     )
-    if down is not None:
-        r = down.shape[0]
-        block = triton.next_power_of_2(r)
-        group = max(1, 2048 // block)
-        _append_down[(triton.cdiv(width, group),)](
-            out, out.stride(0), down, down.stride(0), rows, width, out.shape[1], r, unit, weights.form.largest, group,
-            block, num_warps=4,
-        )  # fmt: skip
     return out
 
 
@@ -422,6 +415,16 @@ def _turn(x, x_stride, out, out_stride, rows, width, BLOCK_N: tl.constexpr, BLOC
     value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0)
     inside = (row[None, :] < rows) & (column[:, None] < width)
     tl.store(out + column[:, None] * out_stride + row[None, :], tl.trans(value), mask=inside)
+
+
+def append_down(out: torch.Tensor, rows: int, down: torch.Tensor, unit: torch.Tensor, largest: float) -> None:
+    """See eight.append_down."""
+    r, width = down.shape
+    block = triton.next_power_of_2(r)
+    group = max(1, 2048 // block)
+    _append_down[(triton.cdiv(width, group),)](
+        out, out.stride(0), down, down.stride(0), rows, width, out.shape[1], r, unit, largest, group, block, num_warps=4
+    )
 
 
 @triton.jit
@@ -442,6 +445,49 @@ def _append_down(
     behind = rows + 3 * r + rank
     zero = tl.zeros((GROUP, BLOCK), tl.float32).to(out.dtype.element_ty)
     tl.store(out + column * stride + behind, zero, mask=(column < width) & (behind < whole))
+
+
+def unpack(weight: "Nf4", scales: torch.Tensor, out: torch.Tensor, turned: bool) -> None:
+    """See eight.unpack: 0.53 bytes read and one written a weight, as it lies or turned over."""
+    nested = weight.scale_levels is not None
+    levels = weight.scale_levels if nested else weight.levels
+    outer = weight.outer_scales if nested else weight.scales
+    offset = weight.offset if nested else weight.levels
+    block_n, block_k, warps = UNPACK
+    _unpack[(triton.cdiv(weight.rows, block_n), triton.cdiv(weight.columns, block_k))](
+        weight.packed, weight.levels, weight.scales, levels, outer, offset, scales, out, out.stride(0), weight.rows,
+        weight.columns, weight.outer_block, block_n, block_k, nested, turned, num_warps=warps,
+    )  # fmt: skip
+
+
+UNPACK = (64, 128, 8)
+"""Rows and columns of a tile, and warps."""
+
+
+@triton.jit
+def _unpack(
+    packed, levels, scales, scale_levels, outer, offset, row_scales, out, out_stride, rows, columns, outer_block,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NESTED: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    half = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+    inside = (row[:, None] < rows) & (half[None, :] * 2 < columns)
+    pair = tl.load(packed + row[:, None] * (columns // 2) + half[None, :], mask=inside, other=0).to(tl.int32)
+    place = (row[:, None] * columns + half[None, :] * 2) // 64
+    scale = tl.load(scales + place, mask=inside, other=0)
+    if NESTED:
+        wide = tl.load(outer + place // outer_block, mask=inside, other=0.0)
+        scale = tl.load(scale_levels + scale.to(tl.int32)) * wide + tl.load(offset)
+    scale = scale / tl.load(row_scales + row, mask=row < rows, other=1.0)[:, None]
+    both = tl.interleave(tl.load(levels + (pair >> 4)) * scale, tl.load(levels + (pair & 15)) * scale)
+    value = _rounded(both, out.dtype.element_ty)
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    if TURNED:
+        known = (row[None, :] < rows) & (column[:, None] < columns)
+        tl.store(out + column[:, None].to(tl.int64) * out_stride + row[None, :], tl.trans(value), mask=known)
+    else:
+        known = (row[:, None] < rows) & (column[None, :] < columns)
+        tl.store(out + row[:, None] * out_stride + column[None, :], value, mask=known)
 
 
 def multiply(

@@ -31,7 +31,7 @@ ALIGN = 16
 
 
 class Turned:
-    """The one buffer in which weights lie turned over, product by product."""
+    """The one buffer in which weights lie turned over (or are unpacked), product by product."""
 
     def __init__(self) -> None:
         self._flat: torch.Tensor | None = None
@@ -56,10 +56,13 @@ class Turned:
 
 @dataclass(kw_only=True, eq=False)
 class EightProduct(Product):
-    """See Product. weights: (N, K + appended) in eight bits; down: (r, K) every A; up: (N, r) every sB at its place."""
+    """See Product. weights8: (N, K + appended) in eight bits, with scales alone where they are unpacked for each use into
+    `straight`; down: (r, K) every A; up: (N, r) every sB at its place; units: of their columns, see `choose_units`.
+    """
 
     form: Format
     weights8: Rows
+    straight: Turned
     turned: Turned
     down: torch.Tensor
     up: torch.Tensor
@@ -69,10 +72,10 @@ class EightProduct(Product):
     _fresh: bool = field(default=False)
 
     @classmethod
-    def of(cls, exact: Product, form: Format, turned: Turned) -> "EightProduct":
+    def of(cls, exact: Product, form: Format, straight: Turned, turned: Turned, *, hold: bool = True) -> "EightProduct":
         """From a product with the weights as they are, or in four bits. Raises ModelError where they are no numbers.
 
-        `exact` is as before.
+        `exact` is as before. hold: weights of four bits are held in eight from now on, else unpacked for each use.
         """
         device, n, k = exact.like.device, exact.n, exact.k
         appended = -(-3 * exact.r // ALIGN) * ALIGN if form is FP8 else 0
@@ -85,9 +88,13 @@ class EightProduct(Product):
                 hint=_("Check the file of the base model, or set training.products to exact."),
             )
         turned.ask(k * (n + appended))
+        packed = [] if hold else exact.packed
+        if packed:
+            straight.ask(n * (k + appended))
+            weights = Rows(weights.values[:0], weights.scales, k, form)
         made = cls(
             n, k, exact.r, exact.bias, exact.like, exact.scratch, adapters=exact.adapters, scales=exact.scales,
-            dropout=exact.dropout, form=form, weights8=weights, turned=turned,
+            dropout=exact.dropout, form=form, weights8=weights, straight=straight, turned=turned, packed=packed,
             down=torch.zeros(exact.r, k, dtype=exact.like.dtype, device=device),
             up=torch.zeros(n, exact.r, dtype=exact.like.dtype, device=device), units=torch.ones(2, device=device),
             inverse=1 / weights.scales, ones=torch.ones(k, device=device), bases=exact.bases,
@@ -121,7 +128,7 @@ class EightProduct(Product):
 
     def let_go(self) -> None:
         """Free the weights as they were, in the transformers model too, which cannot run any more."""
-        for base in self.bases:
+        for base in [] if self.packed else self.bases:
             base.weight.data = base.weight.data.new_empty(0)
 
     @property
@@ -141,6 +148,13 @@ class EightProduct(Product):
     def _appended(self) -> int:
         return self.weights8.values.shape[1] - self.k
 
+    def _weights(self) -> Rows:
+        if not self.packed:
+            return self.weights8
+        values, written = self.straight.get(self, self.n, self.k + self._appended, self.weights8.values)
+        rows = Rows(values, self.weights8.scales, self.k, self.form)
+        return rows if written else eight.unpack(self.packed, rows)
+
     def _appends(self, seed: int | None) -> bool:
         return self._appended > 0 and not self._drops(seed)
 
@@ -158,9 +172,10 @@ class EightProduct(Product):
 
     def through(self, x: Rows, low: torch.Tensor, seed: int | None = None) -> torch.Tensor:
         """y (tokens, N), after `low`."""
-        if self._appends(seed):
-            eight.append_up(self.weights8, self.up, self.units[:1])
-        y = eight.multiply(x, self.weights8.values, self.weights8.scales, self.like, self.bias)
+        weights = self._weights()
+        if self._appended:
+            eight.append_up(weights, self.up, self.units[:1])
+        y = eight.multiply(x, weights.values, weights.scales, self.like, self.bias)
         return y if self._appends(seed) or not self.r else y.addmm_(low, self.up.t())
 
     def d_low(self, dy: Rows, seed: int | None = None) -> torch.Tensor:
@@ -176,7 +191,12 @@ class EightProduct(Product):
         appends = self._appends(seed)
         turned, written = self.turned.get(self, self.k, self.n + self._appended, self.weights8.values)
         if not written:
-            eight.turn(self.weights8, self.down if self._appended else None, self.units[1:], turned)
+            if self.packed:
+                eight.unpack_turned(self.packed, self.weights8.scales, self.form, turned)
+            else:
+                eight.turn(self.weights8, turned)
+            if self._appended:
+                eight.append_down(turned, self.n, self.down, self.units[1:], self.form)
         dx = eight.multiply(dy, turned, self.ones, self.like)
         if appends or not self.r:
             return dx

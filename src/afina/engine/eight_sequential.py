@@ -146,12 +146,14 @@ class EightSequential(Sequential):
         return self.o.through(rows, low, seed), low
 
 
-def in_eight_bits(block: Block, form: Format, turned: Turned, *, keep: bool = False) -> Block:
+def in_eight_bits(
+    block: Block, form: Format, straight: Turned, turned: Turned, *, hold: bool = True, keep: bool = False
+) -> Block:
     """The same layer with its products in eight bits; the exact one is of no more use unless `keep`."""
 
     def product(name: str) -> EightProduct:
         exact = getattr(block, name)
-        made = EightProduct.of(exact, form, turned)
+        made = EightProduct.of(exact, form, straight, turned, hold=hold)
         if not keep:
             exact.wide = None
             made.let_go()

@@ -32,7 +32,8 @@ class Engine:
         whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         inside, head = whole.model, whole.lm_head
         self.dtype = dtype or inside.embed_tokens.weight.dtype
-        self._scratch, self._turned = Scratch(), Turned()
+        self._scratch = Scratch()
+        self._turned: tuple[Turned, ...] = ()
         layers = enumerate(inside.layers)
         self.blocks: list[Block] = [make_block(layer, config, n, self._scratch, self.dtype) for n, layer in layers]
         self.ends = _ends(inside.embed_tokens.weight, head, final_norm(inside, config, self.dtype), self.dtype)
@@ -82,13 +83,15 @@ class Engine:
         self.ends.leave(host)
 
     @torch.no_grad()
-    def into_eight_bits(self, form: Format) -> None:
-        """Hold the frozen weights in eight bits from now on, and multiply in them; layer by layer, so that what is freed
-        makes room. The transformers model has no weights of these layers any more."""
-        turned = Turned()
-        self.blocks = [in_eight_bits(block, form, turned) for block in self.blocks]
+    def into_eight_bits(self, form: Format, *, hold: bool = True) -> None:
+        """Multiply in eight bits from now on. Frozen weights are held in them too, layer by layer, so that what is freed
+        makes room: the transformers model has none of these layers' any more. Weights of four bits may stay as they
+        are, to be unpacked for each use, unless `hold`.
+        """
+        straight, turned = Turned(), Turned()
+        self.blocks = [in_eight_bits(block, form, straight, turned, hold=hold) for block in self.blocks]
         self._products = [product for block in self.blocks for product in block.products]
-        self._turned, self._copies = turned, None
+        self._turned, self._copies = (straight, turned), None
         self._scratch.let_go()
 
     @torch.no_grad()
@@ -98,7 +101,8 @@ class Engine:
             self._copies = Copies([copy for product in self._products for copy in product.placed()])
         self._copies.run()
         self._scratch.forget()
-        self._turned.forget()
+        for buffer in self._turned:
+            buffer.forget()
         if self.ends.learnt:
             for product in self._products:
                 product.refresh_bias()
