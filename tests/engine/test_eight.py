@@ -9,7 +9,9 @@ from test_engine import FAMILIES, both, gradients, perturbed, rows  # noqa: F401
 from afina.data.batch import micro_batches
 from afina.engine import eight
 from afina.engine.block import Placement
-from afina.engine.eight import FP8, INT8, Rows
+from afina.engine.eight import FP8, INT8, Rows  # noqa: F401
+from afina.engine.eight_gate import FORMATS as FORMATS_BY_NAME
+from afina.engine.eight_gate import enter, prove_eight
 from afina.engine.engine import Engine
 from afina.model.attach import learning
 
@@ -80,3 +82,15 @@ def test_four_bits_are_held_in_eight_or_unpacked_for_each_use(form):
     for a, b, c in zip(found[False], found[True], exact, strict=True):
         assert torch.equal(a, b)
         assert cosine(a, c) > 0.9
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_the_gate_lets_through_what_holds(form):
+    model = perturbed(FAMILIES["llama"]()).float()
+    (batch,) = micro_batches(rows([20, 9, 31]), range(3), budget=1000, packing=True, pad_id=0)
+    engine = Engine(model)
+    before = [parameter.detach().clone() for parameter in engine.parameters]
+    print(prove_eight(engine, batch, FORMATS_BY_NAME[form]))
+    said = enter(engine, batch, form)
+    print(said)
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.parameters, strict=True))

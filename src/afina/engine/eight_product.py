@@ -12,17 +12,14 @@ base's as more columns of the same product, in two halves of e4m3, which is eigh
 INT8 has no such range: there, and where dropout makes the adapters' input another, the term is added afterwards.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
+from collections.abc import Callable
+from dataclasses import dataclass
 import torch
-from torch import nn
 
 from afina.engine import eight
 from afina.engine.eight import FP8, Format, Rows
 from afina.engine.elementwise import wide_product
-from afina.engine.products import Product, keep_mask
+from afina.engine.products import Product
 from afina.errors import ModelError
 from afina.language import _
 
@@ -69,7 +66,6 @@ class EightProduct(Product):
     units: torch.Tensor
     inverse: torch.Tensor
     ones: torch.Tensor
-    _fresh: bool = field(default=False)
 
     @classmethod
     def of(cls, exact: Product, form: Format, straight: Turned, turned: Turned, *, hold: bool = True) -> "EightProduct":
@@ -125,6 +121,12 @@ class EightProduct(Product):
 
     def hold(self) -> None:
         """They are held."""
+
+    def trial(self, tokens: int) -> Callable[[], object]:
+        """See Product."""
+        x = eight.quantise(self.like.new_zeros(tokens, self.k), Rows.empty(tokens, self.k, 0, self.form, self.like.device))
+        values, ones = torch.zeros(self.n, self.k, dtype=self.form.dtype, device=self.like.device), torch.ones_like(self.fold)
+        return lambda: eight.multiply(x, values, ones, self.like)
 
     def let_go(self) -> None:
         """Free the weights as they were, in the transformers model too, which cannot run any more."""

@@ -162,6 +162,14 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
     return replace(plan, rows_at_once=rows if cut else 0, bytes=int(needed), microseconds=microseconds)
 
 
+def room_to_hold(engine: "Engine", tokens: int, free_bytes: int) -> bool:
+    """Whether four-bit weights may be held in eight bits: that everything saved stays on the GPU nevertheless."""
+    products = [product for block in engine.blocks for product in block.products if product.packed]
+    packed = sum(weight.packed.numel() for product in products for _rows, weight in product.packed)
+    whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0), Rates(1.0, 1.0))
+    return whole.bytes + sum(product.n * product.k for product in products) - packed <= free_bytes
+
+
 def _made_again(name: str, block: "Block") -> int:
     """Multiply-adds for a token."""
     made_by = block.products[{"gate_up": -2, "z": 0, "qkv": 0, "h": 1}[name]]
@@ -173,8 +181,6 @@ def measure(engine: "Engine") -> Rates:
     if engine.device.type != "cuda":
         return Rates(1.0, 1.0)
     widest = max(engine.blocks[0].products, key=lambda product: product.n * product.k)
-    weight = torch.zeros(widest.n, widest.k, dtype=engine.dtype, device=engine.device)
-    x = torch.zeros(2048, widest.k, dtype=engine.dtype, device=engine.device)
     host = torch.empty(2**25, dtype=torch.uint8, pin_memory=True)
     here = torch.empty(2**25, dtype=torch.uint8, device=engine.device)
 
@@ -187,5 +193,5 @@ def measure(engine: "Engine") -> Rates:
         torch.cuda.synchronize()
         return (time.perf_counter() - started) / 3 * 1e6
 
-    products = x.shape[0] * weight.numel() / microseconds(lambda: torch.mm(x, weight.t()))
+    products = 2048 * widest.n * widest.k / microseconds(widest.trial(2048))
     return Rates(products, here.numel() / microseconds(lambda: host.copy_(here, non_blocking=True)))

@@ -130,6 +130,11 @@ class Product:
             for rows, weight in self.packed:
                 weight.fill(self.wide[rows, : self.k])
 
+    def trial(self, tokens: int) -> Callable[[], object]:
+        """A product as wide as this one, to be timed."""
+        x, weight = self.like.new_zeros(tokens, self.k), self.like.new_zeros(self.n, self.k)
+        return lambda: torch.mm(x, weight.t())
+
     def parameters(self) -> list[nn.Parameter]:
         """What learns, in the order in which `gradients` returns gradients."""
         found = [parameter for adapter in self.adapters for parameter in (adapter.a, adapter.b)]
