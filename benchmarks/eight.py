@@ -128,7 +128,8 @@ def kernels(tokens: int) -> None:
     gate_up, act8, d_act = draw(tokens, 2 * WIDE), rows_of(tokens, WIDE, 48), draw(tokens, WIDE)
     slopes, fold_up = rows_of(tokens, 2 * WIDE, 96), torch.rand(2 * WIDE, device="cuda")
     timed("swiglu", lambda: eight_kernels.swiglu_rows(gate_up, act8), 5 * tokens * WIDE)
-    timed("swiglu backward", lambda: eight_kernels.swiglu_backward_rows(d_act, gate_up, fold_up, slopes, act8),
+    known = eight_kernels.swiglu_rows(gate_up, act8)
+    timed("swiglu backward", lambda: eight.swiglu_backward_rows(d_act, gate_up, fold_up, known, slopes, act8),
           9 * tokens * WIDE)  # fmt: skip
     for name, (n, k_, r) in WIDTHS.items():
         inputs, outputs = rows_of(tokens, k_, 3 * r), rows_of(tokens, n, 3 * r)
@@ -175,12 +176,13 @@ def tiles(tokens: int) -> None:
     timed("turn by copy_", lambda: out.view(torch.uint8)[:, :n].copy_(weights.values.view(torch.uint8)[:, :k].t()), 2 * n * k)
     gate_up = torch.randn(tokens, n, device="cuda").bfloat16()
     d = torch.randn(tokens, WIDE, device="cuda").bfloat16()
-    before = eight_kernels.BACKWARD_CHUNK
-    for chunk in (2048, 8192, 16384):
-        eight_kernels.BACKWARD_CHUNK = chunk
-        timed(f"swiglu backward, {chunk} at a time",
-              lambda: eight_kernels.swiglu_backward_rows(d, gate_up, unfold, outputs, inputs), 9 * tokens * WIDE)  # fmt: skip
-    eight_kernels.BACKWARD_CHUNK = before
+    known = eight_kernels.swiglu_rows(gate_up, inputs)
+    before = eight_kernels.BACKWARD
+    for tile in ((2048, 8), (2048, 16), (4096, 16), (4096, 32), (8192, 32), (2048, 32)):
+        eight_kernels.BACKWARD = tile
+        timed(f"swiglu backward {tile}",
+              lambda: eight.swiglu_backward_rows(d, gate_up, unfold, known, outputs, inputs), 9 * tokens * WIDE)  # fmt: skip
+    eight_kernels.BACKWARD = before
 
 
 def main() -> None:

@@ -65,10 +65,11 @@ class Rows:
         """(rows, width), what the eight bits mean."""
         return self.values[:, : self.width].to(dtype) * self.scales[:, None].to(dtype)
 
-    def write(self, x: torch.Tensor, peak: float | None = None) -> None:
-        """Round x (rows, width) into place."""
+    def write(self, x: torch.Tensor, peak: float | None = None, magnitude: torch.Tensor | None = None) -> None:
+        """Round x (rows, width) into place; magnitude: (rows,) in place of the largest of each row."""
         wide = _wide(x)
-        scales = wide.abs().amax(1).clamp(min=TINY) / (peak or self.form.peak)
+        largest = wide.abs().amax(1) if magnitude is None else magnitude
+        scales = largest.clamp(min=TINY) / (peak or self.form.peak)
         self.scales.copy_(scales)
         self.values[:, : self.width] = self.form.round(wide / scales[:, None])
 
@@ -122,32 +123,47 @@ def norm_backward_rows(
         to.write(found * fold)
 
 
-def swiglu_rows(gate_up: torch.Tensor, to: Rows) -> Rows:
-    """silu(gate) * up. gate_up: (rows, 2 width)."""
+def swiglu_rows(gate_up: torch.Tensor, to: Rows) -> torch.Tensor:
+    """silu(gate) * up. gate_up: (rows, 2 width). Returns what `swiglu_backward_rows` needs of each row, (3, rows) fp32:
+    the scale, and the largest magnitudes of silu(gate) and of up.
+    """
     if gate_up.is_cuda:
         from afina.engine import eight_kernels
 
         return eight_kernels.swiglu_rows(gate_up, to)
     gate, up = _wide(gate_up).chunk(2, dim=1)
-    to.write(torch.nn.functional.silu(gate) * up)
-    return to
+    silu = torch.nn.functional.silu(gate)
+    to.write(silu * up)
+    return torch.stack([to.scales, silu.abs().amax(1), up.abs().amax(1)]).float()
 
 
-def swiglu_backward_rows(d: torch.Tensor, gate_up: torch.Tensor, fold: torch.Tensor, to: Rows, again: Rows) -> None:
+def swiglu_backward_rows(
+    d: torch.Tensor, gate_up: torch.Tensor, fold: torch.Tensor, known: torch.Tensor, to: Rows, again: Rows
+) -> None:
     """The gradient of gate and up, times `fold` (2 width,), into `to`; the forward's output into `again`.
 
-    d: (rows, width); gate_up: (rows, 2 width).
+    d: (rows, width); gate_up: (rows, 2 width); known: what `swiglu_rows` returned. e4m3 takes a bound for the largest
+    of a row, from those of its factors: a few times too large costs it nothing, and a pass over the row is spared.
     """
+    largest = fold.view(2, -1).amax(1) if to.form.dtype != torch.int8 else None
     if gate_up.is_cuda:
         from afina.engine import eight_kernels
 
-        eight_kernels.swiglu_backward_rows(d, gate_up, fold, to, again)
+        eight_kernels.swiglu_backward_rows(d, gate_up, fold, largest, known, to, again)
         return
     wide = _wide(gate_up)
     slopes, act = torch.empty_like(wide), _wide(d).clone()
     swiglu_backward(act, wide, slopes)
-    to.write(slopes * fold)
-    again.write(act)
+    if largest is None:
+        to.write(slopes * fold)
+    else:
+        most = torch.maximum(SILU_SLOPE * known[2] * largest[0], known[1] * largest[1])
+        to.write(slopes * fold, magnitude=_wide(d).abs().amax(1) * most)
+    again.write(act, magnitude=known[0] * again.form.peak)
+
+
+SILU_SLOPE = 1.1
+"""The largest slope of silu is 1.0998."""
 
 
 def gather_rotated_rows(

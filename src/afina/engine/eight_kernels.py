@@ -1,7 +1,8 @@
 """The Triton twins of eight.py: one pass over memory each. Imported on a GPU only.
 
 Rows are quantised by the program that makes them: it must have seen the whole row before it knows the scale. SwiGLU's
-backward, whose row does not fit into registers, goes over it twice, the second time out of the L2 cache.
+backward, whose row does not fit into registers, goes over the incoming gradient twice (for INT8 over all of it), the
+second time out of the L2 cache.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from afina.engine.nf4 import Nf4
 
 TINY = tl.constexpr(1e-30)
-BACKWARD_CHUNK = 4096
-"""Columns of SwiGLU's backward that are in registers at a time."""
+PAD = tl.constexpr(128)
+BACKWARD = (2048, 8)
+"""Columns of SwiGLU's backward that are in registers at a time, and warps."""
 
 
 def quantise(x: torch.Tensor, to: "Rows", fold: torch.Tensor | None, peak: float) -> "Rows":
@@ -144,32 +146,49 @@ def _norm_backward_rows(
         _write(found, d + row * d_stride + columns, d_scales + row, peak, inside)
 
 
-def swiglu_rows(gate_up: torch.Tensor, to: "Rows") -> "Rows":
+def swiglu_rows(gate_up: torch.Tensor, to: "Rows") -> torch.Tensor:
     """See eight.swiglu_rows."""
-    block = triton.next_power_of_2(to.width)
-    _swiglu_rows[(gate_up.shape[0],)](
-        gate_up, gate_up.stride(0), to.values, to.values.stride(0), to.scales, to.width, to.form.peak, block,
+    rows, block = gate_up.shape[0], triton.next_power_of_2(to.width)
+    known = torch.empty(3, rows, dtype=torch.float32, device=gate_up.device)
+    _swiglu_rows[(rows,)](
+        gate_up, gate_up.stride(0), to.values, to.values.stride(0), to.scales, known, rows, to.width, to.form.peak, block,
         num_warps=_warps(block),
     )  # fmt: skip
-    return to
+    return known
 
 
 @triton.jit
-def _swiglu_rows(gate_up, gate_up_stride, out, out_stride, scales, width, peak, BLOCK: tl.constexpr):
+def _swiglu_rows(gate_up, gate_up_stride, out, out_stride, scales, known, rows, width, peak, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     gate = tl.load(gate_up + row * gate_up_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * gate_up_stride + width + columns, mask=inside, other=0.0).to(tl.float32)
-    _write(gate * tl.sigmoid(gate) * up, out + row * out_stride + columns, scales + row, peak, inside)
+    silu = gate * tl.sigmoid(gate)
+    tl.store(known + rows + row, tl.max(tl.abs(silu), axis=0))
+    tl.store(known + 2 * rows + row, tl.max(tl.abs(up), axis=0))
+    value = silu * up
+    scale = _scale(tl.max(tl.abs(value), axis=0), tl.sum(value * 0.0, axis=0), peak)
+    tl.store(known + row, scale)
+    tl.store(scales + row, scale)
+    tl.store(out + row * out_stride + columns, _rounded(value / scale, out.dtype.element_ty), mask=inside)
 
 
-def swiglu_backward_rows(d: torch.Tensor, gate_up: torch.Tensor, fold: torch.Tensor, to: "Rows", again: "Rows") -> None:
-    """See eight.swiglu_backward_rows."""
-    block = min(BACKWARD_CHUNK, triton.next_power_of_2(again.width))
-    _swiglu_backward_rows[(d.shape[0],)](
-        d, d.stride(0), gate_up, gate_up.stride(0), fold, to.values, to.values.stride(0), to.scales,
-        again.values, again.values.stride(0), again.scales, again.width, to.form.peak, block, num_warps=_warps(block) * 2,
+def swiglu_backward_rows(
+    d: torch.Tensor,
+    gate_up: torch.Tensor,
+    fold: torch.Tensor,
+    largest: torch.Tensor | None,
+    known: torch.Tensor,
+    to: "Rows",
+    again: "Rows",
+) -> None:
+    """See eight.swiglu_backward_rows; largest: (2,) of `fold` for gate and up, None to look through the row."""
+    rows, block = d.shape[0], min(BACKWARD[0], triton.next_power_of_2(again.width))
+    _swiglu_backward_rows[(rows,)](
+        d, d.stride(0), gate_up, gate_up.stride(0), fold, known if largest is None else largest, known, known.stride(0),
+        to.values, to.values.stride(0), to.scales, again.values, again.values.stride(0), again.scales, again.width,
+        to.form.peak, block, largest is not None, num_warps=BACKWARD[1],
     )  # fmt: skip
 
 
@@ -188,8 +207,8 @@ def _swiglu_slopes(d, gate_up, fold, width, columns):
 
 @triton.jit
 def _swiglu_backward_rows(
-    d, d_stride, gate_up, gate_up_stride, fold, out, out_stride, scales, again, again_stride, again_scales, width, peak,
-    BLOCK: tl.constexpr,
+    d, d_stride, gate_up, gate_up_stride, fold, fold_largest, known, known_stride, out, out_stride, scales,
+    again, again_stride, again_scales, width, peak, BLOCK: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d += row * d_stride
@@ -197,16 +216,22 @@ def _swiglu_backward_rows(
     out += row * out_stride
     again += row * again_stride
     largest = tl.zeros((BLOCK,), tl.float32)
-    largest_act = tl.zeros((BLOCK,), tl.float32)
     nothing = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
-        d_gate, d_up, act, inside = _swiglu_slopes(d, gate_up, fold, width, start + tl.arange(0, BLOCK))
-        largest = tl.maximum(largest, tl.maximum(tl.abs(d_gate), tl.abs(d_up)))
-        largest_act = tl.maximum(largest_act, tl.abs(act))
-        nothing += (d_gate + d_up + act) * 0.0
-    none = tl.sum(nothing, axis=0)
-    scale = _scale(tl.max(largest, axis=0), none, peak)
-    scale_act = _scale(tl.max(largest_act, axis=0), none, peak)
+        columns = start + tl.arange(0, BLOCK)
+        if BOUNDED:
+            slope = tl.load(d + columns, mask=columns < width, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(slope))
+            nothing += slope * 0.0
+        else:
+            d_gate, d_up, act, inside = _swiglu_slopes(d, gate_up, fold, width, columns)
+            largest = tl.maximum(largest, tl.maximum(tl.abs(d_gate), tl.abs(d_up)))
+            nothing += (d_gate + d_up) * 0.0
+    most = tl.max(largest, axis=0)
+    if BOUNDED:
+        of_gate = 1.1 * tl.load(known + 2 * known_stride + row) * tl.load(fold_largest)
+        most = most * tl.maximum(of_gate, tl.load(known + known_stride + row) * tl.load(fold_largest + 1))
+    scale, scale_act = _scale(most, tl.sum(nothing, axis=0), peak), tl.load(known + row)
     tl.store(scales + row, scale)
     tl.store(again_scales + row, scale_act)
     by, by_act = 1.0 / scale, 1.0 / scale_act
@@ -224,11 +249,13 @@ def gather_rotated_rows(
     """See eight.gather_rotated_rows."""
     q, k, v = d_heads
     length, heads, width = q.shape[1:]
-    block, group = triton.next_power_of_2(width), triton.next_power_of_2(heads + 2 * k.shape[2])
+    half, group = cos.shape[1], triton.next_power_of_2(heads + 2 * k.shape[2])
+    block, block_rest = triton.next_power_of_2(half), triton.next_power_of_2(max(1, width - 2 * half))
     _gather_rotated_rows[(cos.shape[0],)](
         q, q.stride(0), q.stride(1), q.stride(2), k, k.stride(0), k.stride(1), k.stride(2),
         v, v.stride(0), v.stride(1), v.stride(2), cos, sin, fold, to.values, to.values.stride(0), to.scales, length,
-        heads, k.shape[2], width, cos.shape[1], to.form.peak, group, block, num_warps=_warps(group * block),
+        heads, k.shape[2], width, half, to.form.peak, group, block, block_rest, width > 2 * half,
+        num_warps=_warps(group * block),
     )  # fmt: skip
     return to
 
@@ -237,35 +264,42 @@ def gather_rotated_rows(
 def _gather_rotated_rows(
     q, q_sample, q_token, q_head, k, k_sample, k_token, k_head, v, v_sample, v_token, v_head,
     cos, sin, fold, out, out_stride, scales, length, heads, kv_heads, width, half, peak,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr, HAS_REST: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     sample, place = token // length, token % length
     head = tl.arange(0, GROUP)[:, None]
+    of_q = q + sample * q_sample + place * q_token + head * q_head
+    of_k = k + sample * k_sample + place * k_token + (head - heads) * k_head
+    of_v = v + sample * v_sample + place * v_token + (head - heads - kv_heads) * v_head
+    source = tl.where(head < heads, of_q, tl.where(head < heads + kv_heads, of_k, of_v))
+    known = head < heads + 2 * kv_heads
     column = tl.arange(0, BLOCK)[None, :]
-    is_q, is_k = head < heads, (head >= heads) & (head < heads + kv_heads)
-    is_v = (head >= heads + kv_heads) & (head < heads + 2 * kv_heads)
-    inside, turns = column < width, (column < 2 * half) & (head < heads + kv_heads)
-    other = tl.where(column < half, column + half, column - half)  # what a turned column is turned against
-    from_q = q + sample * q_sample + place * q_token + head * q_head
-    from_k = k + sample * k_sample + place * k_token + (head - heads) * k_head
-    from_v = v + sample * v_sample + place * v_token + (head - heads - kv_heads) * v_head
-    own = tl.load(from_q + column, mask=is_q & inside, other=0.0).to(tl.float32)
-    own += tl.load(from_k + column, mask=is_k & inside, other=0.0).to(tl.float32)
-    own += tl.load(from_v + column, mask=is_v & inside, other=0.0).to(tl.float32)
-    against = tl.load(from_q + other, mask=is_q & turns, other=0.0).to(tl.float32)
-    against += tl.load(from_k + other, mask=is_k & turns, other=0.0).to(tl.float32)
-    angle = tl.where(column < half, column, column - half)
-    c = tl.load(cos + token * half + angle, mask=turns, other=1.0)
-    s = tl.load(sin + token * half + angle, mask=turns, other=0.0)
-    found = own * c + tl.where(column < half, against, -against) * s
-    written = (is_q | is_k | is_v) & inside
-    found = found * tl.load(fold + head * width + column, mask=written, other=0.0)
-    scale = _scale(tl.max(tl.max(tl.abs(found), axis=1), axis=0), tl.sum(tl.sum(found * 0.0, axis=1), axis=0), peak)
+    inside = known & (column < half)
+    first = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + half + column, mask=inside, other=0.0).to(tl.float32)
+    turns = inside & (head < heads + kv_heads)
+    c = tl.load(cos + token * half + column, mask=turns, other=1.0)
+    s = tl.load(sin + token * half + column, mask=turns, other=0.0)
+    by = fold + head * width + column
+    one = (first * c + second * s) * tl.load(by, mask=inside, other=0.0)
+    two = (second * c - first * s) * tl.load(by + half, mask=inside, other=0.0)
+    largest = tl.max(tl.max(tl.maximum(tl.abs(one), tl.abs(two)), axis=1), axis=0)
+    nothing = tl.sum(tl.sum((one + two) * 0.0, axis=1), axis=0)
+    at = out + token * out_stride + head * width
+    if HAS_REST:
+        behind = 2 * half + tl.arange(0, BLOCK_REST)[None, :]
+        there = known & (behind < width)
+        rest = tl.load(source + behind, mask=there, other=0.0).to(tl.float32)
+        rest = rest * tl.load(fold + head * width + behind, mask=there, other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.max(tl.abs(rest), axis=1), axis=0))
+        nothing += tl.sum(tl.sum(rest * 0.0, axis=1), axis=0)
+    scale = _scale(largest, nothing, peak)
     tl.store(scales + token, scale)
-    tl.store(
-        out + token * out_stride + head * width + column, _rounded(found / scale, out.dtype.element_ty), mask=written
-    )
+    tl.store(at + column, _rounded(one / scale, out.dtype.element_ty), mask=inside)
+    tl.store(at + half + column, _rounded(two / scale, out.dtype.element_ty), mask=inside)
+    if HAS_REST:
+        tl.store(at + behind, _rounded(rest / scale, out.dtype.element_ty), mask=there)
 
 
 def inward(
@@ -315,8 +349,9 @@ def _inward(
         tl.store(at, high, mask=known)
         tl.store(at + r, rest, mask=known)
         tl.store(at + 2 * r, high, mask=known)
-        behind = width + 3 * r + rank[None, :]
-        tl.store(x + row[:, None] * x_stride + behind, high, mask=(row[:, None] < rows) & (behind < whole))
+        behind = width + 3 * r + tl.arange(0, PAD)[None, :]
+        nothing = tl.zeros((BLOCK_T, PAD), tl.float32).to(x.dtype.element_ty)
+        tl.store(x + row[:, None] * x_stride + behind, nothing, mask=(row[:, None] < rows) & (behind < whole))
 
 
 def outward(x: "Rows", low: torch.Tensor) -> torch.Tensor:
@@ -363,7 +398,7 @@ def append_up(weights: "Rows", up: torch.Tensor, unit: torch.Tensor) -> None:
     """See eight.append_up."""
     rows, r = up.shape
     block = triton.next_power_of_2(r)
-    group = max(1, 2048 // block)
+    group = max(1, 2048 // max(block, 128))
     _append_up[(triton.cdiv(rows, group),)](
         weights.values, weights.values.stride(0), weights.scales, up, up.stride(0), rows, weights.width,
         weights.values.shape[1], r, unit, weights.form.largest, group, block, num_warps=4,
@@ -387,9 +422,9 @@ def _append_up(
     tl.store(at, high, mask=known)
     tl.store(at + r, high, mask=known)
     tl.store(at + 2 * r, rest, mask=known)
-    behind = width + 3 * r + rank
-    zero = tl.zeros((GROUP, BLOCK), tl.float32).to(values.dtype.element_ty)
-    tl.store(values + row * stride + behind, zero, mask=(row < rows) & (behind < whole))
+    behind = width + 3 * r + tl.arange(0, PAD)[None, :]
+    nothing = tl.zeros((GROUP, PAD), tl.float32).to(values.dtype.element_ty)
+    tl.store(values + row * stride + behind, nothing, mask=(row < rows) & (behind < whole))
 
 
 def turn(weights: "Rows", out: torch.Tensor) -> torch.Tensor:
@@ -421,7 +456,7 @@ def append_down(out: torch.Tensor, rows: int, down: torch.Tensor, unit: torch.Te
     """See eight.append_down."""
     r, width = down.shape
     block = triton.next_power_of_2(r)
-    group = max(1, 2048 // block)
+    group = max(1, 2048 // max(block, 128))
     _append_down[(triton.cdiv(width, group),)](
         out, out.stride(0), down, down.stride(0), rows, width, out.shape[1], r, unit, largest, group, block, num_warps=4
     )
@@ -442,9 +477,9 @@ def _append_down(
     tl.store(at, high, mask=known)
     tl.store(at + r, high, mask=known)
     tl.store(at + 2 * r, rest, mask=known)
-    behind = rows + 3 * r + rank
-    zero = tl.zeros((GROUP, BLOCK), tl.float32).to(out.dtype.element_ty)
-    tl.store(out + column * stride + behind, zero, mask=(column < width) & (behind < whole))
+    behind = rows + 3 * r + tl.arange(0, PAD)[None, :]
+    nothing = tl.zeros((GROUP, PAD), tl.float32).to(out.dtype.element_ty)
+    tl.store(out + column * stride + behind, nothing, mask=(column < width) & (behind < whole))
 
 
 def unpack(weight: "Nf4", scales: torch.Tensor, out: torch.Tensor, turned: bool) -> None:

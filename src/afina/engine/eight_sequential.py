@@ -39,14 +39,17 @@ class EightSequential(Sequential):
             eight.norm_rows(x[rows], self.norm_mlp, n, of_o[rows], h[rows])
             low_gate_up = self.gate_up.low(n, self.seed(at, self.gate_up))
             gate_up = self.gate_up.through(n, low_gate_up, self.seed(at, self.gate_up))
-            act = eight.swiglu_rows(gate_up, self.down.inputs(gate_up.shape[0]))
+            act = self.down.inputs(gate_up.shape[0])
+            known = eight.swiglu_rows(gate_up, act)
             low_down = self.down.low(act, self.seed(at, self.down))
             torch.add(h[rows], self.down.through(act, low_down, self.seed(at, self.down)), out=y[rows])
-            lows.append((low_gate_up, low_down))
+            lows.append((low_gate_up, low_down, known.t()))
         if not save:
             return y, None
-        low_gate_up, low_down = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*lows, strict=True))
-        of = {"qkv": low_qkv, "o": low_o, "gate_up": low_gate_up, "down": low_down}
+        low_gate_up, low_down, known = (
+            torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*lows, strict=True)
+        )
+        of = {"qkv": low_qkv, "o": low_o, "gate_up": low_gate_up, "down": low_down, "swiglu": known}
         return y, self.keep(attended, of, x=x, qkv=qkv, h=h, gate_up=gate_up if keeps_gate_up else None)
 
     def backward(
@@ -110,7 +113,8 @@ class EightSequential(Sequential):
             d_low = self.down.d_low(d8, seeds[1])
             d_act = self.down.back(d8, d_low, seeds[1])
             slopes, act = self.gate_up.slopes(tokens), self.down.inputs(tokens)
-            eight.swiglu_backward_rows(d_act, made, self.gate_up.fold, slopes, act)
+            known = saved.lows["swiglu"][rows].t().contiguous()
+            eight.swiglu_backward_rows(d_act, made, self.gate_up.fold, known, slopes, act)
             del d_act, made
             of_down = added(of_down, self.down.of_adapters(d8, d_low, act, saved.lows["down"][rows], seeds[1]))
             del d8, act
