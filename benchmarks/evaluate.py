@@ -138,7 +138,7 @@ def on_cpu(count: int, new: int) -> None:
     report("bundled base, bundled prompts", count, tokens, seconds, equal, new=new, threads=torch.get_num_threads())
 
 
-def on_gpu(count: int, new: int) -> None:
+def on_gpu(count: int, new: int, at_once_of_theirs: list[int]) -> None:
     device = torch.device("cuda")
     torch.manual_seed(0)
     with device:
@@ -149,16 +149,17 @@ def on_gpu(count: int, new: int) -> None:
     prompts = [[dice.randrange(3, 128_000) for _token in range(length)] for length in gsm8k_lengths(count)]
     seconds, found = {}, {}
     ours(model, prompts[:8], 4, ())
-    for name, at_once in (("afina", 0), ("generate, 512 at once", 512), ("generate, 256 at once", 256)):
+    for name, at_once in (("afina", 0), *((f"generate, {many} at once", many) for many in at_once_of_theirs)):
         write = (
             (lambda: ours(model, prompts, new, ()))
             if not at_once
             else (lambda at_once=at_once: theirs(model, prompts, new, (), at_once))
         )
         found[name], seconds[name] = measured(write, device)
+        print(f"{name}: {seconds[name]:.2f} s", flush=True)
     first = found["afina"]
     # In bf16 two batchings round differently, and greedy answers part where two tokens are nearly as likely.
-    same = sum(one[:8] == two[:8] for one, two in zip(first, found["generate, 512 at once"], strict=True))
+    same = sum(one[:8] == two[:8] for one, two in zip(first, list(found.values())[1], strict=True))
     tokens = sum(map(len, first))
     gpu = torch.cuda.get_device_name(device)
     peak = torch.cuda.max_memory_allocated(device)
@@ -170,9 +171,10 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--samples", type=int, default=0)
     parser.add_argument("--new", type=int, default=0)
+    parser.add_argument("--at-once", type=int, nargs="+", default=[512, 256], help="prompts of transformers' batches")
     given = parser.parse_args()
     if given.gpu:
-        on_gpu(given.samples or 1000, given.new or 128)
+        on_gpu(given.samples or 1000, given.new or 128, given.at_once)
     else:
         on_cpu(given.samples or 500, given.new or 48)
 

@@ -31,6 +31,7 @@ DOORS = {
         "model/attention.py",
         "model/generate.py",
         "model/decode.py",
+        "model/fixed.py",
         "engine/attention.py",
         "data/tokenizer.py",
         "model/translator.py",

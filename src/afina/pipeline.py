@@ -52,6 +52,7 @@ def train(
     with durable.claim(place):
         refuse_other_recipe(place, wanted)
 
+        from afina.evaluate.during import while_training
         from afina.evaluate.plot import loss_curve  # after what fails at once: these load torch, which takes seconds
         from afina.evaluate.report import draw
         from afina.export.card import model_card
@@ -62,7 +63,7 @@ def train(
         console.heading(_("Training {name}").format(name=wanted.name))
         base = _base(wanted, folder)
         with places_told(Path(recipe), overrides):
-            facts = train_run(wanted, folder, place, console, base)
+            facts = train_run(wanted, folder, place, console, base, while_training(wanted, folder))
         durable.write_text(place / "recipe.yaml", dump(wanted))
         durable.write_bytes(place / "loss.png", loss_curve(metrics_of(place)))
         durable.write_text(place / "README.md", model_card(wanted, facts, versions()))

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from small import llama
 
 from afina.errors import ModelError
-from afina.model import decode
-from afina.model.decode import Continuation, _Row, _Settings, _write_static, write_all
+from afina.model import decode, fixed
+from afina.model.decode import Continuation, write_all
+from afina.model.fixed import write_fixed
 from afina.model.generate import generate
+from afina.model.rows import Row, Settings
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [44, 2, 13], [60, 61], [17] * 25, [9, 9, 9, 1]]
 
@@ -43,10 +45,31 @@ def test_any_batch_writes_what_each_prompt_would_alone(prompts, new):
 def test_fixed_memory_writes_the_same(model):
     """The path of the GPU, its graph left out: rows leave, memory shrinks, masks hold."""
     for ends in ((2, 31), tuple(range(20, 40))):
-        rows = [_Row(place, list(ids), 0, room=20) for place, ids in enumerate(PROMPTS)]
+        rows = [Row(place, list(ids), 0, room=20) for place, ids in enumerate(PROMPTS)]
         with torch.inference_mode():
-            _write_static(model, rows, _Settings(frozenset(ends), 0, 0.0))
+            write_fixed(model, rows, Settings(frozenset(ends), 0, 0.0))
         assert [row.ids for row in rows] == one_by_one(model, PROMPTS, ends)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "head_dim": 16}])
+def test_graphs_on_a_gpu_write_the_same(changes):
+    """Rows that end at different steps, graphs made anew for those that are left, prompts read in several parts."""
+    model = llama(4, vocab_size=64, **changes).cuda().double()
+    dice = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 40, (60,), generator=dice).tolist()
+    prompts = [torch.randint(3, 64, (length,), generator=dice).tolist() for length in lengths]
+    for ends in ((), (2, 31), tuple(range(20, 40))):
+        found = [one.ids for one in written(model, prompts, end_ids=ends, max_new_tokens=40)]
+        assert found == one_by_one(model, prompts, ends, 40)
+
+
+def test_prompts_are_read_in_parts(model, monkeypatch):
+    monkeypatch.setattr(fixed, "READ_AT_ONCE", 12)
+    rows = [Row(place, list(ids), 0, room=20) for place, ids in enumerate(sorted(PROMPTS, key=len, reverse=True))]
+    with torch.inference_mode():
+        write_fixed(model, rows, Settings(frozenset((2, 31)), 0, 0.0))
+    assert [row.ids for row in rows] == one_by_one(model, sorted(PROMPTS, key=len, reverse=True))
 
 
 def test_little_memory_means_more_batches_and_the_same_answers(model, monkeypatch):

@@ -19,6 +19,7 @@ from afina.recipe.schema import Lora, Training
 from afina.train.best import weights_of
 from afina.train.checkpoint import snapshot
 from afina.train.keeper import Keeper
+from afina.train.looking import Asking
 from afina.train.loop import train
 from afina.train.memory import Room
 from afina.train.record import Record
@@ -59,10 +60,12 @@ def sit(
     criterion=None,
     fault_in_validation=lambda step, batches: None,
     prepare=lambda model, state: None,
+    ask=None,
+    ask_after=(),
 ):
     """Train, or go on; returns what must not depend on where it was stopped. `fault(step, batch, loss)` may spoil.
 
-    `measured`: the validation loss after each step of it.
+    `measured`: the validation loss after each step of it. `ask(step)`: what the tasks say after steps of `ask_after`.
     """
     order, room = Order(len(SAMPLES), 4, 100.0, 7), Room(80)
     training = training or Training(learning_rate=1e-2, warmup=0, schedule="constant", checkpoint_minutes=1e-9)
@@ -93,6 +96,7 @@ def sit(
         {},
         criterion,
         held_out_samples=20,
+        asking=Asking(lambda: ask(state.step), 3, frozenset(ask_after)),
     )
     with closing(Record(place)) as record, console.progress("x", 1) as progress, Stop().handled() as stop:
         session = Sitting(plan, console, progress, record, Keeper(place / "c", RUN, training, console.warn), stop, room)
@@ -108,7 +112,7 @@ def sit(
             hardware=hardware,
             loss_fn=loss_fn,
             follower=session,
-            validate_after=plan.validate_after,
+            validate_after=plan.validate_after | plan.asking.after,
         )
         last = hashlib.sha256(save(snapshot(state))).hexdigest()
         digest = session.finish(state)

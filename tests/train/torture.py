@@ -32,6 +32,14 @@ VARIANTS = {
     "pissa-lion": ["method.init=pissa", "training.optimizer=lion", "training.learning_rate=1e-3"],
     "prompt-adafactor": ["method={name: prompt-tuning}", "training.optimizer=adafactor", "training.learning_rate=0.05"],
     "muon-tokens": ["method={name: full}", "training.optimizer=muon", "training.batch_tokens=300"],
+    "asked-meanwhile": [
+        "method.dropout=0.1",
+        "tasks=[{name: said, kind: exact, data: test.jsonl, max_new_tokens: 4},"
+        " {name: label, kind: classification, data: test.jsonl, labels: [good, bad]}]",
+        "training.evaluate=[label, said]",
+        "training.evaluations=12",
+        "training.best_by=said",
+    ],
     "dora-noise": ["method.dora=true", "training.neftune_alpha=5", "training.gradient_checkpointing=true"],
 }
 HUNG_S = 180

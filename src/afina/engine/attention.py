@@ -5,7 +5,7 @@ gathered into padded groups; causal attention never looks at padding on the righ
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from afina.model.attention import attending
 from afina.model.virtual import is_prefix
 
 NAME = "afina_packed"
@@ -38,16 +39,8 @@ def covers(model: nn.Module) -> bool:
 @contextmanager
 def packed_attention(model: nn.Module, on: bool = True) -> Iterator[None]:
     """Inside the block every batch must be packed: transformers then builds no mask and calls `_attend`."""
-    if not on:
+    with attending(model, NAME) if on else nullcontext():
         yield
-        return
-    config: Any = model.config
-    before = config._attn_implementation
-    model.set_attn_implementation(NAME)  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)  # type: ignore[operator]
 
 
 def _attend(

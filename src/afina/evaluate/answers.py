@@ -20,14 +20,14 @@ FILE = "answers.jsonl"
 
 
 class Answers:
-    """The answers in one file; opened for writing with the first new one."""
+    """The answers in one file, opened for writing with the first new one; without a file, none outlives this object."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path | None) -> None:
         self._file = file
         self._log: Log | None = None
         self._known: dict[str, Answer] = {}
         self._facts: dict[str, dict[str, Any]] = {}
-        for line in file.read_bytes().split(b"\n") if file.is_file() else ():
+        for line in file.read_bytes().split(b"\n") if file is not None and file.is_file() else ():
             try:
                 row = json.loads(line)
                 if "facts" in row:
@@ -68,6 +68,8 @@ class Answers:
         return after
 
     def _append(self, row: dict[str, Any]) -> None:
+        if self._file is None:
+            return
         if self._log is None:
             self._log = Log(self._file)
         self._log.append(row)

@@ -40,6 +40,11 @@ PALETTE = {
 }
 """Roles and their colours on white; the report shows the same roles on dark paper."""
 
+SERIES = ("tuned", "warm", "made", "muted", "base")
+"""The colours of several lines of like rank."""
+FREE = ("perplexity",)
+"""Measures that are no shares of 1."""
+
 BAR = 0.38
 """From one bar to the next, where 1 is 0.78 inches."""
 WIDE, NARROW = 7.5, 3.75
@@ -87,14 +92,19 @@ _STYLE = {
 def loss_curve(metrics: Sequence[Mapping[str, Any]], *, fmt: Format = "png", width: float = WIDE) -> bytes:
     """Loss against optimiser step, raw (faint) and smoothed, with the validation points; below it the learning rate.
 
+    Between them, where tasks were asked while it trained, their figures that are shares, with 95% intervals.
     `metrics` are the records of metrics.jsonl. Values that are no finite numbers leave a gap. `width` is in inches.
     """
+    asked = [record for record in metrics if record.get("kind") == "evaluation" and record.get("measure") not in FREE]
     with _styled():
-        figure = Figure(figsize=(width, 3.7), layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-        _draw_loss(upper, metrics, wide=width >= WIDE)
-        _draw_rate(lower, metrics)
-        figure.align_ylabels([upper, lower])
+        heights = [4, 2.4, 1] if asked else [4, 1]
+        figure = Figure(figsize=(width, 0.74 * sum(heights)), layout="constrained")
+        panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+        _draw_loss(panels[0], metrics, wide=width >= WIDE)
+        if asked:
+            _draw_asked(panels[1], asked)
+        _draw_rate(panels[-1], metrics)
+        figure.align_ylabels(panels)
         return _bytes(figure, fmt)
 
 
@@ -228,6 +238,26 @@ def _draw_loss(axes: Axes, metrics: Sequence[Mapping[str, Any]], *, wide: bool) 
         handlelength=1.5,
         borderpad=0,
     )
+
+
+def _draw_asked(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
+    """A line a task, with the interval of each point."""
+    names = list(dict.fromkeys(str(record.get("task", "")) for record in records))
+    for number, name in enumerate(names):
+        mine = [record for record in records if str(record.get("task", "")) == name]
+        steps, values = _series(mine, "evaluation", "value")
+        colour = PALETTE[SERIES[number % len(SERIES)]]
+        for step, record in zip(steps, mine, strict=True):
+            low, high = (_finite(end) for end in record.get("interval") or (None, None))
+            axes.plot([step, step], [low, high], color=colour, linewidth=0.8, alpha=0.6)
+        axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=_short(name))
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _place: f"{share:.0%}"))
+    axes.set_ylabel(_("Tasks"))
+    axes.grid(axis="y")
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.2, handlelength=1.5, borderpad=0)
 
 
 def _from_zero(axes: Axes, values: Sequence[float]) -> None:

@@ -5,6 +5,8 @@ and become no number. Here they are fp32, some queries at a time, and made again
 scores of a whole layer. Windows and padding come as a mask, as in transformers.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,18 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 NAME = "afina_careful"
 SCORES_AT_ONCE = 2**25
 """Scores held at a time: 128 MiB in fp32."""
+
+
+@contextmanager
+def attending(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside the block transformers computes this model's attention by what is registered as `name`."""
+    config: Any = model.config
+    before = config._attn_implementation
+    model.set_attn_implementation(name)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)  # type: ignore[operator]
 
 
 def attend(

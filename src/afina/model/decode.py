@@ -6,18 +6,20 @@ elsewhere the cache grows, and rows that are done are taken out of it. Knows no 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 from afina.errors import ModelError
 from afina.language import _
+from afina.model.fixed import can_be_fixed, write_fixed
 from afina.model.generate import generate
 from afina.model.load import cache_bytes, limit_of
+from afina.model.rows import Grammar, Row, Settings, device_of, next_logits, padded
 
 CACHE_AT_ONCE = {"cpu": 2**28, "cuda": 2**33}
 """Bytes that keys and values of the answers being written may take together, where the free memory is not known."""
@@ -27,10 +29,6 @@ PROMPTS_AT_ONCE = {"cpu": 128, "cuda": 512}
 """Beyond these a step takes as much longer as it holds more rows."""
 LEAVING = 0.125
 """Share of rows that must be done before they are taken out of a growing cache: taking out copies it."""
-LOOKED_AFTER = 8
-"""Steps of a CUDA graph between two looks at which rows are done: a look waits for the GPU."""
-FEWER = 0.5
-"""Share of a graph's rows that may be idle before it is made anew for those that are left."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +39,6 @@ class Continuation:
     ids: list[int]
     ended: bool
     seconds: float
-
-
-class Grammar(Protocol):
-    """What one answer may still be."""
-
-    def allowed(self) -> torch.Tensor:
-        """(vocabulary,) bool on the CPU: tokens that may come next; the end among them where it may end."""
-        ...
-
-    def take(self, index: int) -> None:
-        """This token was chosen."""
-        ...
 
 
 @torch.inference_mode()
@@ -81,89 +67,66 @@ def write_all(
                     length=len(prompt), limit=limit or "-"
                 )
             )
-    for group in _groups(model, prompts, max_new_tokens, limit):
+    settings = Settings(frozenset(end_ids), pad_id, temperature)
+    # Neighbours in length; the longest first, so that a model that does not fit says so at once.
+    order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
+    most = PROMPTS_AT_ONCE.get(device_of(model).type, PROMPTS_AT_ONCE["cpu"])
+    while order:
         began = time.perf_counter()
-        rows = [_Row(place, list(prompts[place]), seeds[place] if seeds else 0) for place in group]
+        width = len(prompts[order[0]]) + max_new_tokens
+        group = order[: min(most, _fitting(model, min(width, limit) if limit else width))]
+        rows = [Row(place, list(prompts[place]), seeds[place] if seeds else 0) for place in group]
         for row in rows:
             room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(row.prompt))
             row.room, row.grammar = room, grammar() if grammar else None
-        settings = _Settings(frozenset(end_ids), pad_id, temperature)
-        if _learns_prompts(model):
-            _write_plain(model, rows, settings, max_new_tokens)
-        elif _device(model).type == "cuda" and grammar is None and temperature == 0 and _can_be_static(model):
-            _write_static(model, rows, settings)
-        else:
-            _write_growing(model, rows, settings)
+        if not _write(model, rows, settings, max_new_tokens):
+            most = max(1, len(rows) // 2)
+            continue
         share = (time.perf_counter() - began) / len(rows)
         for row in rows:
             on_answer(row.place, Continuation(row.ids, row.ended, share))
+        order = order[len(group) :]
 
 
-@dataclass
-class _Row:
-    place: int
-    prompt: list[int]
-    seed: int
-    room: int = 0
-    grammar: Grammar | None = None
-    ended: bool = False
-
-    def __post_init__(self) -> None:
-        self.ids: list[int] = []
-        self.dice = torch.Generator().manual_seed(self.seed)
-
-    def take(self, index: int, end_ids: frozenset[int]) -> bool:
-        """Note the token; returns whether more is to come."""
-        if index in end_ids:
-            self.ended = True
-            return False
-        self.ids.append(index)
-        if self.grammar:
-            self.grammar.take(index)
-        return len(self.ids) < self.room
+def _write(model: nn.Module, rows: list[Row], settings: Settings, new: int) -> bool:
+    """Write these together, by the way that suits; False, and nothing is kept, when the GPU's memory ran out."""
+    try:
+        if _learns_prompts(model):
+            _write_plain(model, rows, settings, new)
+        elif (
+            device_of(model).type == "cuda"
+            and rows[0].grammar is None
+            and settings.temperature == 0
+            and can_be_fixed(model)
+        ):
+            write_fixed(model, rows, settings)
+        else:
+            _write_growing(model, rows, settings)
+        return True
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    torch.cuda.empty_cache()  # outside the handler, whose traceback holds the tensors
+    return False
 
 
-@dataclass(frozen=True)
-class _Settings:
-    end_ids: frozenset[int]
-    pad_id: int
-    temperature: float
-
-
-def _groups(model: nn.Module, prompts: Sequence[Sequence[int]], new: int, limit: int | None) -> Iterator[list[int]]:
-    """Neighbours in length, as many as the memory for keys and values holds; the longest first, so that a model that
-    does not fit says so at once."""
-    device = _device(model)
+def _fitting(model: nn.Module, width: int) -> int:
+    """How many rows of so many tokens the memory for keys and values holds, one at least."""
+    device = device_of(model)
     if device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(device)[0] * CACHE_SHARE)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = int((torch.cuda.mem_get_info(device)[0] + kept) * CACHE_SHARE)
     else:
         free = CACHE_AT_ONCE.get(device.type, CACHE_AT_ONCE["cpu"])
-    order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
-    while order:
-        width = len(prompts[order[0]]) + new
-        width = min(width, limit) if limit else width
-        fit = max(1, min(PROMPTS_AT_ONCE.get(device.type, 128), free // (width * cache_bytes(model))))
-        yield order[:fit]
-        order = order[fit:]
+    return max(1, free // (width * cache_bytes(model)))
 
 
-def _padded(rows: Sequence[_Row], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, width) ids and mask, padded on the left, so that every row's last token is its prompt's."""
-    width = max(len(row.prompt) for row in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row.prompt) :] = torch.tensor(row.prompt)
-        mask[number, width - len(row.prompt) :] = True
-    return ids, mask
-
-
-def _write_growing(model: nn.Module, rows: list[_Row], settings: _Settings) -> None:
-    device = _device(model)
-    ids, mask = (tensor.to(device) for tensor in _padded(rows, settings.pad_id))
+def _write_growing(model: nn.Module, rows: list[Row], settings: Settings) -> None:
+    device = device_of(model)
+    ids, mask = (tensor.to(device) for tensor in padded(rows, settings.pad_id))
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    logits = _forward(model, ids, mask.long(), positions, cache)
+    logits = next_logits(model, ids, mask.long(), positions, cache)
     alive, position = list(range(len(rows))), positions[:, -1:]
     idle: set[int] = set()
     while True:
@@ -183,26 +146,10 @@ def _write_growing(model: nn.Module, rows: list[_Row], settings: _Settings) -> N
             chosen, alive, idle = [chosen[number] for number in kept], [alive[number] for number in kept], set()
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
         position = position + 1
-        logits = _forward(model, torch.tensor(chosen, device=device)[:, None], mask.long(), position, cache)
+        logits = next_logits(model, torch.tensor(chosen, device=device)[:, None], mask.long(), position, cache)
 
 
-def _forward(
-    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
-) -> torch.Tensor:
-    """(rows, vocabulary) logits of the next token."""
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits: torch.Tensor = output.logits[:, -1]
-    return logits
-
-
-def _choose(logits: torch.Tensor, rows: Sequence[_Row], settings: _Settings) -> list[int]:
+def _choose(logits: torch.Tensor, rows: Sequence[Row], settings: Settings) -> list[int]:
     """The next token of each row; a row that is done gets any."""
     if rows[0].grammar is not None:
         allowed = torch.stack([_within(row.grammar, logits.shape[-1]) for row in rows]).to(logits.device)
@@ -227,7 +174,7 @@ def _learns_prompts(model: nn.Module) -> bool:
     return bool(getattr(config, "is_prompt_learning", False))
 
 
-def _write_plain(model: nn.Module, rows: list[_Row], settings: _Settings, new: int) -> None:
+def _write_plain(model: nn.Module, rows: list[Row], settings: Settings, new: int) -> None:
     """By the library's own loop, greedily; what it cannot do is refused."""
     if settings.temperature > 0 or any(row.grammar for row in rows):
         raise ModelError(
@@ -238,108 +185,3 @@ def _write_plain(model: nn.Module, rows: list[_Row], settings: _Settings, new: i
     found = generate(model, prompts, end_ids=ends, pad_id=settings.pad_id, max_new_tokens=new)
     for row, ids in zip(rows, found, strict=True):
         row.ids, row.ended = ids[: row.room], len(ids) < min(new, row.room)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _can_be_static(model: nn.Module) -> bool:
-    """Whether every layer attends to all that came before: only then is one mask right for all."""
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    return set(kinds) == {"full_attention"} and not getattr(config, "sliding_window", None)
-
-
-def _write_static(model: nn.Module, rows: list[_Row], settings: _Settings) -> None:
-    """As `_write_growing`, greedy, over memory of a fixed size, each step a replay of a CUDA graph where there is
-    one. What a row chooses after its end is thrown away."""
-    device = _device(model)
-    ids, mask = (tensor.to(device) for tensor in _padded(rows, settings.pad_id))
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    length = ids.shape[1] + max(row.room for row in rows)
-    cache = StaticCache(config=model.config, max_cache_len=length)
-    causal = torch.ones(ids.shape[1], length, dtype=torch.bool, device=device).tril()
-    seen = nn.functional.pad(mask, (0, length - ids.shape[1]))
-    # A row of padding attends to itself, for a softmax over nothing is no number.
-    square = (causal & seen[:, None]) | torch.eye(ids.shape[1], length, dtype=torch.bool, device=device)
-    first = _forward(model, ids, square[:, None], positions, cache).argmax(-1)
-    going = [place for place, index in enumerate(first.tolist()) if rows[place].take(index, settings.end_ids)]
-    state = _Steps(model, cache, seen[:, None, None], positions[:, -1:] + 1, first[:, None], ids.shape[1])
-    at = list(range(len(rows)))  # which row of `rows` stands in each row of the state
-    if len(going) < len(rows) and going:
-        state, at = state.only(going), going
-    while going:
-        new = state.advance(min(LOOKED_AFTER, max(rows[place].room - len(rows[place].ids) for place in going)))
-        place_of = {place: number for number, place in enumerate(at)}
-        for place in list(going):
-            if not all(rows[place].take(index, settings.end_ids) for index in new[place_of[place]]):
-                going.remove(place)
-        if going and len(going) <= FEWER * len(at):
-            state, at = state.only([place_of[place] for place in going]), list(going)
-
-
-class _Steps:
-    """The steps after the prompt, over a static cache: everything a step reads and writes stays where it is.
-
-    mask: (rows, 1, 1, length) bool. position, ids: (rows, 1). `at`: where the next token's keys and values go.
-    """
-
-    def __init__(
-        self, model: nn.Module, cache: Any, mask: torch.Tensor, position: torch.Tensor, ids: torch.Tensor, at: int
-    ) -> None:
-        self.model, self.cache, self.mask, self.position, self.ids = (
-            *(model, cache),
-            *(mask.clone(), position.clone(), ids.clone()),
-        )
-        self.at = torch.full((1,), at, device=ids.device)
-        self.graph: Any = None
-
-    def advance(self, steps: int) -> list[list[int]]:
-        """The next `steps` tokens of each row."""
-        found = []
-        for _step in range(steps):
-            self._one()
-            found.append(self.ids.clone())
-        return list(torch.cat(found, 1).tolist())
-
-    def only(self, kept: Sequence[int]) -> "_Steps":
-        """The same for some of the rows."""
-        rows = torch.tensor(kept, device=self.ids.device)
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-            layer.batch_size = len(kept)
-        return _Steps(self.model, self.cache, self.mask[rows], self.position[rows], self.ids[rows], int(self.at))
-
-    def _one(self) -> None:
-        if self.graph is not None:
-            self.graph.replay()
-            return
-        if self.ids.device.type != "cuda":
-            self._compute()
-            return
-        # The first step runs as it is, on a stream of its own, as capturing asks; the second is captured.
-        if not hasattr(self, "_warm"):
-            self._warm = torch.cuda.Stream()
-            self._warm.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._warm):
-                self._compute()
-            torch.cuda.current_stream().wait_stream(self._warm)
-            return
-        cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # a cast that was remembered would not be in the graph
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self._compute()
-        finally:
-            torch.set_autocast_cache_enabled(cached)
-        self.graph = graph
-        self.graph.replay()  # capturing computes nothing
-
-    def _compute(self) -> None:
-        self.mask.index_fill_(3, self.at, True)
-        logits = _forward(self.model, self.ids, self.mask, self.position, self.cache)
-        self.ids.copy_(logits.argmax(-1)[:, None])
-        self.position.add_(1)
-        self.at.add_(1)

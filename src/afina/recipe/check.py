@@ -99,6 +99,8 @@ def task_keys_suit_their_kind(recipe: Recipe) -> Iterator[Fault]:
                 yield Fault(("tasks", number, key), message, read)
         if task.data is None and "data" in KEYS_OF[task.kind]:
             yield Fault(("tasks", number), _("A task of this kind needs data, with held-out samples."), read)
+        if task.kind == "lm-eval" and not task.benchmarks:
+            yield Fault(("tasks", number), _("A task of kind lm-eval needs benchmarks: which of its tasks."), read)
         if task.kind == "judge" and not task.judge:
             yield Fault(("tasks", number), _("A task of kind judge needs judge: who judges."), read)
 
@@ -112,6 +114,30 @@ def task_names_differ(recipe: Recipe) -> Iterator[Fault]:
         elif name in names[:number]:
             first = ("tasks", names.index(name), "name")
             yield Fault(("tasks", number, "name"), _("Two tasks are called {name}.").format(name=name), (first,))
+
+
+def tasks_while_training_are_tasks(recipe: Recipe) -> Iterator[Fault]:
+    """What is asked while it trains is asked after it too, and needs no second model to compare with."""
+    training, kinds = recipe.training, {task.name: task.kind for task in recipe.tasks}
+    names = ", ".join(kinds) or _("none")
+    for number, name in enumerate(training.evaluate):
+        place = ("training", "evaluate", number)
+        if name not in kinds:
+            message = _("There is no task {name}. The recipe's tasks are: {names}.")
+            yield Fault(place, message.format(name=name, names=names), (("tasks",),))
+        elif kinds[name] == "judge":
+            message = _("The task {name} compares two models, and while one trains there is no second.")
+            yield Fault(place, message.format(name=name))
+        if name in training.evaluate[:number]:
+            yield Fault(place, _("The task {name} stands twice.").format(name=name))
+    if training.best_by is None:
+        return
+    path = ("training", "best_by")
+    if training.best_by not in training.evaluate:
+        message = _("The task {name} is not asked while it trains. Add it to training.evaluate.")
+        yield Fault(path, message.format(name=training.best_by), (("training", "evaluate"),))
+    if training.keep == "last":
+        yield Fault(path, _("training.keep is last, so nothing is chosen. Write keep: best."), (("training", "keep"),))
 
 
 def warmup_fits_the_run(recipe: Recipe) -> Iterator[Fault]:
@@ -216,6 +242,7 @@ RULES: tuple[Rule, ...] = (
     labels_are_a_choice,
     task_keys_suit_their_kind,
     task_names_differ,
+    tasks_while_training_are_tasks,
     warmup_fits_the_run,
     micro_batch_holds_a_sample,
     formats_differ,

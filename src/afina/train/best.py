@@ -15,6 +15,11 @@ from afina.train.state import State
 VALIDATION = "validation_loss"
 
 
+def figure_of(task: str) -> str:
+    """What the main figure of a task is called among the figures that may decide."""
+    return f"tasks.{task}"
+
+
 @dataclass(frozen=True)
 class Criterion:
     """By which figure one state is better than another, and whether `larger` is better."""

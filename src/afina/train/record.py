@@ -23,6 +23,7 @@ class Tally:
     that decides was best, its name and value, and the validation loss then. `ledger` is a hash chain over step and
     sample ids: two runs with the same one learnt the same samples in the same steps. `trained`: mean training losses
     between the validations; `since`: sum and number since the last. `findings`: what these curves showed (trend.py).
+    `evaluations`: what was measured of each task asked while it trained, with the step; `asked`: how often they were.
     """
 
     first_loss: float | None = None
@@ -40,12 +41,20 @@ class Tally:
     trained: list[float] = field(default_factory=list)
     since: list[float] = field(default_factory=lambda: [0.0, 0])
     findings: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    asked: int = 0
 
     def validated(self, loss: float | None) -> None:
         """A validation ends a stretch of training."""
         self.validation.append(loss)
         self.trained.append(self.since[0] / max(1, self.since[1]))
         self.since = [0.0, 0]
+
+    def heard(self, step: int, figures: list[dict[str, Any]]) -> None:
+        """Tasks were asked after this step."""
+        self.asked += 1
+        kept = ("task", "measure", "value", "interval", "samples", "answered")
+        self.evaluations += [{"step": step, **{key: facts[key] for key in kept}} for facts in figures]
 
     def learn(self, step: int, samples: list[int]) -> None:
         """Add a step to the ledger."""

@@ -36,9 +36,9 @@ from afina.model.loss import summed_loss
 from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe, Training
-from afina.train.best import Criterion
 from afina.train.examples import Examples, places, prepare_once, say_examples
 from afina.train.keeper import Keeper
+from afina.train.looking import Looking, OnEvaluate
 from afina.train.loop import LossFunction, accumulate, mean_loss, train
 from afina.train.memory import Room
 from afina.train.opening import adapter_of, open_model, why_padded, why_reference
@@ -64,12 +64,17 @@ PROOF_TOKENS = 512
 
 
 def train_run(
-    recipe: Recipe, folder: Path, place: Path, console: Console, base: dict[str, str] | None = None
+    recipe: Recipe,
+    folder: Path,
+    place: Path,
+    console: Console,
+    base: dict[str, str] | None = None,
+    on_evaluate: OnEvaluate | None = None,
 ) -> dict[str, Any]:
     """Train as the recipe says, or go on where `place` left off; returns the facts for its manifest.
 
     Leaves adapter, tokenizer and metrics in `place`. `folder` is where the recipe's relative paths start; `base` names
-    the base model by hash.
+    the base model by hash; `on_evaluate` asks the tasks of `training.evaluate`.
     """
     hardware = choose_hardware(recipe.model)
     source = model_source(recipe.model.base, folder)
@@ -89,7 +94,8 @@ def train_run(
         examples.files.append(parent(adapter, sha256(adapter / "adapter_model.safetensors"), "adapter"))
     parents = [*([base] if base else []), *examples.files]
     run = enter(place, recipe, parents, examples.train + examples.validation)
-    measured = _run_loop(model, recipe, examples, hardware, tokenizer.pad_id, place, run, console)
+    looking = Looking(model, renderer, hardware, on_evaluate)
+    measured = _run_loop(looking, recipe, examples, tokenizer.pad_id, place, run, console)
     durable.remove(place / "adapter")  # of a sitting that was killed before the manifest stood
     with durable.new_folder(place / "adapter") as adapter:
         save_adapter(model, adapter, base=recipe.model.base)
@@ -117,24 +123,22 @@ def train_run(
 
 
 def _run_loop(
-    model: nn.Module,
+    looking: Looking,
     recipe: Recipe,
     examples: Examples,
-    hardware: Hardware,
     pad_id: int,
     place: Path,
     run: str,
     console: Console,
 ) -> dict[str, Any]:
     """Drive train(), from the newest checkpoint where there is one; returns what was measured."""
-    training = recipe.training
+    model, hardware, training = looking.model, looking.hardware, recipe.training
     packing = training.packing and covers(model)
     order = order_of([row.ids.size for row in examples.train], training, recipe.seed)
     steps = training.steps or order.steps
     extra = virtual_tokens(model)
-    room = Room(
-        training.micro_batch_tokens or max(recipe.model.max_length + extra, MICRO_BATCH_TOKENS[hardware.device.type])
-    )
+    most = max(recipe.model.max_length + extra, MICRO_BATCH_TOKENS[hardware.device.type])
+    room = Room(training.micro_batch_tokens or most)
 
     def lay_out(rows: Sequence[Rendered], samples: Sequence[int]) -> list[Batch]:
         return micro_batches(rows, samples, budget=room.tokens, packing=packing, pad_id=pad_id, extra=extra)
@@ -155,6 +159,7 @@ def _run_loop(
     console.line(_("Engine    {engine}").format(engine=engine))
     held_out = sum(row.ids.size for row in examples.validation)
     validate_after = _validation_steps(steps, training.validations) if held_out else frozenset()
+    asking = looking.asking(_validation_steps(steps, training.evaluations))
     keeper = Keeper(place / CHECKPOINTS, run, training, console.warn)
     plan = Plan(
         steps=steps,
@@ -168,11 +173,12 @@ def _run_loop(
         where=lambda sample: examples.origin[sample].where,
         early_stop=training.early_stop,
         held_out_samples=len(examples.validation),
-        criterion=Criterion() if training.keep == "best" else None,
+        criterion=looking.criterion(training.best_by) if training.keep == "best" else None,
         surroundings=surroundings(str(hardware), "reference" if isinstance(loss_fn, partial) else "fused"),
+        asking=asking,
     )
     record, stop = Record(place), Stop()
-    total = sum(work(step) for step in range(steps)) + held_out * len(validate_after)
+    total = sum(work(step) for step in range(steps)) + held_out * len(validate_after) + asking.work * len(asking.after)
     with (
         stop.handled(),
         closing(record),
@@ -195,7 +201,7 @@ def _run_loop(
                 hardware=hardware,
                 loss_fn=loss_fn,
                 follower=session,
-                validate_after=validate_after,
+                validate_after=validate_after | asking.after,
             )
             digest = session.finish(state)
         except Interrupted as stopped:

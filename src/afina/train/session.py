@@ -13,16 +13,17 @@ from afina.data.batch import Batch
 from afina.errors import Interrupted, OutputError
 from afina.language import _
 from afina.model.load import Hardware
-from afina.train.best import VALIDATION, Criterion, Weights, put_back, weights_of
+from afina.train.best import VALIDATION, Criterion, Weights, figure_of, put_back, weights_of
 from afina.train.checkpoint import Checkpoint, Damaged, restore
 from afina.train.keeper import Keeper
+from afina.train.looking import Asking, figures_or_none, tell
 from afina.train.memory import Room, peak_memory, probe, within_memory
 from afina.train.record import Record, Tally, told
 from afina.train.state import Follower, State, StepReport
 from afina.train.stop import Stop
 from afina.train.surroundings import differences
 from afina.train.trend import judge
-from afina.train.watch import PATIENCE, Diverged, Rejection
+from afina.train.watch import PATIENCE, Diverged, Rejection, in_words
 
 SHOWN = 8
 """Samples of a rejected step that are printed; the log has all."""
@@ -35,7 +36,8 @@ class Plan:
     `held_out()`: the validation samples in micro-batches, `measure(batches)` their loss, `measure_work` its units of
     progress; `where(sample)` names a sample's line. `surroundings`: what the last bits depend on. `criterion`: by which
     figure the best weights are kept and taken at the end; None: the last ones are. `early_stop`: whether what the
-    curves show may end the run; `held_out_samples`: how many the validation has.
+    curves show may end the run; `held_out_samples`: how many the validation has. `asking`: the tasks that are asked
+    while it trains.
     """
 
     steps: int
@@ -51,6 +53,7 @@ class Plan:
     criterion: Criterion | None = None
     early_stop: bool = True
     held_out_samples: int = 0
+    asking: Asking = field(default_factory=Asking)
 
 
 @dataclass
@@ -85,7 +88,7 @@ class Session(Follower):
         )
         self.console.event("resumed", step=state.step, steps=self.plan.steps)
         self._advance(range(state.step))
-        self.progress.advance(self.plan.measure_work * len(self.tally.validation))
+        self.progress.advance(self._looked())
         if found := differences(checkpoint.facts["surroundings"], self.plan.surroundings):
             self.console.warn(
                 _(
@@ -170,6 +173,7 @@ class Session(Follower):
             "steps": state.step,
             "planned_steps": self.plan.steps,
             "findings": tally.findings,
+            "evaluations": tally.evaluations,
             "tokens": tally.tokens,
             "learnt_tokens": tally.learnt,
             "seconds": tally.seconds,
@@ -200,9 +204,8 @@ class Session(Follower):
         message = _("{stopped} All up to step {step} of {steps} is saved.").format(
             stopped=by.message, step=step, steps=self.plan.steps
         )
-        number = by.exit_status - 128
         hint = _("The run is not finished. Run the same command again to go on from there.")
-        return Interrupted(message, signal_number=number, hint=hint)
+        return Interrupted(message, signal_number=by.exit_status - 128, hint=hint)
 
     def computing(self) -> AbstractContextManager[None]:
         return self.stop.raising()
@@ -239,14 +242,23 @@ class Session(Follower):
         self.console.warn(
             _("Step {step} was not taken: {reason}. Its samples: {samples}").format(
                 step=rejection.step,
-                reason=_reason(rejection.reason),
+                reason=in_words(rejection.reason),
                 samples=", ".join([self.plan.where(sample) for sample in rejection.samples[:SHOWN]] + more),
             )
         )
         self._advance([rejection.step - 1])
 
     def on_validation(self, state: State) -> None:
-        measured = self._measured(state)
+        # Both are measured before either is noted: a run that is stopped in between does both again.
+        measured = self._measured(state) if state.step in self.plan.validate_after else None
+        asking = self.plan.asking if state.step in self.plan.asking.after else None
+        figures = figures_or_none(asking.ask, self.stop, self.console, state.step) if asking else None
+        if measured is not None:
+            self._note_loss(measured, state)
+        if figures is not None:
+            self._note_figures(figures, state)
+
+    def _note_loss(self, measured: float, state: State) -> None:
         loss = measured if math.isfinite(measured) else None
         self.tally.validated(loss)
         self._log({"kind": "validation", "step": state.step, "loss": loss})
@@ -278,6 +290,18 @@ class Session(Follower):
                 )
             )
 
+    def _note_figures(self, figures: list[dict[str, Any]], state: State) -> None:
+        self.progress.advance(self.plan.asking.work)
+        self.tally.heard(state.step, figures)
+        for facts in figures:
+            self._log({"kind": "evaluation", "step": state.step, **facts})
+            tell(facts, self.console, state.step, self.plan.steps)
+            if facts["value"] is not None:
+                self.offer(figure_of(facts["task"]), facts["value"], state)
+
+    def _looked(self) -> int:
+        return self.plan.measure_work * len(self.tally.validation) + self.plan.asking.work * self.tally.asked
+
     def _measured(self, state: State) -> float:
         while True:
             batches = self.plan.held_out()
@@ -303,7 +327,7 @@ class Session(Follower):
             raise Diverged(_("The loss is no number, and there is no good checkpoint to go back to."))
         watch, room, steps = state.watch, self.room, range(checkpoint.step, state.step)
         watch.go_back(checkpoint.facts["watch"])
-        before, measured = self.tally, len(self.tally.validation)
+        before, looked = self.tally, self._looked()
         self._restore(state, checkpoint)
         self.tally.seconds, self.tally.peak_memory = before.seconds, before.peak_memory
         state.watch, self.room.tokens, self.room.history = watch, room.tokens, room.history
@@ -311,7 +335,7 @@ class Session(Follower):
             if entry["step"] > state.step:
                 self._log({"kind": "memory", **entry})
         self._advance(steps, -1)
-        self.progress.advance(self.plan.measure_work * (len(self.tally.validation) - measured))
+        self.progress.advance(self._looked() - looked)
         self.console.warn(
             _("{count} steps in a row were not taken: back to step {step}; the samples of those are left out.").format(
                 count=PATIENCE, step=state.step
@@ -372,12 +396,3 @@ class Session(Follower):
     def _advance(self, steps: Sequence[int], sign: int = 1) -> None:
         if done := sum(self.plan.work(step) for step in steps):
             self.progress.advance(sign * done)
-
-
-def _reason(reason: str) -> str:
-    return {
-        "loss is no number": _("its loss is not a number"),
-        "gradient is no number": _("its gradient is not a number"),
-        "loss spikes": _("its loss is far above that of the steps before"),
-        "gradient spikes": _("its gradient is far above that of the steps before"),
-    }[reason]

@@ -136,3 +136,13 @@ def _sigmas(value: float, window: deque[float]) -> float:
     mean = sum(window) / len(window)
     spread = math.sqrt(sum((other - mean) ** 2 for other in window) / len(window))
     return (value - mean) / max(spread, LEAST_SPREAD)
+
+
+def in_words(reason: str) -> str:
+    """Why a step was not taken, for people."""
+    return {
+        "loss is no number": _("its loss is not a number"),
+        "gradient is no number": _("its gradient is not a number"),
+        "loss spikes": _("its loss is far above that of the steps before"),
+        "gradient spikes": _("its gradient is far above that of the steps before"),
+    }[reason]

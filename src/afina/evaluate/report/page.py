@@ -145,7 +145,7 @@ def _training(manifest: Facts, metrics: Sequence[Facts]) -> Facts:
         *("steps", "samples", "tokens", "learnt_tokens", "seconds", "tokens_per_second", "peak_memory_bytes"),
         *("trainable_parameters", "parameters", "first_loss", "final_loss", "validation_loss"),
     )
-    training = {name: number(stated.get(name)) for name in names}
+    training: Facts = {name: number(stated.get(name)) for name in names}
     steps = [record for record in metrics if record.get("kind") == "step"]
     losses = [loss for record in steps if (loss := number(record.get("loss"))) is not None]
     if not stated and steps:
@@ -154,7 +154,21 @@ def _training(manifest: Facts, metrics: Sequence[Facts]) -> Facts:
         training["seconds"] = sum(number(record.get("seconds")) or 0 for record in steps)
         training |= {"first_loss": losses[0], "final_loss": losses[-1]} if losses else {}
     training["lost"] = len(steps) - len(losses)
+    training["asked"] = [_asked(record) for record in metrics if record.get("kind") == "evaluation"]
+    best = mapping(stated.get("best"))
+    training["best"] = {"step": number(best.get("step")), "figure": text(best.get("figure"))} if best else None
+    training["kept_step"] = number(stated.get("kept_step"))
     return training
+
+
+def _asked(record: Facts) -> Facts:
+    """What one task said of the model after one step."""
+    ends = [number(end) for end in sequence(record.get("interval"))]
+    return {
+        **{key: text(record.get(key)) for key in ("task", "measure")},
+        **{key: number(record.get(key)) for key in ("step", "value", "samples", "answered")},
+        "interval": ends if len(ends) == 2 and None not in ends else None,
+    }
 
 
 def _adapter_bytes(manifest: Facts) -> float | None:

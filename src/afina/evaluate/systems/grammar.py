@@ -15,7 +15,7 @@ from afina.data.tokenizer import Tokenizer
 from afina.errors import ResourceError
 from afina.evaluate.systems.asking import Constraint
 from afina.language import _
-from afina.model.decode import Grammar
+from afina.model.rows import Grammar
 
 
 def grammars(tokenizer: Tokenizer, constraint: Constraint) -> Callable[[], Grammar]:

@@ -54,8 +54,17 @@ class Training(Section):
     """Gradients are scaled down to this norm; null leaves them."""
     validations: Annotated[int, Field(ge=0, le=10_000)] = 4
     """How many times the validation loss is measured, the last time after the last step."""
+    evaluate: list[str] = Field(default=[], examples=[["held out"]])
+    """Tasks that are asked of the model while it trains too, by their names under tasks. Their figures stand in
+    metrics.jsonl, the curves and the report; what is learnt stays the same to the bit."""
+    evaluations: Annotated[int, Field(ge=1, le=10_000)] = 4
+    """How many times these tasks are asked, the last time after the last step."""
+    evaluate_samples: Annotated[int, Field(ge=1, le=10**6)] = 64
+    """Of each of these tasks so many samples are asked at most, the same every time, chosen by the seed."""
     keep: Literal["best", "last"] = "best"
     """Which weights the finished run holds: those with the lowest validation loss measured, or the last."""
+    best_by: str | None = Field(default=None, examples=["held out"])
+    """The task of evaluate whose main figure says which weights are best; unset: the validation loss."""
     early_stop: bool = True
     """End the run where it plainly overfits or diverges: its validation loss rose twice in a row, by a tenth in all."""
     checkpoint_minutes: Annotated[float, Field(gt=0, le=10_000)] | None = Field(default=None, examples=[5.0])

@@ -1,0 +1,87 @@
+"""Answers being written, one a row: what each has so far, and one step of the model for all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Grammar(Protocol):
+    """What one answer may still be."""
+
+    def allowed(self) -> torch.Tensor:
+        """(vocabulary,) bool on the CPU: tokens that may come next; the end among them where it may end."""
+        ...
+
+    def take(self, index: int) -> None:
+        """This token was chosen."""
+        ...
+
+
+@dataclass
+class Row:
+    """A prompt and its answer so far. `room`: tokens it may still get; `ended`: the end of turn came."""
+
+    place: int
+    prompt: list[int]
+    seed: int
+    room: int = 0
+    grammar: Grammar | None = None
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.ids: list[int] = []
+        self.dice = torch.Generator().manual_seed(self.seed)
+
+    def take(self, index: int, end_ids: frozenset[int]) -> bool:
+        """Note the token; returns whether more is to come."""
+        if index in end_ids:
+            self.ended = True
+            return False
+        self.ids.append(index)
+        if self.grammar:
+            self.grammar.take(index)
+        return len(self.ids) < self.room
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all rows share."""
+
+    end_ids: frozenset[int]
+    pad_id: int
+    temperature: float
+
+
+def padded(rows: Sequence[Row], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, width) ids and mask, padded on the left, so that every row's last token is its prompt's."""
+    width = max(len(row.prompt) for row in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for number, row in enumerate(rows):
+        ids[number, width - len(row.prompt) :] = torch.tensor(row.prompt)
+        mask[number, width - len(row.prompt) :] = True
+    return ids, mask
+
+
+def next_logits(
+    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
+) -> torch.Tensor:
+    """(rows, vocabulary) logits of the next token."""
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes."""
+    return next(model.parameters()).device
