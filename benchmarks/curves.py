@@ -132,7 +132,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(chosen.at_once) as several:
         text = recipe(data, chosen.method)
         jobs = [
-            (way, seed, several.submit(trained, Path(folder), text, {"seed": seed, **given, "training.steps": chosen.steps}))
+            (
+                way,
+                seed,
+                several.submit(trained, Path(folder), text, {"seed": seed, **given, "training.steps": chosen.steps}),
+            )
             for way, given in ways.items()
             for seed in seeds
         ]

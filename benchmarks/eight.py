@@ -95,7 +95,9 @@ def products(tokens: int) -> None:
             torch.cuda.empty_cache()
     n = 128256
     a, b = (torch.randn(size, HIDDEN, device="cuda", dtype=torch.bfloat16) for size in (1024, n))
-    timed("head y bf16 to fp32, 1024 rows", lambda: torch.mm(a, b.t(), out_dtype=torch.float32), 0, 2 * 1024 * n * HIDDEN)
+    timed(
+        "head y bf16 to fp32, 1024 rows", lambda: torch.mm(a, b.t(), out_dtype=torch.float32), 0, 2 * 1024 * n * HIDDEN
+    )
     d = torch.randn(1024, n, device="cuda", dtype=torch.bfloat16)
     timed("head dx bf16, 1024 rows", lambda: torch.mm(d, b), 0, 2 * 1024 * n * HIDDEN)
     found["ms of all layers"] = {kind: round(spent, 1) for kind, spent in totals.items()}
@@ -173,7 +175,11 @@ def tiles(tokens: int) -> None:
         eight_kernels.TURN = tile
         timed(f"turn {tile}", lambda: eight_kernels.turn(weights, out), 2 * n * k)
     eight_kernels.TURN = before
-    timed("turn by copy_", lambda: out.view(torch.uint8)[:, :n].copy_(weights.values.view(torch.uint8)[:, :k].t()), 2 * n * k)
+    timed(
+        "turn by copy_",
+        lambda: out.view(torch.uint8)[:, :n].copy_(weights.values.view(torch.uint8)[:, :k].t()),
+        2 * n * k,
+    )
     gate_up = torch.randn(tokens, n, device="cuda").bfloat16()
     d = torch.randn(tokens, WIDE, device="cuda").bfloat16()
     known = eight_kernels.swiglu_rows(gate_up, inputs)

@@ -183,7 +183,9 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
     model, parameters = learner(work)
     engine = Engine(model, torch.bfloat16)
     if work.get("eight"):
-        engine.into_eight_bits({"fp8": FP8, "int8": INT8}[work["eight"]], hold=options.get("hold", work.get("hold", True)))
+        engine.into_eight_bits(
+            {"fp8": FP8, "int8": INT8}[work["eight"]], hold=options.get("hold", work.get("hold", True))
+        )
     torch.cuda.empty_cache()
     samples, length = work["samples"], work["length"]
     count = samples * length

@@ -9,7 +9,7 @@ from afina.data.batch import micro_batches
 from afina.engine import eight, eight_gate
 from afina.engine.block import Placement
 from afina.engine.eight import FP8, INT8, Rows
-from afina.engine.eight_gate import enter, format_of, prove_eight, why_exact
+from afina.engine.eight_gate import format_of, prove_eight, try_eight_bits, why_exact
 from afina.engine.eight_product import EightProduct, Turned
 from afina.engine.engine import Engine
 from afina.engine.plan import ladder, room_to_hold
@@ -248,7 +248,7 @@ def test_the_gate_stops_what_does_not_hold(asked, monkeypatch):
         return honest(x if weights else (x / x.abs().max() * 3).round(), to, fold, weights=weights)
 
     monkeypatch.setattr(eight, "quantise", coarse)
-    said = enter(engine, batch, asked)
+    said = try_eight_bits(engine, batch, asked)
     assert "exact products" in said and "cosines" in said
     assert engine.summed_loss(model, batch).item() == exact
 
@@ -256,7 +256,7 @@ def test_the_gate_stops_what_does_not_hold(asked, monkeypatch):
 def test_what_does_not_multiply_so_is_said():
     assert format_of("8bit", CPU, torch.float32) is None and format_of("int8", CPU, torch.float32) is INT8
     batch = packed([20, 9])
-    assert "this device" in enter(Engine(perturbed(llama())), batch, "8bit")
+    assert "this device" in try_eight_bits(Engine(perturbed(llama())), batch, "8bit")
     assert "multiple of 16" in why_exact(Engine(perturbed(llama(intermediate_size=56))), "int8")
     assert "every weight" in why_exact(Engine(attach(llama(), Full(name="full"), seed=0)), "int8")
 

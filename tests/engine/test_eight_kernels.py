@@ -106,9 +106,7 @@ def test_norm_and_its_backward(rows, width, form):
     for to in (None, empty(rows, width, form)):
         true_dx, true_again = torch.empty(rows, width, dtype=DTYPE), on_cpu(empty(rows, width, form))
         true_to = None if to is None else on_cpu(to)
-        eight.norm_backward_rows(
-            dy.cpu(), x.cpu(), exact_by, true_dx, residual.cpu(), true_again, true_to, fold.cpu()
-        )
+        eight.norm_backward_rows(dy.cpu(), x.cpu(), exact_by, true_dx, residual.cpu(), true_again, true_to, fold.cpu())
         again = empty(rows, width, form)
         eight_kernels.norm_backward_rows(dy, x, by, dx, residual, again, to, fold)
         torch.testing.assert_close(dx.cpu(), true_dx, rtol=2e-2 if CUDA else 1e-4, atol=1e-2 if CUDA else 1e-5)
@@ -149,7 +147,10 @@ def test_swiglu_and_its_backward(rows, width, form):
 def test_gather_rotated(samples, length, heads, kept, width, half, form):
     angles = torch.rand(samples * length, half, device=DEVICE) * 6
     columns = (heads + 2 * kept) * width
-    parts = [torch.randn(samples, count, length, width, device=DEVICE).to(DTYPE).transpose(1, 2) for count in (heads, kept, kept)]
+    parts = [
+        torch.randn(samples, count, length, width, device=DEVICE).to(DTYPE).transpose(1, 2)
+        for count in (heads, kept, kept)
+    ]
     fold = torch.rand(columns, device=DEVICE) + 0.1
     truth = eight.gather_rotated_rows(
         [part.cpu() for part in parts], angles.cos().cpu(), angles.sin().cpu(), fold.cpu(),
@@ -231,5 +232,7 @@ def test_unpack(rows, columns, nested, form):
     alike(found, truth)
     out = torch.zeros(columns, rows + 16, dtype=form.dtype, device=DEVICE)
     eight_kernels.unpack(four, found.scales, out[:, :rows], True)
-    assert torch.equal(out[:, :rows].t().contiguous().view(torch.uint8), found.values[:, :columns].contiguous().view(torch.uint8))
+    assert torch.equal(
+        out[:, :rows].t().contiguous().view(torch.uint8), found.values[:, :columns].contiguous().view(torch.uint8)
+    )
     assert out[:, rows:].float().eq(0).all()

@@ -44,9 +44,7 @@ class EightProof:
     @property
     def holds(self) -> bool:
         """Whether all point where the exact ones do. A cosine that is no number does not hold."""
-        return (
-            self.products >= LEAST_OF_PRODUCTS and self.layers >= LEAST_OF_LAYERS and self.learnt >= LEAST_LEARNT
-        )
+        return self.products >= LEAST_OF_PRODUCTS and self.layers >= LEAST_OF_LAYERS and self.learnt >= LEAST_LEARNT
 
 
 def format_of(asked: str, device: torch.device, dtype: torch.dtype) -> Format | None:
@@ -74,7 +72,7 @@ def why_exact(engine: Engine, asked: str) -> str | None:
     return None
 
 
-def enter(engine: Engine, batch: Targeted, asked: str, *, hold: bool = True) -> str:
+def try_eight_bits(engine: Engine, batch: Targeted, asked: str, *, hold: bool = True) -> str:
     """Turn the engine's products into eight bits where that holds; returns a sentence on what they are and why."""
     reason, form = why_exact(engine, asked), format_of(asked, engine.device, engine.dtype)
     if reason is not None or form is None:

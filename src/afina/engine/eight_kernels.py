@@ -62,14 +62,12 @@ def _scale(largest, nothing, peak):
 
 @triton.jit
 def _rounded(value, KIND: tl.constexpr):
-    if KIND == tl.int8:
+    if tl.int8 == KIND:
         return tl.floor(value + 0.5).to(tl.int8)
     return value.to(KIND)
 
 
-def norm_rows(
-    x: torch.Tensor, by: "Norm", to: "Rows", past: torch.Tensor | None, total: torch.Tensor | None
-) -> "Rows":
+def norm_rows(x: torch.Tensor, by: "Norm", to: "Rows", past: torch.Tensor | None, total: torch.Tensor | None) -> "Rows":
     """See eight.norm_rows."""
     rows, width = x.shape
     block = triton.next_power_of_2(width)
@@ -302,9 +300,7 @@ def _gather_rotated_rows(
         tl.store(at + behind, _rounded(rest / scale, out.dtype.element_ty), mask=there)
 
 
-def inward(
-    x: "Rows", small: torch.Tensor, unfold: torch.Tensor | None, unit: torch.Tensor | None
-) -> torch.Tensor:
+def inward(x: "Rows", small: torch.Tensor, unfold: torch.Tensor | None, unit: torch.Tensor | None) -> torch.Tensor:
     """See eight.inward."""
     rows, r = x.values.shape[0], small.shape[0]
     low = torch.empty(rows, r, dtype=small.dtype, device=small.device)

@@ -14,6 +14,7 @@ INT8 has no such range: there, and where dropout makes the adapters' input anoth
 
 from collections.abc import Callable
 from dataclasses import dataclass
+
 import torch
 
 from afina.engine import eight
@@ -126,8 +127,13 @@ class EightProduct(Product):
 
     def trial(self, tokens: int) -> Callable[[], object]:
         """See Product."""
-        x = eight.quantise(self.like.new_zeros(tokens, self.k), Rows.empty(tokens, self.k, 0, self.form, self.like.device))
-        values, ones = torch.zeros(self.n, self.k, dtype=self.form.dtype, device=self.like.device), torch.ones_like(self.fold)
+        x = eight.quantise(
+            self.like.new_zeros(tokens, self.k), Rows.empty(tokens, self.k, 0, self.form, self.like.device)
+        )
+        values, ones = (
+            torch.zeros(self.n, self.k, dtype=self.form.dtype, device=self.like.device),
+            torch.ones_like(self.fold),
+        )
         return lambda: eight.multiply(x, values, ones, self.like)
 
     def let_go(self) -> None:

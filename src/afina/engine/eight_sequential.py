@@ -120,9 +120,7 @@ class EightSequential(Sequential):
             del d8, act
             d_low, n = self.gate_up.d_low(slopes, seeds[0]), self.gate_up.inputs(tokens)
             d_n = self.gate_up.back(slopes, d_low, seeds[0])
-            eight.norm_backward_rows(
-                d_n, h[rows], self.norm_mlp, dh[rows], dy[rows], n, dh8.part(rows), self.o.fold
-            )
+            eight.norm_backward_rows(d_n, h[rows], self.norm_mlp, dh[rows], dy[rows], n, dh8.part(rows), self.o.fold)
             low = saved.lows["gate_up"][rows]
             of_gate_up = added(of_gate_up, self.gate_up.of_adapters(slopes, d_low, n, low, seeds[0]))
         return [*of_gate_up, *of_down]

@@ -23,7 +23,7 @@ from afina.data.order import order_of
 from afina.data.template import Rendered, Renderer
 from afina.data.tokenizer import load_tokenizer
 from afina.engine.attention import covers, packed_attention
-from afina.engine.eight_gate import enter
+from afina.engine.eight_gate import try_eight_bits
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
 from afina.engine.plan import room_to_hold
@@ -237,7 +237,7 @@ def _choose_engine(
     said = _("exact products")
     if recipe.training.products != "exact":
         hold = room_to_hold(engine, room.tokens, _free_bytes(engine, hardware))
-        said = enter(engine, batch, recipe.training.products, hold=hold)
+        said = try_eight_bits(engine, batch, recipe.training.products, hold=hold)
     if hardware.device.type == "cuda":
         room.tokens = engine.plan(room.tokens, recipe.model.max_length, _free_bytes(engine, hardware)).tokens
     return engine.summed_loss, _(
