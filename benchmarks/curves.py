@@ -4,8 +4,8 @@
     AFINA_REAL_DATA=../shared python benchmarks/curves.py --compare products            8-bit products beside exact
     python benchmarks/curves.py --compare products --draw                               the recorded results again
 
-Writes benchmarks/results/curves.json and docs/curves.png, or eight-bit.json and eight-bit.png. The base is a small pretrained model, the data GSM8K's
-training set, the method LoRA in the precision that the device has (bf16 on a GPU).
+Writes benchmarks/results/curves.json and docs/curves.png, or eight-bit.json and eight-bit.png. The base is a small
+pretrained model, the data GSM8K's training set, the method LoRA in the precision that the device has (bf16 on a GPU).
 """
 
 import argparse

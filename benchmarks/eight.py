@@ -1,4 +1,4 @@
-"""8-bit products and the kernels around them on one GPU, at the widths of Llama-3.1-8B: microseconds and bytes a second.
+"""8-bit products and the kernels around them on one GPU, at Llama-3.1-8B's widths: microseconds, bytes a second.
 
     python benchmarks/eight.py                        everything, about a minute and a half
     python benchmarks/eight.py products kernels       some of it
@@ -8,6 +8,7 @@ behind) and INT8. kernels: what writes and reads rows in eight bits. tiles: othe
 everywhere; medians.
 """
 
+# ruff: noqa: B023 - what is timed is called before its loop goes on
 import argparse
 import json
 import sys
@@ -117,8 +118,8 @@ def kernels(tokens: int) -> None:
     timed("quantise", lambda: eight_kernels.quantise(x, n8, None, 224.0), 3 * count)
     timed("quantise, folded", lambda: eight_kernels.quantise(x, d8, fold, 224.0), 3 * count)
     timed("norm backward", lambda: eight_kernels.norm_backward_rows(d, x, by, total, past, n8, None, None), 9 * count)
-    timed("norm backward and the next dy", lambda: eight_kernels.norm_backward_rows(d, x, by, total, past, n8, d8, fold),
-          10 * count)  # fmt: skip
+    timed("norm backward, and dy",
+          lambda: eight_kernels.norm_backward_rows(d, x, by, total, past, n8, d8, fold), 10 * count)  # fmt: skip
     timed("a sum", lambda: torch.add(x, past, out=total), 6 * count)
     q, k, v = (draw(4, heads, tokens // 4, HEAD).transpose(1, 2) for heads in (HEADS, KEPT, KEPT))
     angles = torch.rand(tokens, HEAD // 2, device="cuda")
@@ -187,7 +188,8 @@ def tiles(tokens: int) -> None:
     for tile in ((2048, 8), (2048, 16), (4096, 16), (4096, 32), (8192, 32), (2048, 32)):
         eight_kernels.BACKWARD = tile
         timed(f"swiglu backward {tile}",
-              lambda: eight.swiglu_backward_rows(d, gate_up, unfold, known, outputs, inputs), 9 * tokens * WIDE)  # fmt: skip
+              lambda: eight.swiglu_backward_rows(d, gate_up, unfold, known, outputs, inputs),
+              9 * tokens * WIDE)  # fmt: skip
     eight_kernels.BACKWARD = before
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import llama
+from small import llama, spread
 from test_engine import FAMILIES, four_bits, gradients, perturbed, rows
 
 from afina.data.batch import micro_batches
@@ -149,7 +149,7 @@ def test_every_family_runs_in_eight_bits(family, form):
     engine = Engine(model)
     loss, exact = engine.summed_loss(model, batch).item(), gradients(engine, model, batch)
     proof = prove_eight(engine, batch, form)
-    assert proof.products > 0.998 and proof.layers > 0.97 and proof.learnt > 0.97
+    assert min(proof.products.values()) > 0.995 and proof.layers > 0.97 and proof.learnt > 0.97
     engine.into_eight_bits(form)
     assert engine.summed_loss(model, batch).item() == pytest.approx(loss, rel=2e-2)
     with torch.no_grad():
@@ -222,7 +222,11 @@ def test_the_engine_follows_the_optimiser_in_eight_bits_too():
 
 def real(**shape):
     """Weights of a size that training leaves, unlike the tests' other models: these must pass the gate."""
-    return perturbed(llama(hidden_size=128, intermediate_size=256, **shape))
+    model = perturbed(spread(llama(hidden_size=128, intermediate_size=256, **shape), scale=0.03))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 0.1
+    return model
 
 
 @pytest.mark.parametrize("asked", ["fp8", "int8"])
@@ -231,7 +235,8 @@ def test_the_gate_lets_through_what_holds(asked):
     engine = Engine(model)
     before = [parameter.detach().clone() for parameter in engine.parameters]
     proof = prove_eight(engine, batch, eight_gate.FORMATS[asked])
-    assert 0.999 < proof.products < 1 and 0.97 < proof.layers < 1 and 0.97 < proof.learnt < 1
+    assert set(proof.products) == {"qkv", "o", "gate_up", "down"} and 0.999 < min(proof.products.values()) < 1
+    assert 0.97 < proof.layers < 1 and 0.97 < proof.learnt < 1
     assert all(torch.equal(a, b) for a, b in zip(before, engine.parameters, strict=True))
     assert all("backward" not in vars(product) for block in engine.blocks for product in block.products)
     assert all(not isinstance(product, EightProduct) for block in engine.blocks for product in block.products)
@@ -251,6 +256,31 @@ def test_the_gate_stops_what_does_not_hold(asked, monkeypatch):
     said = try_eight_bits(engine, batch, asked)
     assert "exact products" in said and "cosines" in said
     assert engine.summed_loss(model, batch).item() == exact
+
+
+def outliers(model, layer, channels):
+    """Some channels of what enters `down` are a hundred times as large; the function stays the same."""
+    mlp = model.get_base_model().model.layers[layer].mlp
+    up, down = (getattr(part, "base_layer", part) for part in (mlp.up_proj, mlp.down_proj))
+    with torch.no_grad():
+        up.weight[channels] *= 100
+        mlp.up_proj.lora_B["default"].weight[channels] *= 100
+        down.weight[:, channels] /= 100
+        mlp.down_proj.lora_A["default"].weight[:, channels] /= 100
+    return model
+
+
+@pytest.mark.parametrize("asked", ["fp8", "int8"])
+def test_outliers_survive(asked):
+    """e4m3 does not mind; where INT8 would lose the other channels, that product stays exact, and says so."""
+    model, batch = outliers(real(), 1, [3, 77, 140]), packed([60, 9, 31])
+    engine = Engine(model)
+    loss, exact = engine.summed_loss(model, batch).item(), joined(gradients(engine, model, batch))
+    said = try_eight_bits(engine, batch, asked)
+    assert said.startswith("products in eight bits"), said
+    assert said.endswith("outliers: down") == (asked == "int8"), said
+    assert engine.summed_loss(model, batch).item() == pytest.approx(loss, rel=1e-2)
+    assert cosine(joined(gradients(engine, model, batch)), exact) > 0.97
 
 
 def test_what_does_not_multiply_so_is_said():
@@ -279,7 +309,7 @@ def test_products_on_a_gpu_are_the_emulated_ones(form, tokens):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi", "four bits"])
 @pytest.mark.parametrize("again", [False, True])
 def test_a_gpu_computes_what_the_plain_twins_do(family, form, again):
-    """Both in eight bits: the kernels in bf16 on the GPU and the plain code in fp32 on the CPU, from the same weights."""
+    """Both in eight bits: kernels in bf16 on the GPU, the plain code in fp32 on the CPU, from the same weights."""
     shape = dict(hidden_size=256, intermediate_size=512, head_dim=64, num_hidden_layers=2)
 
     def make():

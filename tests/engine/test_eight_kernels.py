@@ -1,7 +1,7 @@
 """The 8-bit Triton kernels against their plain twins, on odd shapes and in rows wider than the data.
 
-On a GPU as they are; elsewhere through Triton's interpreter. Two roundings of one number may differ where it lies at the
-edge between two steps of the format, so what is compared is what the rows mean, and how many values differ at all.
+On a GPU as they are; elsewhere through Triton's interpreter. Two roundings of one number may differ where it lies at
+the edge between two steps of the format, so what is compared is what the rows mean, and how many values differ at all.
 """
 
 import numpy as np

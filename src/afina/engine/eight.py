@@ -1,10 +1,9 @@
-"""Rows in eight bits: e4m3 (Micikevicius et al., 2022, arXiv:2209.05433) or INT8, a scale for each; what makes and reads them.
+"""Rows in eight bits, a scale for each: e4m3 (Micikevicius et al., 2022, arXiv:2209.05433) or INT8.
 
 Each is one pass over memory: the norms, SwiGLU and their backwards write their result in eight bits at once, for a pass
 of its own would eat a third of what 8-bit products gain. The plain code here is the definition; kernels in
 eight_kernels.py run on a GPU and are held to it. A row whose largest magnitude is m has the scale m / peak; a row of
-zeros stays zeros, and a row with a NaN or an infinity becomes NaN (e4m3) or has a scale that is no number (INT8): what is
-broken stays visible.
+zeros stays zeros, and a row with a NaN or an infinity has a scale that is no number: what is broken stays visible.
 """
 
 from collections.abc import Sequence
@@ -180,10 +179,10 @@ def gather_rotated_rows(
 
 
 def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: torch.Tensor | None) -> torch.Tensor:
-    """x small^T (rows, r) in small's dtype: the low-rank side of x. small: (r, width), times `unfold` (width,) if given.
+    """x small^T (rows, r) in small's dtype: the low-rank side of x. small: (r, width), times `unfold` (width,) if any.
 
-    With a `unit`, (1,) fp32, it is also written behind x's columns, in the units of a row's scale times `unit`, as e4m3 and what e4m3
-    leaves of it and e4m3 again, against the weights' twice e4m3 and what that leaves: eight bits of precision.
+    With a `unit`, (1,) fp32, it is also written behind x's columns, in the units of a row's scale times `unit`: as e4m3,
+    what e4m3 leaves of it, and e4m3 again, against the weights' e4m3 twice and what that leaves: eight bits' precision.
     """
     if x.values.is_cuda:
         from afina.engine import eight_kernels

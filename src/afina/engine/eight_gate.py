@@ -4,16 +4,16 @@ The proof runs some of the exact engine's layers in eight bits too, on the user'
 nothing can multiply so, the exact products stay, and a sentence says why.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 
 from afina.engine.block import Block, Saved
 from afina.engine.eight import FP8, INT8, Format
-from afina.engine.eight_product import ALIGN, Turned
+from afina.engine.eight_product import ALIGN, EightProduct, Turned
 from afina.engine.eight_sequential import in_eight_bits
 from afina.engine.engine import Engine
 from afina.engine.products import Product
@@ -27,24 +27,33 @@ FORMATS = {"fp8": FP8, "int8": INT8}
 LEAST_OF_PRODUCTS = 0.999
 """Cosine of dx = dy W in eight bits with the exact one. Rounding both factors to e4m3 leaves 0.9994."""
 LEAST_OF_LAYERS = 0.995
-"""Of what a layer hands down: four products one after the other, each with an input that was rounded on the way there."""
+"""Of what a layer hands down: four products one after the other, each of what was rounded on its way there."""
 LEAST_LEARNT = 0.99
 """Of the gradients of all of a layer's adapters."""
 
 
 @dataclass(frozen=True)
 class EightProof:
-    """The least cosines among some layers, between exact and 8-bit: of their products' dx from the same dy, of the
-    gradient that a whole layer hands down, and of all that its adapters learn."""
+    """The least cosines among some layers, between exact and 8-bit. products: by name, of y and of dx, from the same x
+    and dy. layers: of the gradient that a whole layer hands down; learnt: of all that its adapters learn.
 
-    products: float
+    exact: names of products that were left exact, as their y or dx did not hold.
+    """
+
+    products: dict[str, float]
     layers: float
     learnt: float
+    exact: frozenset[str] = frozenset()
+
+    @property
+    def failing(self) -> frozenset[str]:
+        """Products that must stay exact. A cosine that is no number does not hold."""
+        return frozenset(name for name, cosine in self.products.items() if not cosine >= LEAST_OF_PRODUCTS)
 
     @property
     def holds(self) -> bool:
-        """Whether all point where the exact ones do. A cosine that is no number does not hold."""
-        return self.products >= LEAST_OF_PRODUCTS and self.layers >= LEAST_OF_LAYERS and self.learnt >= LEAST_LEARNT
+        """Whether all point where the exact ones do."""
+        return not self.failing and self.layers >= LEAST_OF_LAYERS and self.learnt >= LEAST_LEARNT
 
 
 def format_of(asked: str, device: torch.device, dtype: torch.dtype) -> Format | None:
@@ -78,27 +87,34 @@ def try_eight_bits(engine: Engine, batch: Targeted, asked: str, *, hold: bool = 
     if reason is not None or form is None:
         return _("exact products, not in eight bits: {reason}").format(reason=reason)
     proof = prove_eight(engine, batch, form)
-    found = {"products": proof.products, "layers": proof.layers, "learnt": proof.learnt}
+    if proof.failing and len(proof.failing) < len(proof.products):
+        proof = prove_eight(engine, batch, form, exact=proof.failing)
+    found = {"products": min(proof.products.values()), "layers": proof.layers, "learnt": proof.learnt}
     if not proof.holds:
         return _(
-            "exact products, not in eight bits: on the first batch cosines with the exact gradients fall to "
-            "{products:.5f} for a product, {layers:.4f} for a layer, {learnt:.4f} for its adapters"
+            "exact products, not in eight bits: on the first batch cosines with the exact ones fall to "
+            "{products:.5f} for a product, {layers:.4f} for a layer's gradient, {learnt:.4f} for its adapters'"
         ).format(**found)
-    engine.into_eight_bits(form, hold=hold)
-    return _(
-        "products in eight bits ({format}); on the first batch cosines with the exact gradients are {products:.5f} "
-        "for a product, {layers:.4f} for a layer, {learnt:.4f} for its adapters, or better"
+    engine.into_eight_bits(form, exact=proof.exact, hold=hold)
+    said = _(
+        "products in eight bits ({format}); on the first batch cosines with the exact ones are {products:.5f} "
+        "for a product, {layers:.4f} for a layer's gradient, {learnt:.4f} for its adapters', or better"
     ).format(format={"fp8": "e4m3", "int8": "INT8"}[form.name], **found)
+    if proof.exact:
+        said += _("; exact, for their outliers: {names}").format(names=", ".join(sorted(proof.exact)))
+    return said
 
 
 @torch.no_grad()
-def prove_eight(engine: Engine, batch: Targeted, form: Format, layers: int = 4) -> EightProof:
+def prove_eight(
+    engine: Engine, batch: Targeted, form: Format, *, exact: frozenset[str] = frozenset(), layers: int = 4
+) -> EightProof:
     """Run `layers` of the engine's exact layers, first and last among them, in eight bits too, on their own inputs and
-    gradients in the batch. The engine stays exact.
+    gradients in the batch, but for the products named in `exact`. The engine stays exact.
     """
     count = len(engine.blocks)
     chosen = {round(number * (count - 1) / max(1, layers - 1)) for number in range(layers)}
-    products, handed_down, learnt = list[float](), list[float](), list[float]()
+    products, handed_down, learnt = dict[str, float](), list[float](), list[float]()
     with perturbed(engine):
         engine._refresh()
         at = engine._positions(batch, None)
@@ -113,16 +129,17 @@ def prove_eight(engine: Engine, batch: Targeted, form: Format, layers: int = 4) 
             if number not in chosen:
                 wide = _present(block.backward(wide, kept, at, below)[0])
                 continue
-            eight, dy = _placed(in_eight_bits(block, form, Turned(), Turned(), keep=True)), wide.clone()
+            eight, dy = _placed(in_eight_bits(block, form, Turned(), Turned(), exact=exact, keep=True)), wide.clone()
             with _watched(block, eight, products):
-                wide, exact = block.backward(wide, kept, at, below)
+                block.forward(inputs[number], at, save=False)
+                wide, true = block.backward(wide, kept, at, below)
             wide = _present(wide)
             kept = _present(eight.forward(inputs[number], at, save=True)[1])
             found, of_adapters = eight.backward(dy, kept, at, below)
             hidden = inputs[number].shape[1]
             handed_down.append(_cosine([_present(found)[:, :hidden]], [wide[:, :hidden]]))
-            learnt.append(_cosine(of_adapters, exact))
-    return EightProof(min(products), min(handed_down), min(learnt))
+            learnt.append(_cosine(of_adapters, true))
+    return EightProof(products, _least(handed_down), _least(learnt), exact)
 
 
 def _placed(block: Block) -> Block:
@@ -134,27 +151,49 @@ def _placed(block: Block) -> Block:
 
 
 @contextmanager
-def _watched(exact: Block, eight: Block, found: list[float]) -> Iterator[None]:
-    """Within, each exact product's dx is compared with the 8-bit one from the same dy; cosines go to `found`."""
+def _watched(exact: Block, eight: Block, found: dict[str, float]) -> Iterator[None]:
+    """Within, what each exact product makes is compared with what the 8-bit one makes of the same input."""
 
-    def watch(product: Product, other: Product) -> Callable[..., torch.Tensor]:
-        backward = product.backward
+    def note(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        found[name] = _least([found.get(name, 1.0), _cosine([ours], [theirs])])
 
-        def compared(wide_dy: torch.Tensor, seed: int | None = None) -> torch.Tensor:
-            dx = backward(wide_dy, seed)
-            found.append(_cosine([other.backward(wide_dy, seed)], [dx]))
+    def watch(name: str, product: Product, other: Product) -> None:
+        forward, narrow, backward = product.forward, product.forward_narrow, product.backward
+
+        def compared(wide_x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+            note(name, other.forward(wide_x.clone()), forward(wide_x.clone()))
+            return forward(wide_x, *rest, **named)
+
+        def compared_narrow(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            nothing = torch.zeros_like(residual)
+            note(name, other.forward_narrow(x, nothing)[0], narrow(x, nothing)[0])
+            return narrow(x, residual, *rest)
+
+        def compared_backward(wide_dy: torch.Tensor, *rest: Any) -> torch.Tensor:
+            dx = backward(wide_dy, *rest)
+            note(name, other.backward(wide_dy.clone()), dx)
             return dx
 
-        return compared
+        product.forward = compared  # type: ignore[method-assign]
+        product.forward_narrow = compared_narrow  # type: ignore[assignment,method-assign]
+        product.backward = compared_backward  # type: ignore[assignment,method-assign]
 
-    pairs = list(zip(exact.products, eight.products, strict=True))
-    for product, other in pairs:
-        product.backward = watch(product, other)  # type: ignore[method-assign]
+    pairs = []
+    for field in fields(exact):
+        product, other = getattr(exact, field.name), getattr(eight, field.name)
+        if isinstance(other, EightProduct):
+            pairs.append(product)
+            watch(field.name, product, other)
     try:
         yield
     finally:
-        for product, _other in pairs:
-            del product.backward
+        for product in pairs:
+            del product.forward, product.forward_narrow, product.backward
+
+
+def _least(cosines: Sequence[float]) -> float:
+    """The least; one that is no number is less than all."""
+    return min(cosines, key=lambda cosine: (cosine == cosine, cosine))
 
 
 def _present(value: Kind | None) -> Kind:
@@ -166,8 +205,9 @@ def _present(value: Kind | None) -> Kind:
 def _cosine(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
     """Between two lists of tensors, each taken as one vector; what is no number stays none."""
     pairs = [(a.double(), b.double()) for a, b in zip(found, truth, strict=True)]
-    product, ours, theirs = (
-        sum(float((a * b).sum()) for a, b in chosen)
-        for chosen in (pairs, [(a, a) for a, _b in pairs], [(b, b) for _a, b in pairs])
-    )
-    return product / max((ours * theirs) ** 0.5, 1e-300)
+
+    def summed(chosen: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        return sum(float((a * b).sum()) for a, b in chosen)
+
+    size = (summed([(a, a) for a, _b in pairs]) * summed([(b, b) for _a, b in pairs])) ** 0.5
+    return summed(pairs) / max(size, 1e-300)

@@ -149,8 +149,8 @@ def swiglu_rows(gate_up: torch.Tensor, to: "Rows") -> torch.Tensor:
     rows, block = gate_up.shape[0], triton.next_power_of_2(to.width)
     known = torch.empty(3, rows, dtype=torch.float32, device=gate_up.device)
     _swiglu_rows[(rows,)](
-        gate_up, gate_up.stride(0), to.values, to.values.stride(0), to.scales, known, rows, to.width, to.form.peak, block,
-        num_warps=_warps(block),
+        gate_up, gate_up.stride(0), to.values, to.values.stride(0), to.scales, known, rows, to.width, to.form.peak,
+        block, num_warps=_warps(block),
     )  # fmt: skip
     return known
 
@@ -566,8 +566,8 @@ def _rescale(
     rows, width = whole.shape
     block = 2048
     _rescale_kernel[(rows, triton.cdiv(width, block))](
-        whole, whole.stride(0), out, out.stride(0), scales, by_column, by_column if bias is None else bias, width, block,
-        bias is not None, num_warps=8,
+        whole, whole.stride(0), out, out.stride(0), scales, by_column, by_column if bias is None else bias, width,
+        block, bias is not None, num_warps=8,
     )  # fmt: skip
     return out
 

@@ -2,7 +2,7 @@
 
 x has a scale a token, W one an output. W's scales lie along what dx = dy W sums over, so they are folded into dy before
 it is quantised: one set of 8-bit weights serves both directions. Hopper's e4m3 products want both factors with what is
-summed over lying side by side, so W is turned over into a scratch buffer going back (1% of a step), or a second copy is held.
+summed over lying side by side, so W is turned over into a scratch buffer going back (1% of a step).
 
 The adapters are exact: x A^T and dy B are products of 16-bit A and B with the 8-bit rows, and their term joins the
 base's as more columns of the same product, in two halves of e4m3, which is eight bits of precision:
@@ -56,7 +56,7 @@ class Turned:
 
 @dataclass(kw_only=True, eq=False)
 class EightProduct(Product):
-    """See Product. weights8: (N, K + appended) in eight bits, with scales alone where they are unpacked for each use into
+    """See Product. weights8: (N, K + appended) in eight bits, or scales alone where they are unpacked for each use, into
     `straight`; down: (r, K) every A; up: (N, r) every sB at its place; units: of their columns, see `choose_units`.
     """
 

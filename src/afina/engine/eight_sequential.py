@@ -1,8 +1,9 @@
 """The layer of sequential.py with products in eight bits: what writes a product's input writes it in eight bits.
 
-No copy of it in 16 bits is made: the low-rank products read the 8-bit rows as well. Saved is what the exact layer saves.
+No copy of it in 16 bits is made: the low-rank products read the 8-bit rows too. Saved is what the exact layer saves.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 import torch
@@ -149,20 +150,22 @@ class EightSequential(Sequential):
 
 
 def in_eight_bits(
-    block: Block, form: Format, straight: Turned, turned: Turned, *, hold: bool = True, keep: bool = False
+    block: Block,
+    form: Format,
+    straight: Turned,
+    turned: Turned,
+    *,
+    exact: Collection[str] = (),
+    hold: bool = True,
+    keep: bool = False,
 ) -> Block:
-    """The same layer with its products in eight bits; the exact one is of no more use unless `keep`."""
-
-    def product(name: str) -> EightProduct:
-        exact = getattr(block, name)
-        made = EightProduct.of(exact, form, straight, turned, hold=hold)
-        if not keep:
-            exact.wide = None
-            made.let_go()
-        return made
-
+    """The same layer with its products in eight bits, but those named in `exact`. keep: the other is still needed."""
     parts = {field.name: getattr(block, field.name) for field in fields(block)}
     for name, part in parts.items():
-        if isinstance(part, Product):
-            parts[name] = product(name)
-    return EightSequential(**parts) if isinstance(block, Sequential) else type(block)(**parts)
+        if isinstance(part, Product) and name not in exact:
+            parts[name] = made = EightProduct.of(part, form, straight, turned, hold=hold)
+            if not keep:
+                part.wide = None
+                made.let_go()
+    fused = isinstance(block, Sequential) and not exact
+    return EightSequential(**parts) if fused else type(block)(**parts)

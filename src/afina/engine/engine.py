@@ -4,6 +4,7 @@ It knows families, not models. What it does not know is left to the reference, w
 the first step it proves itself on the user's own batch (proof.py), and steps aside on a mismatch.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -83,16 +84,17 @@ class Engine:
         self.ends.leave(host)
 
     @torch.no_grad()
-    def into_eight_bits(self, form: Format, *, hold: bool = True) -> None:
-        """Multiply in eight bits from now on. Frozen weights are held in them too, layer by layer, so that what is freed
+    def into_eight_bits(self, form: Format, *, exact: Collection[str] = (), hold: bool = True) -> None:
+        """Multiply in eight bits from now on. Frozen weights are held so too, layer by layer, so that what is freed
         makes room: the transformers model has none of these layers' any more. Weights of four bits may stay as they
-        are, to be unpacked for each use, unless `hold`.
+        are, to be unpacked for each use, unless `hold`. exact: names of the layers' products that stay as they are.
         """
         straight, turned = Turned(), Turned()
-        self.blocks = [in_eight_bits(block, form, straight, turned, hold=hold) for block in self.blocks]
+        self.blocks = [in_eight_bits(block, form, straight, turned, exact=exact, hold=hold) for block in self.blocks]
         self._products = [product for block in self.blocks for product in block.products]
         self._turned, self._copies = (straight, turned), None
-        self._scratch.let_go()
+        if not exact:
+            self._scratch.let_go()
 
     @torch.no_grad()
     def _refresh(self) -> None:

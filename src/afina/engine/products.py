@@ -84,7 +84,8 @@ class Product:
 
     `n`, `k`, `r` are the parts of the buffer drawn above. It is `wide` for weights as they are; weights of four bits
     (`packed`, one a layer, with its rows) are turned into that of `scratch`, or `hold` one of their own. scales: (r,)
-    s of each extra column. bases: the linear layers, whose weights these are. bias: (N,) or None. dropout: of the adapters' input, while training.
+    s of each extra column. bases: the linear layers, whose weights these are. bias: (N,) or None.
+    dropout: of the adapters' input, while training.
     """
 
     n: int
