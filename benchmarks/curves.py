@@ -55,7 +55,11 @@ def trained(folder: Path, text: str, overrides: dict[str, Any]) -> dict[str, Any
     file, out = folder / f"{name}.yaml", folder / name
     file.write_text(text)
     command = [sys.executable, "-m", "afina", "train", str(file), "--out", str(out)]
-    subprocess.run([*command, *(f"{key}={value}" for key, value in overrides.items())], check=True, capture_output=True)
+    done = subprocess.run(
+        [*command, *(f"{key}={value}" for key, value in overrides.items())], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{name} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if line]
     manifest = json.loads((out / "manifest.json").read_text())
     of = {kind: [line["loss"] for line in lines if line["kind"] == kind] for kind in ("step", "validation")}

@@ -181,7 +181,7 @@ def gather_rotated_rows(
 def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: torch.Tensor | None) -> torch.Tensor:
     """x small^T (rows, r) in small's dtype: the low-rank side of x. small: (r, width), times `unfold` (width,) if any.
 
-    With a `unit`, (1,) fp32, it is also written behind x's columns, in the units of a row's scale times `unit`: as e4m3,
+    With a `unit`, (1,) fp32, it is also written behind x's columns, in units of a row's scale times `unit`: as e4m3,
     what e4m3 leaves of it, and e4m3 again, against the weights' e4m3 twice and what that leaves: eight bits' precision.
     """
     if x.values.is_cuda:

@@ -56,8 +56,8 @@ class Turned:
 
 @dataclass(kw_only=True, eq=False)
 class EightProduct(Product):
-    """See Product. weights8: (N, K + appended) in eight bits, or scales alone where they are unpacked for each use, into
-    `straight`; down: (r, K) every A; up: (N, r) every sB at its place; units: of their columns, see `choose_units`.
+    """See Product. weights8: (N, K + appended) in eight bits, or scales alone where they are unpacked for each use
+    into `straight`; down: (r, K) every A; up: (N, r) every sB in its place; units: of their columns.
     """
 
     form: Format
