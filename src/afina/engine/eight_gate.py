@@ -4,6 +4,7 @@ The proof runs some of the exact engine's layers in eight bits too, on the user'
 nothing can multiply so, the exact products stay, and a sentence says why.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -209,5 +210,5 @@ def _cosine(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> flo
     def summed(chosen: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
         return sum(float((a * b).sum()) for a, b in chosen)
 
-    size = (summed([(a, a) for a, _b in pairs]) * summed([(b, b) for _a, b in pairs])) ** 0.5
+    size = math.sqrt(summed([(a, a) for a, _b in pairs]) * summed([(b, b) for _a, b in pairs]))
     return summed(pairs) / max(size, 1e-300)
