@@ -38,7 +38,7 @@ def timed(name: str, call: Callable[[], object], bytes_moved: int = 0, flops: in
     from triton.testing import do_bench
 
     try:
-        spent = 1000 * do_bench(call, warmup=5, rep=25, return_mode="median")
+        spent = 1000 * do_bench(call, warmup=3, rep=15, return_mode="median")
     except Exception as error:  # noqa: BLE001 - whatever a combination does not do is a finding
         found[name] = {"error": f"{type(error).__name__}: {str(error)[:160]}"}
         print(f"{name:44} {found[name]['error']}", flush=True)
@@ -159,12 +159,22 @@ def tiles(tokens: int) -> None:
     unfold = torch.rand(n, device="cuda")
     low, low_up = torch.randn(tokens, 16, device="cuda").bfloat16(), torch.randn(tokens, r, device="cuda").bfloat16()
     before = eight_kernels.INWARD
-    for tile in ((32, 256, 4, 3), (64, 128, 4, 4), (64, 256, 4, 4), (64, 256, 8, 3), (128, 128, 8, 3), (32, 512, 8, 3)):
+    for tile in ((32, 256, 4, 3), (64, 256, 4, 4), (16, 256, 4, 3), (32, 256, 4, 4)):
         eight_kernels.INWARD = tile
         timed(f"inward {tile} down", lambda: eight_kernels.inward(inputs, a, None, UNIT), tokens * WIDE)
         timed(f"inward {tile} gate_up", lambda: eight_kernels.inward(outputs, up, unfold, UNIT), tokens * n)
-    eight_kernels.INWARD, before = before, eight_kernels.OUTWARD
-    for tile in ((64, 256, 4, 3), (128, 128, 4, 3), (128, 128, 8, 3), (32, 256, 4, 4), (64, 128, 8, 4)):
+    eight_kernels.INWARD, before = before, eight_kernels.INWARD_HALVES
+    halved, halved_up = (torch.empty(2, *small.shape, dtype=FP8.dtype, device="cuda") for small in (a, up))
+    timed("halve down", lambda: eight_kernels.halve(a, None, UNIT, halved), 4 * a.numel())
+    timed("halve gate_up", lambda: eight_kernels.halve(up, unfold, UNIT, halved_up), 4 * up.numel())
+    for tile in ((64, 256, 4, 4), (64, 128, 4, 5), (128, 128, 4, 4), (64, 512, 4, 3), (64, 256, 4, 3)):
+        eight_kernels.INWARD_HALVES = tile
+        timed(f"halves inward {tile} down",
+              lambda: eight_kernels.inward_halves(inputs, halved, UNIT, UNIT, torch.bfloat16), tokens * WIDE)  # fmt: skip
+        timed(f"halves inward {tile} gate_up",
+              lambda: eight_kernels.inward_halves(outputs, halved_up, UNIT, UNIT, torch.bfloat16), tokens * n)  # fmt: skip
+    eight_kernels.INWARD_HALVES, before = before, eight_kernels.OUTWARD
+    for tile in ((64, 256, 4, 3), (32, 256, 4, 4), (64, 256, 4, 4), (32, 512, 4, 3)):
         eight_kernels.OUTWARD = tile
         timed(f"outward {tile} down", lambda: eight_kernels.outward(inputs, low), tokens * WIDE)
         timed(f"outward {tile} gate_up", lambda: eight_kernels.outward(outputs, low_up), tokens * n)
@@ -172,7 +182,7 @@ def tiles(tokens: int) -> None:
     weights = rows_of(n, k, 96)
     out = torch.empty(k, n + 96, dtype=FP8.dtype, device="cuda")
     before = eight_kernels.TURN
-    for tile in ((64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 4), (256, 64, 8), (64, 256, 8)):
+    for tile in ((64, 128, 4), (64, 256, 8)):
         eight_kernels.TURN = tile
         timed(f"turn {tile}", lambda: eight_kernels.turn(weights, out), 2 * n * k)
     eight_kernels.TURN = before

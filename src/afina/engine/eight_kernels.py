@@ -338,16 +338,95 @@ def _inward(
     known = (row[:, None] < rows) & (rank[None, :] < r)
     tl.store(low + row[:, None] * r + rank[None, :], found * scale[:, None], mask=known)
     if APPENDS:
-        at = x + row[:, None] * x_stride + width + rank[None, :]
-        value = tl.minimum(tl.maximum(found / tl.load(unit), -largest), largest)
-        high = value.to(x.dtype.element_ty)
-        rest = (value - high.to(tl.float32)).to(x.dtype.element_ty)
-        tl.store(at, high, mask=known)
-        tl.store(at + r, rest, mask=known)
-        tl.store(at + 2 * r, high, mask=known)
-        behind = width + 3 * r + tl.arange(0, PAD)[None, :]
-        nothing = tl.zeros((BLOCK_T, PAD), tl.float32).to(x.dtype.element_ty)
-        tl.store(x + row[:, None] * x_stride + behind, nothing, mask=(row[:, None] < rows) & (behind < whole))
+        _append(found / tl.load(unit), x + row[:, None] * x_stride, row[:, None] < rows, rank[None, :], width, whole, r,
+                largest)  # fmt: skip
+
+
+def halve(small: torch.Tensor, unfold: torch.Tensor | None, unit: torch.Tensor, out: torch.Tensor) -> None:
+    """See eight.halve."""
+    r, width = small.shape
+    block = 1024
+    _halve[(r, triton.cdiv(width, block))](
+        small, *small.stride(), unit if unfold is None else unfold, unit, out, out.stride(0), width, LARGEST, block,
+        unfold is not None, num_warps=4,
+    )  # fmt: skip
+
+
+LARGEST = 448.0
+
+
+@triton.jit
+def _halve(
+    small, small_stride, small_step, unfold, unit, out, half, width, largest, BLOCK: tl.constexpr, UNFOLDS: tl.constexpr
+):  # fmt: skip
+    rank = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(small + rank * small_stride + column * small_step, mask=inside, other=0.0).to(tl.float32)
+    value = value * tl.load(unit)
+    if UNFOLDS:
+        value = value * tl.load(unfold + column, mask=inside, other=0.0)
+    value = tl.minimum(tl.maximum(value, -largest), largest)
+    high = value.to(out.dtype.element_ty)
+    tl.store(out + rank * width + column, high, mask=inside)
+    tl.store(out + half + rank * width + column, (value - high.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
+
+
+def inward_halves(
+    x: "Rows", halves: torch.Tensor, of_halves: torch.Tensor, unit: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """As `inward`, by e4m3's own matrix units: halves (2, r, width) are what `halve` made, in units of `of_halves`."""
+    rows, r = x.values.shape[0], halves.shape[1]
+    low = torch.empty(rows, r, dtype=dtype, device=halves.device)
+    block_t, block_k, warps, stages = INWARD_HALVES
+    _inward_halves[(triton.cdiv(rows, block_t),)](
+        x.values, x.values.stride(0), x.scales, halves, halves.stride(0), of_halves, low,
+        of_halves if unit is None else unit, rows, x.width, x.values.shape[1], r, x.form.largest, block_t, block_k,
+        max(16, triton.next_power_of_2(r)), unit is not None, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return low
+
+
+INWARD_HALVES = (64, 256, 4, 4)
+"""Rows and columns of a program's tile, warps, and tiles on their way."""
+
+
+@triton.jit
+def _inward_halves(
+    x, x_stride, scales, halves, half, of_halves, low, unit, rows, width, whole, r, largest,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, APPENDS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rank = tl.arange(0, BLOCK_R)
+    found = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for start in range(0, width, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        inside = (row[:, None] < rows) & (column[None, :] < width)
+        value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+        known = (rank[None, :] < r) & (column[:, None] < width)
+        at = halves + rank[None, :] * width + column[:, None]
+        found = tl.dot(value, tl.load(at, mask=known, other=0.0), found)
+        found = tl.dot(value, tl.load(at + half, mask=known, other=0.0), found)
+    found = found / tl.load(of_halves)
+    scale = tl.load(scales + row, mask=row < rows, other=0.0)
+    known = (row[:, None] < rows) & (rank[None, :] < r)
+    tl.store(low + row[:, None] * r + rank[None, :], found * scale[:, None], mask=known)
+    if APPENDS:
+        _append(found / tl.load(unit), x + row[:, None] * x_stride, row[:, None] < rows, rank[None, :], width, whole, r,
+                largest)  # fmt: skip
+
+
+@triton.jit
+def _append(value, at, there, rank, width, whole, r, largest):
+    """e4m3, what it leaves, and e4m3 again, behind the columns of rows that begin at `at`, and zeros behind them."""
+    known = there & (rank < r)
+    value = tl.minimum(tl.maximum(value, -largest), largest)
+    high = value.to(at.dtype.element_ty)
+    tl.store(at + width + rank, high, mask=known)
+    tl.store(at + width + r + rank, (value - high.to(tl.float32)).to(at.dtype.element_ty), mask=known)
+    tl.store(at + width + 2 * r + rank, high, mask=known)
+    behind = width + 3 * r + tl.arange(0, PAD)[None, :]
+    tl.store(at + behind, (behind * 0).to(tl.float32).to(at.dtype.element_ty), mask=there & (behind < whole))
 
 
 def outward(x: "Rows", low: torch.Tensor) -> torch.Tensor:
