@@ -169,10 +169,10 @@ def tiles(tokens: int) -> None:
     timed("halve gate_up", lambda: eight_kernels.halve(up, unfold, UNIT, halved_up), 4 * up.numel())
     for tile in ((64, 256, 4, 4), (64, 128, 4, 5), (128, 128, 4, 4), (64, 512, 4, 3), (64, 256, 4, 3)):
         eight_kernels.INWARD_HALVES = tile
-        timed(f"halves inward {tile} down",
-              lambda: eight_kernels.inward_halves(inputs, halved, UNIT, UNIT, torch.bfloat16), tokens * WIDE)  # fmt: skip
-        timed(f"halves inward {tile} gate_up",
-              lambda: eight_kernels.inward_halves(outputs, halved_up, UNIT, UNIT, torch.bfloat16), tokens * n)  # fmt: skip
+        for name, rows, halves in (("down", inputs, halved), ("gate_up", outputs, halved_up)):
+            timed(f"halves inward {tile} {name}",
+                  lambda: eight_kernels.inward_halves(rows, halves, UNIT, UNIT, torch.bfloat16),
+                  tokens * rows.width)  # fmt: skip
     eight_kernels.INWARD_HALVES, before = before, eight_kernels.OUTWARD
     for tile in ((64, 256, 4, 3), (32, 256, 4, 4), (64, 256, 4, 4), (32, 512, 4, 3)):
         eight_kernels.OUTWARD = tile
