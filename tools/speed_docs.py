@@ -56,10 +56,10 @@ PREDICTED = """
 ## Predicted for cards we have not measured
 
 **These are predictions.** Llama-3.1-8B in NF4, LoRA of rank 16 everywhere, 2,048 tokens at once, nothing made again
-(where it does not fit into the card, saved tensors wait in the computer's memory): operations over the card's dense rate by
-its maker's data sheet, at the {share:.0%} of it that products in bf16 reach on an H200; and over its memory's rate 14 MB a
-token, the four-bit weights unpacked twice, and INT8's sums, 18 MB a token. GeForce cards accumulate 16-bit products in
-fp32 at half their rate; INT8 runs at four times that.
+(where it does not fit into the card, saved tensors wait in the computer's memory): operations over the card's dense
+rate by its maker's data sheet, at the {share:.0%} of it that products in bf16 reach on an H200; and over its memory's
+rate 14 MB a token, the four-bit weights unpacked twice, and INT8's sums, 18 MB a token. GeForce cards accumulate
+16-bit products in fp32 at half their rate; INT8 runs at four times that.
 
 | card | exact products, tokens/s | INT8 products (`training.products: int8`), tokens/s |
 |---|---|---|
