@@ -21,7 +21,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "src")]
 
-from afina.engine import eight, eight_kernels  # noqa: E402 - found by the path above
+from afina.engine import eight, eight_kernels, eight_matrix, eight_movers  # noqa: E402 - found by the path above
 from afina.engine.eight import FP8, INT8, Rows  # noqa: E402
 from afina.engine.elementwise import Norm  # noqa: E402
 
@@ -138,16 +138,16 @@ def kernels(tokens: int) -> None:
         inputs, outputs = rows_of(tokens, k_, 3 * r), rows_of(tokens, n, 3 * r)
         a, b = draw(r, k_), draw(n, r)
         up, unfold = b.t(), torch.rand(n, device="cuda")
-        low = eight_kernels.inward(inputs, a, None, UNIT)
-        timed(f"{name} xA^T", lambda: eight_kernels.inward(inputs, a, None, UNIT), tokens * k_)
-        timed(f"{name} dyB", lambda: eight_kernels.inward(outputs, up, unfold, UNIT), tokens * n)
-        timed(f"{name} dA", lambda: eight_kernels.outward(inputs, low), tokens * k_)
-        timed(f"{name} dB", lambda: eight_kernels.outward(outputs, low), tokens * n)
+        low = eight_matrix.inward(inputs, a, None, UNIT)
+        timed(f"{name} xA^T", lambda: eight_matrix.inward(inputs, a, None, UNIT), tokens * k_)
+        timed(f"{name} dyB", lambda: eight_matrix.inward(outputs, up, unfold, UNIT), tokens * n)
+        timed(f"{name} dA", lambda: eight_matrix.outward(inputs, low), tokens * k_)
+        timed(f"{name} dB", lambda: eight_matrix.outward(outputs, low), tokens * n)
         weights = rows_of(n, k_, 3 * r)
         out = torch.empty(k_, n + 3 * r, dtype=FP8.dtype, device="cuda")
-        timed(f"{name} B behind", lambda: eight_kernels.append_up(weights, b, UNIT), 5 * n * r)
-        timed(f"{name} turned", lambda: eight_kernels.turn(weights, out), 2 * n * k_)
-        timed(f"{name} A behind", lambda: eight_kernels.append_down(out, n, a, UNIT, 448.0), 5 * k_ * r)
+        timed(f"{name} B behind", lambda: eight_movers.append_up(weights, b, UNIT), 5 * n * r)
+        timed(f"{name} turned", lambda: eight_movers.turn(weights, out), 2 * n * k_)
+        timed(f"{name} A behind", lambda: eight_movers.append_down(out, n, a, UNIT, 448.0), 5 * k_ * r)
 
 
 def tiles(tokens: int) -> None:
@@ -158,34 +158,34 @@ def tiles(tokens: int) -> None:
     up = torch.randn(r, n, device="cuda", dtype=torch.bfloat16)
     unfold = torch.rand(n, device="cuda")
     low, low_up = torch.randn(tokens, 16, device="cuda").bfloat16(), torch.randn(tokens, r, device="cuda").bfloat16()
-    before = eight_kernels.INWARD
+    before = eight_matrix.INWARD
     for tile in ((32, 256, 4, 3), (64, 256, 4, 4), (16, 256, 4, 3), (32, 256, 4, 4)):
-        eight_kernels.INWARD = tile
-        timed(f"inward {tile} down", lambda: eight_kernels.inward(inputs, a, None, UNIT), tokens * WIDE)
-        timed(f"inward {tile} gate_up", lambda: eight_kernels.inward(outputs, up, unfold, UNIT), tokens * n)
-    eight_kernels.INWARD, before = before, eight_kernels.INWARD_HALVES
+        eight_matrix.INWARD = tile
+        timed(f"inward {tile} down", lambda: eight_matrix.inward(inputs, a, None, UNIT), tokens * WIDE)
+        timed(f"inward {tile} gate_up", lambda: eight_matrix.inward(outputs, up, unfold, UNIT), tokens * n)
+    eight_matrix.INWARD, before = before, eight_matrix.INWARD_HALVES
     halved, halved_up = (torch.empty(2, *small.shape, dtype=FP8.dtype, device="cuda") for small in (a, up))
-    timed("halve down", lambda: eight_kernels.halve(a, None, UNIT, halved), 4 * a.numel())
-    timed("halve gate_up", lambda: eight_kernels.halve(up, unfold, UNIT, halved_up), 4 * up.numel())
+    timed("halve down", lambda: eight_movers.halve(a, None, UNIT, halved), 4 * a.numel())
+    timed("halve gate_up", lambda: eight_movers.halve(up, unfold, UNIT, halved_up), 4 * up.numel())
     for tile in ((64, 256, 4, 4), (64, 128, 4, 5), (128, 128, 4, 4), (64, 512, 4, 3), (64, 256, 4, 3)):
-        eight_kernels.INWARD_HALVES = tile
+        eight_matrix.INWARD_HALVES = tile
         for name, rows, halves in (("down", inputs, halved), ("gate_up", outputs, halved_up)):
             timed(f"halves inward {tile} {name}",
-                  lambda: eight_kernels.inward_halves(rows, halves, UNIT, UNIT, torch.bfloat16),
+                  lambda: eight_matrix.inward_halves(rows, halves, UNIT, UNIT, torch.bfloat16),
                   tokens * rows.width)  # fmt: skip
-    eight_kernels.INWARD_HALVES, before = before, eight_kernels.OUTWARD
+    eight_matrix.INWARD_HALVES, before = before, eight_matrix.OUTWARD
     for tile in ((64, 256, 4, 3), (32, 256, 4, 4), (64, 256, 4, 4), (32, 512, 4, 3)):
-        eight_kernels.OUTWARD = tile
-        timed(f"outward {tile} down", lambda: eight_kernels.outward(inputs, low), tokens * WIDE)
-        timed(f"outward {tile} gate_up", lambda: eight_kernels.outward(outputs, low_up), tokens * n)
-    eight_kernels.OUTWARD = before
+        eight_matrix.OUTWARD = tile
+        timed(f"outward {tile} down", lambda: eight_matrix.outward(inputs, low), tokens * WIDE)
+        timed(f"outward {tile} gate_up", lambda: eight_matrix.outward(outputs, low_up), tokens * n)
+    eight_matrix.OUTWARD = before
     weights = rows_of(n, k, 96)
     out = torch.empty(k, n + 96, dtype=FP8.dtype, device="cuda")
-    before = eight_kernels.TURN
+    before = eight_movers.TURN
     for tile in ((64, 128, 4), (64, 256, 8)):
-        eight_kernels.TURN = tile
-        timed(f"turn {tile}", lambda: eight_kernels.turn(weights, out), 2 * n * k)
-    eight_kernels.TURN = before
+        eight_movers.TURN = tile
+        timed(f"turn {tile}", lambda: eight_movers.turn(weights, out), 2 * n * k)
+    eight_movers.TURN = before
     timed(
         "turn by copy_",
         lambda: out.view(torch.uint8)[:, :n].copy_(weights.values.view(torch.uint8)[:, :k].t()),

@@ -11,7 +11,7 @@ import torch
 CUDA = torch.cuda.is_available()
 triton = pytest.importorskip("triton")
 
-from afina.engine import eight, eight_kernels, elementwise  # noqa: E402
+from afina.engine import eight, eight_kernels, eight_matrix, eight_movers, elementwise  # noqa: E402
 from afina.engine.eight import FP8, INT8, Rows  # noqa: E402
 from afina.engine.elementwise import Norm  # noqa: E402
 from afina.engine.nf4 import from_bitsandbytes  # noqa: E402
@@ -175,7 +175,7 @@ def test_low_rank_products(rows, width, r, form):
         appends = form is FP8
         unit = torch.tensor([4.0]) if appends else None
         truth = eight.inward(theirs, small.cpu(), None if by is None else by.cpu(), unit)
-        low = eight_kernels.inward(x, small, by, None if unit is None else unit.to(DEVICE))
+        low = eight_matrix.inward(x, small, by, None if unit is None else unit.to(DEVICE))
         assert (low.cpu().double() - truth.double()).norm() <= (1e-2 if CUDA else 1e-5) * truth.double().norm()
         if appends:
             ours = x.values[:, width:].cpu().float()
@@ -188,15 +188,15 @@ def test_low_rank_products(rows, width, r, form):
         if appends:
             halves = torch.empty(2, r, width, dtype=form.dtype, device=DEVICE)
             unit = torch.tensor([448 / 7 / small.abs().max().item()], device=DEVICE)
-            eight_kernels.halve(small, by, unit, halves)
+            eight_movers.halve(small, by, unit, halves)
             if CUDA:  # the interpreter takes no e4m3 tiles
-                again = eight_kernels.inward_halves(x, halves, unit, None, DTYPE)
+                again = eight_matrix.inward_halves(x, halves, unit, None, DTYPE)
                 assert (again.cpu().double() - truth.double()).norm() <= 1e-2 * truth.double().norm()
             meant = (halves[0].double() + halves[1].double()) / unit.double()
             true = small.double() * (1 if by is None else by.double())
             assert (meant - true).norm() <= 2**-7 * true.norm()
     truth = eight.outward(on_cpu(x), low.cpu())
-    found = eight_kernels.outward(x, low)
+    found = eight_matrix.outward(x, low)
     assert (found.cpu() - truth).norm() <= (1e-2 if CUDA else 1e-5) * truth.norm()
 
 
@@ -210,15 +210,15 @@ def test_weights_turned_over_with_the_adapters_behind(rows, width, r, form):
     ours, theirs, unit = weights, on_cpu(weights), torch.tensor([4.0])
     if appended:
         up = (torch.randn(rows, r, device=DEVICE) * 1e-2).to(DTYPE)
-        eight_kernels.append_up(ours, up, unit.to(DEVICE))
+        eight_movers.append_up(ours, up, unit.to(DEVICE))
         eight.append_up(theirs, up.cpu(), unit)
         assert (ours.values.cpu().float() - theirs.values.float()).norm() <= 1e-3 * theirs.values.float().norm()
     out = torch.zeros(width, rows + appended, dtype=form.dtype, device=DEVICE)
     truth = eight.turn(theirs, torch.zeros(width, rows + appended, dtype=form.dtype))
-    eight_kernels.turn(ours, out)
+    eight_movers.turn(ours, out)
     if appended:
         down = (torch.randn(r, width, device=DEVICE) * 1e-2).to(DTYPE)
-        eight_kernels.append_down(out, rows, down, 128 * unit.to(DEVICE), form.largest)
+        eight_movers.append_down(out, rows, down, 128 * unit.to(DEVICE), form.largest)
         eight.append_down(truth, rows, down.cpu(), 128 * unit, form)
     assert torch.equal(out[:, :rows].cpu().view(torch.uint8), truth[:, :rows].view(torch.uint8))
     assert (out.cpu().float() - truth.float()).norm() <= 1e-3 * truth.float().norm()
@@ -238,10 +238,10 @@ def test_unpack(rows, columns, nested, form):
     truth.write(plain, form.weights_peak)
     found = empty(rows, columns, form)
     found.scales.copy_(truth.scales)
-    eight_kernels.unpack(four, found.scales, found.values, False)
+    eight_movers.unpack(four, found.scales, found.values, False)
     alike(found, truth)
     out = torch.zeros(columns, rows + 16, dtype=form.dtype, device=DEVICE)
-    eight_kernels.unpack(four, found.scales, out[:, :rows], True)
+    eight_movers.unpack(four, found.scales, out[:, :rows], True)
     assert torch.equal(
         out[:, :rows].t().contiguous().view(torch.uint8), found.values[:, :columns].contiguous().view(torch.uint8)
     )

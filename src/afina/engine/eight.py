@@ -2,8 +2,9 @@
 
 Each is one pass over memory: the norms, SwiGLU and their backwards write their result in eight bits at once, for a pass
 of its own would eat a third of what 8-bit products gain. The plain code here is the definition; kernels in
-eight_kernels.py run on a GPU and are held to it. A row whose largest magnitude is m has the scale m / peak; a row of
-zeros stays zeros, and a row with a NaN or an infinity has a scale that is no number: what is broken stays visible.
+eight_kernels.py, eight_matrix.py and eight_movers.py run on a GPU and are held to it. A row whose largest magnitude is
+m has the scale m / peak; a row of zeros stays zeros, and a row with a NaN or an infinity has a scale that is no number:
+what is broken stays visible.
 """
 
 from collections.abc import Sequence
@@ -185,9 +186,9 @@ def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: torc
     what e4m3 leaves of it, and e4m3 again, against the weights' e4m3 twice and what that leaves: eight bits' precision.
     """
     if x.values.is_cuda:
-        from afina.engine import eight_kernels
+        from afina.engine import eight_matrix
 
-        return eight_kernels.inward(x, small, unfold, unit)
+        return eight_matrix.inward(x, small, unfold, unit)
     wide = torch.promote_types(small.dtype, torch.float32)
     found = x.values[:, : x.width].to(wide) @ (small.to(wide) if unfold is None else small.to(wide) * unfold).t()
     if unit is not None:
@@ -199,9 +200,9 @@ def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: torc
 def outward(x: Rows, low: torch.Tensor) -> torch.Tensor:
     """low^T x (r, width), at least fp32: gradients of adapters. low: (rows, r)."""
     if x.values.is_cuda:
-        from afina.engine import eight_kernels
+        from afina.engine import eight_matrix
 
-        return eight_kernels.outward(x, low)
+        return eight_matrix.outward(x, low)
     wide = torch.promote_types(low.dtype, torch.float32)
     return (low.to(wide) * x.scales[:, None]).t() @ x.values[:, : x.width].to(wide)
 
@@ -209,9 +210,9 @@ def outward(x: Rows, low: torch.Tensor) -> torch.Tensor:
 def append_up(weights: Rows, up: torch.Tensor, unit: torch.Tensor) -> None:
     """Write `up` (rows, r), in the units of a row's scale over `unit`, behind the weights' columns."""
     if up.is_cuda:
-        from afina.engine import eight_kernels
+        from afina.engine import eight_movers
 
-        eight_kernels.append_up(weights, up, unit)
+        eight_movers.append_up(weights, up, unit)
         return
     high, rest = halves(_wide(up) * unit / weights.scales[:, None], weights.form)
     behind(weights.values, weights.width, (high, high, rest))
@@ -220,9 +221,9 @@ def append_up(weights: Rows, up: torch.Tensor, unit: torch.Tensor) -> None:
 def turn(weights: Rows, out: torch.Tensor) -> torch.Tensor:
     """The weights' values turned over into the first columns of out (width, rows + appended)."""
     if out.is_cuda:
-        from afina.engine import eight_kernels
+        from afina.engine import eight_movers
 
-        return eight_kernels.turn(weights, out)
+        return eight_movers.turn(weights, out)
     out[:, : weights.values.shape[0]] = weights.values[:, : weights.width].t()
     return out
 
@@ -231,9 +232,9 @@ def unpack(packed: Sequence[tuple[slice, Nf4]], to: Rows) -> Rows:
     """Weights of four bits, each with its rows, as `to` with the scales that stand there already."""
     for rows, weight in packed:
         if to.values.is_cuda:
-            from afina.engine import eight_kernels
+            from afina.engine import eight_movers
 
-            eight_kernels.unpack(weight, to.scales[rows], to.values[rows], False)
+            eight_movers.unpack(weight, to.scales[rows], to.values[rows], False)
             continue
         plain = torch.empty(weight.rows, weight.columns)
         weight.fill(plain)
@@ -247,9 +248,9 @@ def unpack_turned(
     """The same turned over into the first columns of out (width, rows + appended); scales: (rows,)."""
     for rows, weight in packed:
         if out.is_cuda:
-            from afina.engine import eight_kernels
+            from afina.engine import eight_movers
 
-            eight_kernels.unpack(weight, scales[rows], out[:, rows], True)
+            eight_movers.unpack(weight, scales[rows], out[:, rows], True)
             continue
         plain = torch.empty(weight.rows, weight.columns)
         weight.fill(plain)
@@ -260,9 +261,9 @@ def unpack_turned(
 def append_down(out: torch.Tensor, rows: int, down: torch.Tensor, unit: torch.Tensor, form: Format) -> None:
     """`down` (r, width) times `unit`, turned over, behind the first `rows` columns of out (width, rows + appended)."""
     if out.is_cuda:
-        from afina.engine import eight_kernels
+        from afina.engine import eight_movers
 
-        eight_kernels.append_down(out, rows, down, unit, form.largest)
+        eight_movers.append_down(out, rows, down, unit, form.largest)
         return
     high, rest = halves(_wide(down).t() * unit, form)
     behind(out, rows, (high, high, rest))
@@ -275,9 +276,9 @@ def multiply(
     columns), in eight bits; scales: (outputs,); bias: (outputs,).
     """
     if x.values.is_cuda:
-        from afina.engine import eight_kernels
+        from afina.engine import eight_matrix
 
-        return eight_kernels.multiply(x, values, scales, like.dtype, bias)
+        return eight_matrix.multiply(x, values, scales, like.dtype, bias)
     wide = torch.promote_types(like.dtype, torch.float32)
     found = (x.values.to(wide) @ values.to(wide).t()) * x.scales[:, None] * scales
     return (found if bias is None else found + bias).to(like.dtype)
