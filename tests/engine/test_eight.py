@@ -10,9 +10,10 @@ from afina.engine import eight, eight_gate
 from afina.engine.block import Placement
 from afina.engine.eight import FP8, INT8, Rows
 from afina.engine.eight_gate import format_of, prove_eight, try_eight_bits, why_exact
-from afina.engine.eight_product import EightProduct, Turned
+from afina.engine.eight_product import EightProduct
 from afina.engine.engine import Engine
 from afina.engine.plan import ladder, room_to_hold
+from afina.engine.products import Scratch
 from afina.errors import ModelError
 from afina.model.attach import attach
 from afina.recipe.schema import Full
@@ -78,7 +79,7 @@ def product_of(form, targets=("q_proj", "k_proj", "v_proj"), rank=3, **shape):
     model = perturbed(llama(**{"hidden_size": 48, "head_dim": 16, **shape}), rank=rank, targets=list(targets))
     engine = Engine(model)
     exact = engine.blocks[0].qkv
-    made = EightProduct.of(exact, form, Turned(), Turned())
+    made = EightProduct.of(exact, form, Scratch(), Scratch())
     engine._refresh()
     for source, target, factor in made.placed():
         target.copy_(source * factor)

@@ -152,8 +152,8 @@ def swiglu_backward_rows(
         eight_kernels.swiglu_backward_rows(d, gate_up, fold, largest, known, to, again)
         return
     wide = _wide(gate_up)
-    slopes, act = torch.empty_like(wide), _wide(d).clone()
-    swiglu_backward(act, wide, slopes)
+    slopes, act = wide.clone(), _wide(d).clone()
+    swiglu_backward(act, slopes)
     if largest is None:
         to.write(slopes * fold)
     else:

@@ -14,10 +14,10 @@ import torch
 
 from afina.engine.block import Block, Saved
 from afina.engine.eight import FP8, INT8, Format
-from afina.engine.eight_product import ALIGN, EightProduct, Turned
+from afina.engine.eight_product import ALIGN, EightProduct
 from afina.engine.eight_sequential import in_eight_bits
 from afina.engine.engine import Engine
-from afina.engine.products import Product
+from afina.engine.products import Product, Scratch
 from afina.engine.proof import perturbed
 from afina.language import _
 from afina.model.loss import Targeted
@@ -130,7 +130,7 @@ def prove_eight(
             if number not in chosen:
                 wide = _present(block.backward(wide, kept, at, below)[0])
                 continue
-            eight, dy = _placed(in_eight_bits(block, form, Turned(), Turned(), exact=exact, keep=True)), wide.clone()
+            eight, dy = _placed(in_eight_bits(block, form, Scratch(), Scratch(), exact=exact, keep=True)), wide.clone()
             with _watched(block, eight, products):
                 block.forward(inputs[number], at, save=False)
                 wide, true = block.backward(wide, kept, at, below)

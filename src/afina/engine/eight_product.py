@@ -20,7 +20,7 @@ import torch
 from afina.engine import eight
 from afina.engine.eight import FP8, Format, Rows
 from afina.engine.elementwise import wide_product
-from afina.engine.products import Product
+from afina.engine.products import Product, Scratch
 from afina.errors import ModelError
 from afina.language import _
 
@@ -28,30 +28,6 @@ ALIGN = 16
 """Bytes at which every row of a factor must begin."""
 TILE = 128
 """What is appended fills whole tiles of the sum: rows that end within one took a fifth more time on Hopper."""
-
-
-class Turned:
-    """The one buffer in which weights lie turned over (or are unpacked), product by product."""
-
-    def __init__(self) -> None:
-        self._flat: torch.Tensor | None = None
-        self._needed = 0
-        self._holder: object = None
-
-    def ask(self, elements: int) -> None:
-        """Say, before the first use, how much will be needed."""
-        self._needed = max(self._needed, elements)
-
-    def get(self, holder: object, rows: int, columns: int, like: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """A buffer (rows, columns), and whether it still has what `holder` wrote there."""
-        if self._flat is None:
-            self._flat = torch.empty(self._needed, dtype=like.dtype, device=like.device)
-        written, self._holder = self._holder is holder, holder
-        return self._flat[: rows * columns].view(rows, columns), written
-
-    def forget(self) -> None:
-        """What learns has changed."""
-        self._holder = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -62,8 +38,8 @@ class EightProduct(Product):
 
     form: Format
     weights8: Rows
-    straight: Turned
-    turned: Turned
+    straight: Scratch
+    turned: Scratch
     down: torch.Tensor
     up: torch.Tensor
     units: torch.Tensor
@@ -71,13 +47,15 @@ class EightProduct(Product):
     ones: torch.Tensor
 
     @classmethod
-    def of(cls, exact: Product, form: Format, straight: Turned, turned: Turned, *, hold: bool = True) -> "EightProduct":
+    def of(
+        cls, exact: Product, form: Format, straight: Scratch, turned: Scratch, *, hold: bool = True
+    ) -> "EightProduct":
         """From a product with the weights as they are, or in four bits. Raises ModelError where they are no numbers.
 
         `exact` is as before. hold: weights of four bits are held in eight from now on, else unpacked for each use.
         """
-        device, n, k = exact.like.device, exact.n, exact.k
-        appended = -(-3 * exact.r // TILE) * TILE if form is FP8 else 0
+        device, n, k, r = exact.like.device, exact.n, exact.k, -(-exact.used // 8) * 8
+        appended = -(-3 * r // TILE) * TILE if form is FP8 else 0
         weights = Rows.empty(n, k, appended, form, device)
         weights.values[:, k:] = torch.zeros((), dtype=form.dtype, device=device)
         eight.quantise(exact.weights()[:n, :k], weights, weights=True)
@@ -92,10 +70,10 @@ class EightProduct(Product):
             straight.ask(n * (k + appended))
             weights = Rows(weights.values[:0], weights.scales, k, form)
         made = cls(
-            n, k, exact.r, exact.bias, exact.like, exact.scratch, adapters=exact.adapters, scales=exact.scales,
+            n, k, r, exact.bias, exact.like, exact.scratch, adapters=exact.adapters, scales=exact.scales,
             dropout=exact.dropout, form=form, weights8=weights, straight=straight, turned=turned, packed=packed,
-            down=torch.zeros(exact.r, k, dtype=exact.like.dtype, device=device),
-            up=torch.zeros(n, exact.r, dtype=exact.like.dtype, device=device), units=torch.ones(2, device=device),
+            down=torch.zeros(r, k, dtype=exact.like.dtype, device=device),
+            up=torch.zeros(n, r, dtype=exact.like.dtype, device=device), units=torch.ones(2, device=device),
             inverse=1 / weights.scales, ones=torch.ones(k, device=device), bases=exact.bases,
         )  # fmt: skip
         made.choose_units()
@@ -245,7 +223,7 @@ class EightProduct(Product):
         """See Product."""
         rows = eight.quantise(wide_x[:, : self.k], self.inputs(wide_x.shape[0]))
         low = self.low(rows, seed)
-        wide_x[:, self.k :] = low
+        wide_x[:, self.k :][:, : self.r] = low
         y = self.through(rows, low, seed)
         if residual is not None:
             y = y.add_(residual)
@@ -261,7 +239,7 @@ class EightProduct(Product):
 
     def widen(self, wide_dy: torch.Tensor) -> None:
         """See Product."""
-        torch.mm(wide_dy[:, : self.n], self.up, out=wide_dy[:, self.n :])
+        torch.mm(wide_dy[:, : self.n], self.up, out=wide_dy[:, self.n :][:, : self.r])
 
     def backward(self, wide_dy: torch.Tensor, seed: int | None = None) -> torch.Tensor:
         """See Product."""

@@ -12,8 +12,8 @@ from afina.engine import eight
 from afina.engine.attention import Attended
 from afina.engine.block import Block, Positions, Saved, added
 from afina.engine.eight import Format
-from afina.engine.eight_product import EightProduct, Turned
-from afina.engine.products import Product
+from afina.engine.eight_product import EightProduct
+from afina.engine.products import Product, Scratch
 from afina.engine.sequential import Sequential
 
 
@@ -25,6 +25,10 @@ class EightSequential(Sequential):
     o: EightProduct
     gate_up: EightProduct
     down: EightProduct
+
+    def saves(self, tokens: int) -> dict[str, int]:
+        """See Block."""
+        return super().saves(tokens) | {"gate_up": tokens * self.gate_up.n, "qkv": tokens * self.qkv.n}
 
     def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
         """See Block."""
@@ -57,10 +61,10 @@ class EightSequential(Sequential):
         self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """See Block."""
-        x, out, hidden = self.take(saved, "x"), self.bring_out(saved), wide_dy.shape[1] - self.down.r
+        x, out = self.take(saved, "x"), self.bring_out(saved)
         if x is None:
             raise RuntimeError("a layer's input is not made again")
-        h = self.take(saved, "h")
+        h, hidden = self.take(saved, "h"), x.shape[1]
         if h is None:
             h = torch.add(x, self._of_o(out, at)[0])
         dh, dh8 = torch.empty_like(x), self.o.slopes(x.shape[0])
@@ -132,9 +136,8 @@ class EightSequential(Sequential):
         """The gradient of qkv in eight bits, folded."""
         to = self.qkv.slopes(raw.shape[0])
         if self.attention.norms is not None:
-            d_qkv = torch.empty_like(raw)
-            self.attention.backward(attended, d_out, raw, at, d_qkv)
-            return eight.quantise(d_qkv, to, self.qkv.fold)
+            self.attention.backward(attended, d_out, raw, at)
+            return eight.quantise(raw, to, self.qkv.fold)
         d_heads = self.attention.d_heads(attended, d_out, raw, at)
         return eight.gather_rotated_rows(d_heads, at.cos, at.sin, self.qkv.fold, to)
 
@@ -152,8 +155,8 @@ class EightSequential(Sequential):
 def in_eight_bits(
     block: Block,
     form: Format,
-    straight: Turned,
-    turned: Turned,
+    straight: Scratch,
+    turned: Scratch,
     *,
     exact: Collection[str] = (),
     hold: bool = True,

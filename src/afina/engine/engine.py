@@ -12,7 +12,6 @@ from torch import nn
 
 from afina.engine.block import Block, Placement, Positions, Saved
 from afina.engine.eight import Format
-from afina.engine.eight_product import Turned
 from afina.engine.eight_sequential import in_eight_bits
 from afina.engine.families import final_norm, make_block
 from afina.engine.head import Ends, Host
@@ -34,7 +33,7 @@ class Engine:
         inside, head = whole.model, whole.lm_head
         self.dtype = dtype or inside.embed_tokens.weight.dtype
         self._scratch = Scratch()
-        self._turned: tuple[Turned, ...] = ()
+        self._turned: tuple[Scratch, ...] = ()
         layers = enumerate(inside.layers)
         self.blocks: list[Block] = [make_block(layer, config, n, self._scratch, self.dtype) for n, layer in layers]
         self.ends = _ends(inside.embed_tokens.weight, head, final_norm(inside, config, self.dtype), self.dtype)
@@ -49,6 +48,11 @@ class Engine:
     def device(self) -> torch.device:
         """Where it computes."""
         return self.ends.norm.weight.device
+
+    @property
+    def to_come(self) -> int:
+        """Bytes that the first step takes for good, beside what is planned."""
+        return self._scratch.to_come * self.dtype.itemsize + sum(buffer.to_come for buffer in self._turned)
 
     def summed_loss(self, _model: nn.Module, batch: Targeted) -> torch.Tensor:
         """Sum of the loss over the batch's targets, differentiable in what learns."""
@@ -89,7 +93,7 @@ class Engine:
         makes room: the transformers model has none of these layers' any more. Weights of four bits may stay as they
         are, to be unpacked for each use, unless `hold`. exact: names of the layers' products that stay as they are.
         """
-        straight, turned = Turned(), Turned()
+        straight, turned = Scratch(), Scratch()
         self.blocks = [in_eight_bits(block, form, straight, turned, exact=exact, hold=hold) for block in self.blocks]
         self._products = [product for block in self.blocks for product in block.products]
         self._turned, self._copies = (straight, turned), None
@@ -125,11 +129,14 @@ class Engine:
     def _hidden(self, batch: Targeted, at: Positions, *, save: bool) -> tuple[torch.Tensor, list[Saved | None]]:
         x = self.ends.embed(batch.input_ids[0])
         saved: list[Saved | None] = []
+        offload = self.blocks[0].offload if save else None
         for block in self.blocks:
+            if offload is not None and block is self.blocks[-1] and not block.placement.away:
+                offload.settle()  # what is still leaving would lie beside all that is saved
             x, kept = block.forward(x, at, save=save)
             saved.append(kept)
-        if save and self.blocks[0].offload is not None:
-            self.blocks[0].offload.settle()
+        if offload is not None:
+            offload.settle()
         return x, saved
 
     def forward(self, batch: Targeted) -> tuple[torch.Tensor, list[Any]]:
