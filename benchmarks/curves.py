@@ -10,11 +10,10 @@ pretrained model, the data GSM8K's training set, the method LoRA in the precisio
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +49,13 @@ export: {{formats: []}}
 
 
 def trained(folder: Path, text: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """One run in a process of its own: the losses of its steps, the last validation loss, and which engine it was."""
+    """One run: the losses of its steps, the last validation loss, and which engine it was."""
+    from afina import pipeline
+
     name = "-".join(str(value) for value in overrides.values())
     file, out = folder / f"{name}.yaml", folder / name
     file.write_text(text)
-    command = [sys.executable, "-m", "afina", "train", str(file), "--out", str(out)]
-    done = subprocess.run(
-        [*command, *(f"{key}={value}" for key, value in overrides.items())], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{name} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    pipeline.train(file, out, [f"{key}={value}" for key, value in overrides.items()])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if line]
     manifest = json.loads((out / "manifest.json").read_text())
     of = {kind: [line["loss"] for line in lines if line["kind"] == kind] for kind in ("step", "validation")}
@@ -133,25 +129,29 @@ def main() -> None:
     data = Path(os.environ["AFINA_REAL_DATA"]).resolve() / "data" / "gsm8k" / "train.jsonl"
     seeds = [int(seed) for seed in chosen.seeds.split(",")]
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(chosen.at_once) as several:
-        text = recipe(data, chosen.method)
-        jobs = [
-            (
+    for place in (results, picture):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    text = recipe(data, chosen.method)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(chosen.at_once, multiprocessing.get_context("spawn")) as several,
+    ):
+        jobs = {
+            several.submit(trained, Path(folder), text, {"seed": seed, **given, "training.steps": chosen.steps}): (
                 way,
                 seed,
-                several.submit(trained, Path(folder), text, {"seed": seed, **given, "training.steps": chosen.steps}),
             )
-            for way, given in ways.items()
             for seed in seeds
-        ]
-        for way, seed, job in jobs:
-            found = job.result()
+            for way, given in ways.items()
+        }
+        for job in as_completed(jobs):
+            (way, seed), found = jobs[job], job.result()
             runs[way].append({"seed": seed, **found})
+            runs[way].sort(key=lambda run: run["seed"])
             print(way, seed, f"{found['losses'][-1]:.4f} {found['validation']:.4f} {found['engine']}", flush=True)
+            results.write_text(json.dumps({"runs": runs}) + "\n")
     said = summary(runs)
     print(json.dumps(said, indent=1))
-    results.parent.mkdir(parents=True, exist_ok=True)
-    picture.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(said | {"runs": runs}) + "\n")
     draw(runs, picture)
 

@@ -163,17 +163,7 @@ def tiles(tokens: int) -> None:
         eight_matrix.INWARD = tile
         timed(f"inward {tile} down", lambda: eight_matrix.inward(inputs, a, None, UNIT), tokens * WIDE)
         timed(f"inward {tile} gate_up", lambda: eight_matrix.inward(outputs, up, unfold, UNIT), tokens * n)
-    eight_matrix.INWARD, before = before, eight_matrix.INWARD_HALVES
-    halved, halved_up = (torch.empty(2, *small.shape, dtype=FP8.dtype, device="cuda") for small in (a, up))
-    timed("halve down", lambda: eight_movers.halve(a, None, UNIT, halved), 4 * a.numel())
-    timed("halve gate_up", lambda: eight_movers.halve(up, unfold, UNIT, halved_up), 4 * up.numel())
-    for tile in ((64, 256, 4, 4), (64, 128, 4, 5), (128, 128, 4, 4), (64, 512, 4, 3), (64, 256, 4, 3)):
-        eight_matrix.INWARD_HALVES = tile
-        for name, rows, halves in (("down", inputs, halved), ("gate_up", outputs, halved_up)):
-            timed(f"halves inward {tile} {name}",
-                  lambda: eight_matrix.inward_halves(rows, halves, UNIT, UNIT, torch.bfloat16),
-                  tokens * rows.width)  # fmt: skip
-    eight_matrix.INWARD_HALVES, before = before, eight_matrix.OUTWARD
+    eight_matrix.INWARD, before = before, eight_matrix.OUTWARD
     for tile in ((64, 256, 4, 3), (32, 256, 4, 4), (64, 256, 4, 4), (32, 512, 4, 3)):
         eight_matrix.OUTWARD = tile
         timed(f"outward {tile} down", lambda: eight_matrix.outward(inputs, low), tokens * WIDE)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from afina.engine.elementwise import Norm
 
 TINY = tl.constexpr(1e-30)
-BACKWARD = (2048, 8)
+BACKWARD = (4096, 32)
 """Columns of SwiGLU's backward that are in registers at a time, and warps."""
 
 

@@ -3,26 +3,35 @@
 Rows are read as they lie in eight bits, so the low-rank products move a half of what 16-bit copies would.
 """
 
+from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from afina.engine.eight import Rows
+from afina.engine.eight import Rows
 
 PAD = tl.constexpr(128)
 """More columns than are ever left behind what is appended."""
 
 
 def multiply(
-    x: "Rows", values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None
+    x: Rows, values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """See eight.multiply. cuBLAS and CUTLASS take the rows of both factors as they lie: W is turned over by a view."""
+    """See eight.multiply. cuBLAS takes the rows of both factors as they lie: W is turned over by a view.
+
+    It wants more than 16 rows of INT8, and takes the scale of a single row for one of all.
+    """
+    rows = x.values.shape[0]
+    if rows <= 16:
+        padded = Rows.empty(32, x.values.shape[1], 0, x.form, x.values.device)
+        padded.values.view(torch.uint8).zero_()[:rows] = x.values.view(torch.uint8)
+        padded.scales.fill_(1.0)[:rows] = x.scales
+        x = replace(padded, width=x.width)
+        return multiply(x, values, scales, dtype, bias)[:rows]
     if x.form.dtype == torch.int8:
-        return _rescale(_int_product(x.values, values), x.scales, scales, dtype, bias)
+        return _rescale(torch._int_mm(x.values, values.t()), x.scales, scales, dtype, bias)
     if by_row(x.values.device.index or 0):
         return torch._scaled_mm(
             x.values, values.t(), scale_a=x.scales[:, None], scale_b=scales[None], bias=bias, out_dtype=dtype,
@@ -45,13 +54,6 @@ def by_row(index: int) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _int_product(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """In int32; cuBLAS wants more than 16 rows."""
-    if x.shape[0] > 16:
-        return torch._int_mm(x, values.t())
-    return torch._int_mm(torch.cat([x, x.new_zeros(32 - x.shape[0], x.shape[1])]), values.t())[: x.shape[0]]
 
 
 def _rescale(
@@ -82,21 +84,22 @@ def _rescale_kernel(
     tl.store(out + row * out_stride + columns, value, mask=inside)
 
 
-def inward(x: "Rows", small: torch.Tensor, unfold: torch.Tensor | None, unit: torch.Tensor | None) -> torch.Tensor:
+def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: torch.Tensor | None) -> torch.Tensor:
     """See eight.inward."""
     rows, r = x.values.shape[0], small.shape[0]
     low = torch.empty(rows, r, dtype=small.dtype, device=small.device)
     block = max(16, triton.next_power_of_2(r))
-    _inward[(triton.cdiv(rows, INWARD[0]),)](
+    block_t, block_k, warps, stages = INWARD if block > 16 else INWARD_NARROW
+    _inward[(triton.cdiv(rows, block_t),)](
         x.values, x.values.stride(0), x.scales, small, *small.stride(), x.scales if unfold is None else unfold, low,
-        x.scales if unit is None else unit, rows, x.width, x.values.shape[1], r, x.form.largest, INWARD[0], INWARD[1],
-        block, unfold is not None, unit is not None, num_warps=INWARD[2], num_stages=INWARD[3],
+        x.scales if unit is None else unit, rows, x.width, x.values.shape[1], r, x.form.largest, block_t, block_k,
+        block, unfold is not None, unit is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return low
 
 
-INWARD = (64, 256, 4, 3)
-"""Rows and columns of a program's tile, warps, and tiles on their way."""
+INWARD, INWARD_NARROW = (64, 256, 4, 3), (32, 256, 4, 4)
+"""Rows and columns of a program's tile, warps, and tiles on their way; for ranks of 16 at most the second."""
 
 
 @triton.jit
@@ -118,52 +121,12 @@ def _inward(
         found = tl.dot(value.to(tl.float32).to(by.dtype), by, found, input_precision="ieee")
     scale = tl.load(scales + row, mask=row < rows, other=0.0)
     known = (row[:, None] < rows) & (rank[None, :] < r)
-    tl.store(low + row[:, None] * r + rank[None, :], found * scale[:, None], mask=known)
+    place = low + row[:, None] * r + rank[None, :]
+    tl.store(place, found * scale[:, None], mask=known)
     if APPENDS:
-        _append(found / tl.load(unit), x + row[:, None] * x_stride, row[:, None] < rows, rank[None, :], width, whole, r,
-                largest)  # fmt: skip
-
-
-def inward_halves(
-    x: "Rows", halves: torch.Tensor, of_halves: torch.Tensor, unit: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """As `inward`, by e4m3's own matrix units: halves (2, r, width) are what `halve` made, in units of `of_halves`."""
-    rows, r = x.values.shape[0], halves.shape[1]
-    low = torch.empty(rows, r, dtype=dtype, device=halves.device)
-    block_t, block_k, warps, stages = INWARD_HALVES
-    _inward_halves[(triton.cdiv(rows, block_t),)](
-        x.values, x.values.stride(0), x.scales, halves, halves.stride(0), of_halves, low,
-        of_halves if unit is None else unit, rows, x.width, x.values.shape[1], r, x.form.largest, block_t, block_k,
-        max(16, triton.next_power_of_2(r)), unit is not None, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    return low
-
-
-INWARD_HALVES = (64, 256, 4, 4)
-"""Rows and columns of a program's tile, warps, and tiles on their way."""
-
-
-@triton.jit
-def _inward_halves(
-    x, x_stride, scales, halves, half, of_halves, low, unit, rows, width, whole, r, largest,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, APPENDS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    rank = tl.arange(0, BLOCK_R)
-    found = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    for start in range(0, width, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        inside = (row[:, None] < rows) & (column[None, :] < width)
-        value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
-        known = (rank[None, :] < r) & (column[:, None] < width)
-        at = halves + rank[None, :] * width + column[:, None]
-        found = tl.dot(value, tl.load(at, mask=known, other=0.0), found)
-        found = tl.dot(value, tl.load(at + half, mask=known, other=0.0), found)
-    found = found / tl.load(of_halves)
-    scale = tl.load(scales + row, mask=row < rows, other=0.0)
-    known = (row[:, None] < rows) & (rank[None, :] < r)
-    tl.store(low + row[:, None] * r + rank[None, :], found * scale[:, None], mask=known)
-    if APPENDS:
+        tl.debug_barrier()  # what follows reads it again: eight bits stored as the product lies were wrong (Triton 3.6)
+        found = tl.load(place, mask=known, other=0.0).to(tl.float32)
+        found = found / tl.where(row < rows, scale, 1.0)[:, None]
         _append(found / tl.load(unit), x + row[:, None] * x_stride, row[:, None] < rows, rank[None, :], width, whole, r,
                 largest)  # fmt: skip
 
@@ -181,7 +144,7 @@ def _append(value, at, there, rank, width, whole, r, largest):
     tl.store(at + behind, (behind * 0).to(tl.float32).to(at.dtype.element_ty), mask=there & (behind < whole))
 
 
-def outward(x: "Rows", low: torch.Tensor) -> torch.Tensor:
+def outward(x: Rows, low: torch.Tensor) -> torch.Tensor:
     """See eight.outward. Tokens are split among programs, whose sums are added up afterwards, always in one order."""
     rows, r = low.shape
     block_t, block_n, warps, stages = OUTWARD
@@ -196,7 +159,7 @@ def outward(x: "Rows", low: torch.Tensor) -> torch.Tensor:
     return sums[0] if splits == 1 else sums.sum(0)
 
 
-OUTWARD = (64, 128, 4, 3)
+OUTWARD = (64, 256, 4, 3)
 """Rows and columns of a program's tile, warps, and tiles on their way."""
 
 

@@ -146,33 +146,3 @@ def _unpack(
     else:
         known = (row[:, None] < rows) & (column[None, :] < columns)
         tl.store(out + row[:, None] * out_stride + column[None, :], value, mask=known)
-
-
-def halve(small: torch.Tensor, unfold: torch.Tensor | None, unit: torch.Tensor, out: torch.Tensor) -> None:
-    """See eight.halve."""
-    r, width = small.shape
-    block = 1024
-    _halve[(r, triton.cdiv(width, block))](
-        small, *small.stride(), unit if unfold is None else unfold, unit, out, out.stride(0), width, LARGEST, block,
-        unfold is not None, num_warps=4,
-    )  # fmt: skip
-
-
-LARGEST = 448.0
-
-
-@triton.jit
-def _halve(
-    small, small_stride, small_step, unfold, unit, out, half, width, largest, BLOCK: tl.constexpr, UNFOLDS: tl.constexpr
-):  # fmt: skip
-    rank = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    value = tl.load(small + rank * small_stride + column * small_step, mask=inside, other=0.0).to(tl.float32)
-    value = value * tl.load(unit)
-    if UNFOLDS:
-        value = value * tl.load(unfold + column, mask=inside, other=0.0)
-    value = tl.minimum(tl.maximum(value, -largest), largest)
-    high = value.to(out.dtype.element_ty)
-    tl.store(out + rank * width + column, high, mask=inside)
-    tl.store(out + half + rank * width + column, (value - high.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
