@@ -17,8 +17,10 @@ from afina.engine.eight import FP8, INT8, Format
 from afina.engine.eight_product import ALIGN, EightProduct
 from afina.engine.eight_sequential import in_eight_bits
 from afina.engine.engine import Engine
+from afina.engine.parallel import Parallel
 from afina.engine.products import Product, Scratch
 from afina.engine.proof import perturbed
+from afina.engine.sequential import Sequential
 from afina.language import _
 from afina.model.loss import Targeted
 
@@ -73,6 +75,8 @@ def format_of(asked: str, device: torch.device, dtype: torch.dtype) -> Format | 
 def why_exact(engine: Engine, asked: str) -> str | None:
     """Why this engine's products cannot be in eight bits; None where they can."""
     products = [product for block in engine.blocks for product in block.products]
+    if any(type(block) not in (Parallel, Sequential) for block in engine.blocks):
+        return _("mixtures of experts are multiplied exactly")
     if any(product.learnt for product in products):
         return _("every weight learns")
     if any(size % ALIGN for product in products for size in (product.n, product.k)):
@@ -124,9 +128,9 @@ def prove_eight(
             inputs.append(x)
             x, kept = block.forward(x, at, save=True)
             saved.append(kept)
-        wide = engine.ends.loss(x, batch, engine.blocks[-1].last.r)[1][0]
+        wide = engine.ends.loss(x, batch, engine.blocks[-1].extra)[1][0]
         for number in reversed(range(count)):
-            block, kept, below = engine.blocks[number], _present(saved.pop()), engine.blocks[max(0, number - 1)].last.r
+            block, kept, below = engine.blocks[number], _present(saved.pop()), engine.blocks[max(0, number - 1)].extra
             if number not in chosen:
                 wide = _present(block.backward(wide, kept, at, below)[0])
                 continue

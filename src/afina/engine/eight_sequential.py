@@ -30,6 +30,10 @@ class EightSequential(Sequential):
         """See Block."""
         return super().saves(tokens) | {"gate_up": tokens * self.gate_up.n, "qkv": tokens * self.qkv.n}
 
+    def at_work(self, rows: int) -> int:
+        """See Block: d of the activation, and in eight bits the gradient of gate and up and the activation again."""
+        return rows * (self.down.k + (self.gate_up.n + self.down.k) // 2)
+
     def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
         """See Block."""
         tokens = x.shape[0]
