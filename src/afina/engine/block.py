@@ -107,7 +107,7 @@ class Attention:
 
     def d_heads(
         self, attended: Attended, d_out: torch.Tensor, turned: torch.Tensor, at: Positions
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """Gradients of what `turned` made: of queries, keys and values, as attend_backward returns them."""
         d_out = d_out.view(attended.out.shape)
         return attend_backward(attended, d_out, *self.split(turned), at.lengths, self.scaling, self.window)
