@@ -24,12 +24,12 @@ from afina.data.order import order_of
 from afina.data.template import Rendered, Renderer
 from afina.data.tokenizer import load_tokenizer
 from afina.engine.engine import Engine
-from afina.engine.exact import exact
 from afina.engine.families import why_not
 from afina.engine.proof import prove
 from afina.errors import Interrupted, ResourceError
 from afina.language import _
 from afina.model.attach import save_adapter
+from afina.model.exact import exact
 from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.loss import summed_loss
 from afina.model.packed import covers, packed_attention
