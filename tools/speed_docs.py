@@ -16,10 +16,18 @@ WORKLOADS = {
     "W1": ("Llama-3.1-8B, LoRA, bf16, 4 x 2,048", "18,700 at 36"),
     "W10": ("the same, 2 x 4,096", "17,200 at 36"),
     "W5": ("W1 in the least memory that keeps its speed", "14,000 at 17.7"),
+    "W2": ("W1, the base held and multiplied in e4m3", "27,000 at 36"),
+    "W2i": ("W1, the base held and multiplied in INT8", "-"),
+    "W3e": ("W3, multiplied in e4m3 from four bits", "25,000 at 30"),
     "W3": ("Llama-3.1-8B, QLoRA (NF4), 4 x 2,048", "18,000 at 30"),
     "W4": ("the same, 1 x 2,048, least memory", "7,500 at 5.0"),
     "W6": ("the same, 1 x 65,536", "5,500 at 12"),
     "W7": ("Llama-3.2-1B, every weight, 8 x 2,048", "75,000 at 20"),
+    "W9": ("gpt-oss-20b, LoRA on attention, experts in MXFP4 (the peer's in bf16), 2 x 2,048", "18,000 at 40"),
+    "W9-bf16": ("the same, experts in bf16", "-"),
+    "W9-least": ("the same in MXFP4, 1 x 2,048, least memory", "13 GiB"),
+    "W9-experts": ("W9 with adapters on every expert and router", "-"),
+    "W9-short": ("that on packed samples of GSM8K's lengths, 8,192 tokens", "-"),
     "W8": ("Phi-2, QLoRA (NF4), 1 x 2,048, least memory", "15,000 at 2.4"),
 }
 INTRODUCTION = """\
@@ -50,6 +58,39 @@ What was tried and what came of it stands in [log.md](log.md).
 """
 
 
+PREDICTED = """
+## Predicted for cards we have not measured
+
+**These are predictions.** Llama-3.1-8B in NF4, LoRA of rank 16 everywhere, 2,048 tokens at once, nothing made again
+(where it does not fit into the card, saved tensors wait in the computer's memory): operations over the card's dense
+rate by its maker's data sheet, at the {share:.0%} of it that products in bf16 reach on an H200; and over its memory's
+rate 14 MB a token, the four-bit weights unpacked twice, and INT8's sums, 18 MB a token. GeForce cards accumulate
+16-bit products in fp32 at half their rate; INT8 runs at four times that.
+
+| card | exact products, tokens/s | INT8 products (`training.products: int8`), tokens/s |
+|---|---|---|
+{rows}
+
+`8bit` takes e4m3 on an RTX 4090, whose sums in fp32 run at half of INT8's rate.
+"""
+CARDS = {"RTX 3050, 8 GB": (18.2, 72.8, 224), "RTX 3060, 12 GB": (25.5, 102, 360), "RTX 3090, 24 GB": (71, 284, 936),
+         "RTX 4090, 24 GB": (165, 661, 1008)}  # fmt: skip
+"""TFLOP/s dense in bf16 with sums in fp32, TOP/s dense in INT8, GB/s of memory."""
+SHARE = 0.68
+LINEAR, HEAD, ATTENTION, TRAFFIC, SUMS = 4 * 6.98e9, 4 * 0.525e9, 3.5 * 0.54e9, 14.4e6, 17.8e6
+"""Operations a token, forward and backward, of Llama-3.1-8B at 2,048 tokens (causal attention's backward is 2.5 of its
+forward), bytes a token that pass through memory between the products, and of INT8's sums before they are scaled."""
+
+
+def predicted(bf16: float, int8: float, memory: float, *, eight_bits: bool) -> int:
+    """Tokens a second."""
+    rate = SHARE * 1e12
+    unpacked = 6.98e9 * (0.53 + (1 if eight_bits else 2)) * 2 / 2048
+    seconds = LINEAR / ((int8 if eight_bits else bf16) * rate) + (HEAD + 2 * ATTENTION) / (bf16 * rate)
+    moved = TRAFFIC + unpacked + (SUMS if eight_bits else 0)
+    return round(1 / (seconds + moved / (memory * 1e9)) / 10) * 10
+
+
 def newest() -> dict[tuple[str, str], dict[str, Any]]:
     """The last line of each workload and tool."""
     found = {}
@@ -78,11 +119,18 @@ def page() -> str:
     text = INTRODUCTION
     for name, (about, goal) in WORKLOADS.items():
         ours = card(found.get((name, "afina")))
+        if not ours and goal == "-":
+            continue
         cells = [cell(found.get((name, tool)), ours) for tool in ("afina", "unsloth", "floor")]
         text += f"| {name} | {about} | " + " | ".join([ours, *cells, goal]) + " |\n"
     whole, theirs = found["E1", "afina"], found["E1", "unsloth"]
     first = [found["W1", tool]["first_step_s"] for tool in ("afina", "unsloth")]
-    return text + CLOSING.format(ours=whole, theirs=theirs, first=first, card=card(whole))
+    rows = "\n".join(
+        f"| {name} | {predicted(*rates, eight_bits=False):,} | {predicted(*rates, eight_bits=True):,} |"
+        for name, rates in CARDS.items()
+    )
+    closing = CLOSING.format(ours=whole, theirs=theirs, first=first, card=card(whole))
+    return text + closing + PREDICTED.format(share=SHARE, rows=rows)
 
 
 def main() -> int:

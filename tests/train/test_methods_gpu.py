@@ -5,6 +5,7 @@ python -m pytest -n 0 -s tests/train/test_methods_gpu.py
 
 import pytest
 import torch
+from afina.model.exact import exact
 from small import llama
 from torch import nn
 from train.test_loop import rows
@@ -15,11 +16,11 @@ from afina.engine.engine import Engine
 from afina.engine.families import why_not
 from afina.engine.proof import prove
 from afina.model.attach import attach, learning, load_adapter, recompute, save_adapter
-from afina.model.exact import exact
 from afina.model.load import Hardware, load_model
 from afina.model.loss import summed_loss
 from afina.model.packed import attend, attend_backward, covers, packed_attention
 from afina.model.quantize import quantisation
+from afina.model.repeatable import exact
 from afina.model.virtual import virtual_tokens
 from afina.recipe.schema import Full, Lora, Model, PrefixTuning, PromptTuning, Training
 from afina.train import checkpoint

@@ -193,13 +193,19 @@ def _weigh(block: "Block", rung: Placement, tokens: int, rows: int) -> _Weight:
     return _Weight(sum(sizes.values()) + lows - away - again, away, work, multiplied)
 
 
+def room_to_hold(engine: "Engine", tokens: int, free_bytes: int) -> bool:
+    """Whether four-bit weights may be held in eight bits: that everything saved stays on the GPU nevertheless."""
+    products = [product for block in engine.blocks for product in block.products if product.packed]
+    packed = sum(weight.packed.numel() for product in products for _rows, weight in product.packed)
+    whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0), Rates(1.0, 1.0))
+    return whole.bytes + sum(product.n * product.k for product in products) - packed <= free_bytes
+
+
 def measure(engine: "Engine") -> Rates:
     """Some milliseconds of the widest product, and of a copy to pinned memory; off a GPU no rates are needed."""
     if engine.device.type != "cuda":
         return Rates(1.0, 1.0)
     widest = max(engine.blocks[0].products, key=lambda product: product.n * product.k)
-    weight = torch.zeros(widest.n, widest.k, dtype=engine.dtype, device=engine.device)
-    x = torch.zeros(2048, widest.k, dtype=engine.dtype, device=engine.device)
     host = torch.empty(2**25, dtype=torch.uint8, pin_memory=True)
     here = torch.empty(2**25, dtype=torch.uint8, device=engine.device)
 
@@ -212,5 +218,5 @@ def measure(engine: "Engine") -> Rates:
         torch.cuda.synchronize()
         return (time.perf_counter() - started) / 3 * 1e6
 
-    products = x.shape[0] * weight.numel() / microseconds(lambda: torch.mm(x, weight.t()))
+    products = 2048 * widest.n * widest.k / microseconds(widest.trial(2048))
     return Rates(products, here.numel() / microseconds(lambda: host.copy_(here, non_blocking=True)))

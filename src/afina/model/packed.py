@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from afina.model.attention import attending
-from afina.model.exact import in_order
+from afina.model.repeatable import in_order
 from afina.model.virtual import is_prefix
 
 NAME = "afina_packed"
