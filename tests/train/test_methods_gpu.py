@@ -5,7 +5,6 @@ python -m pytest -n 0 -s tests/train/test_methods_gpu.py
 
 import pytest
 import torch
-from afina.model.exact import exact
 from small import llama
 from torch import nn
 from train.test_loop import rows

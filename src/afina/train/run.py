@@ -32,7 +32,6 @@ from afina.engine.proof import prove
 from afina.errors import Interrupted, ResourceError
 from afina.language import _
 from afina.model.attach import save_adapter
-from afina.model.exact import exact
 from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.loss import summed_loss
 from afina.model.packed import covers, packed_attention
