@@ -216,7 +216,7 @@ def test_what_of_a_mixture_is_not_covered_is_said():
 
 
 @pytest.mark.parametrize("over_all", [False, True])
-@pytest.mark.parametrize("tokens, experts, chosen", [(1, 3, 1), (17, 8, 8), (50, 7, 2)])
+@pytest.mark.parametrize("tokens, experts, chosen", [(1, 3, 1), (17, 8, 8), (50, 7, 2), (20, 300, 2)])
 def test_routing_is_a_softmax_and_its_gradient_autograds(tokens, experts, chosen, over_all):
     torch.manual_seed(tokens)
     n = torch.randn(tokens, 12).double().requires_grad_()
