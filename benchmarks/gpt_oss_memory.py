@@ -20,12 +20,12 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from afina.artifact import versions
 from afina.data.batch import Batch
-from afina.engine.attention import packed_attention
 from afina.engine.engine import Engine
 from afina.model.attach import attach, learning, recompute
 from afina.model.attention import NAME as CAREFUL
 from afina.model.loss import summed_loss
 from afina.model.mxfp4 import pack_experts
+from afina.model.packed import packed_attention
 from afina.recipe.schema import Lora
 
 SHAPES = {"20b": {"num_hidden_layers": 24, "num_local_experts": 32}, "120b": {}, "tiny": {"num_hidden_layers": 2}}

@@ -42,6 +42,9 @@ GPT_OSS_20B = dict(
 WORKLOADS: dict[str, dict[str, Any]] = {
     "W1": dict(shape=LLAMA_8B, samples=4, length=2048, gib=36.0, goal=18700),
     "W10": dict(shape=LLAMA_8B, samples=2, length=4096, gib=36.0, goal=17200),
+    "W2": dict(shape=LLAMA_8B, samples=4, length=2048, eight="fp8", gib=36.0, goal=27000),
+    "W2i": dict(shape=LLAMA_8B, samples=4, length=2048, eight="int8", gib=36.0, goal=0),
+    "W3e": dict(shape=LLAMA_8B, samples=4, length=2048, four_bits=True, eight="fp8", hold=False, gib=30.0, goal=25000),
     "W3": dict(shape=LLAMA_8B, samples=4, length=2048, four_bits=True, gib=30.0, goal=18000),
     "W4": dict(shape=LLAMA_8B, samples=1, length=2048, four_bits=True, gib=5.0, goal=7500),
     "W5": dict(shape=LLAMA_8B, samples=4, length=2048, gib=17.7, goal=14000),
@@ -70,6 +73,8 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     import torch
 
     work = WORKLOADS[workload]
+    if "layers" in options:  # to look at a few of them
+        work = work | dict(shape=work["shape"] | dict(num_hidden_layers=options["layers"]))
     if tool == "floor":
         return floor(workload, work)
     if tool == "afina":
@@ -102,6 +107,8 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
         losses.append(round(loss.item(), 4))
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        print(f"step {turn + 1}: {seconds[-1]:.3f} s, {peak:.2f} GiB, loss {losses[-1]}", file=sys.stderr, flush=True)
         if turn == 0:
             first = time.perf_counter() - STARTED
         if not norm.item() > 0:
@@ -205,12 +212,16 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
 
     from afina.data.batch import Batch
     from afina.engine import products
+    from afina.engine.eight import FP8, INT8
     from afina.engine.engine import Engine
     from afina.engine.plan import Plan, choose, count_up, ladder, measure, spread
 
     products.ALIGN["cuda"] = options.get("align", products.ALIGN["cuda"])
     model, parameters = learner(work)
     engine = Engine(model, torch.bfloat16)
+    if work.get("eight"):
+        form = {"fp8": FP8, "int8": INT8}[work["eight"]]
+        engine.into_eight_bits(form, hold=options.get("hold", work.get("hold", True)))
     torch.cuda.empty_cache()
     samples, length = work["samples"], work["length"]
     count = samples * length

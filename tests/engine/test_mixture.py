@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen
 
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered
-from afina.engine.attention import packed_attention
 from afina.engine.block import HERE, Placement
 from afina.engine.engine import Engine
 from afina.engine.experts import Matrix
@@ -24,6 +23,7 @@ from afina.model.attach import attach, learning
 from afina.model.load import unpack
 from afina.model.loss import summed_loss
 from afina.model.mxfp4 import MATRICES, dequantise, pack_experts, packed_experts, quantise
+from afina.model.packed import packed_attention
 from afina.recipe.schema import Full, Lora
 
 SHAPE = {

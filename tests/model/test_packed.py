@@ -19,8 +19,8 @@ from transformers import (
 
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered
-from afina.engine.attention import _attend, _groups, attend, attend_backward, covers, packed_attention
 from afina.model.loss import summed_loss, target_logits
+from afina.model.packed import _attend, _groups, attend, attend_backward, covers, packed_attention
 from afina.train.loop import accumulate
 
 SMALL = {
