@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from afina.engine.attention import Attended, attend, attend_backward
 from afina.engine.elementwise import (
     Norm,
     gather_rotated,
@@ -24,6 +23,7 @@ from afina.engine.elementwise import (
 )
 from afina.engine.offload import Offload, Parked
 from afina.engine.products import Product
+from afina.model.packed import Attended, attend, attend_backward
 
 
 @dataclass(frozen=True)

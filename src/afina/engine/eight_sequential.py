@@ -9,12 +9,12 @@ from dataclasses import dataclass, fields
 import torch
 
 from afina.engine import eight
-from afina.engine.attention import Attended
 from afina.engine.block import Block, Positions, Saved, added
 from afina.engine.eight import Format
 from afina.engine.eight_product import EightProduct
 from afina.engine.products import Product, Scratch
 from afina.engine.sequential import Sequential
+from afina.model.packed import Attended
 
 
 @dataclass(kw_only=True, eq=False)

@@ -24,10 +24,8 @@ from afina.data.cache import FOLDER
 from afina.data.order import order_of
 from afina.data.template import Rendered, Renderer
 from afina.data.tokenizer import load_tokenizer
-from afina.engine.attention import covers, packed_attention
 from afina.engine.eight_gate import try_eight_bits
 from afina.engine.engine import Engine
-from afina.engine.exact import exact
 from afina.engine.families import why_not
 from afina.engine.plan import room_to_hold
 from afina.engine.proof import prove
@@ -36,6 +34,8 @@ from afina.language import _
 from afina.model.attach import save_adapter
 from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.loss import summed_loss
+from afina.model.packed import covers, packed_attention
+from afina.model.repeatable import exact
 from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe, Training
