@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from afina.language import _
 from afina.train.state import State
 
 VALIDATION = "validation_loss"
@@ -74,6 +75,16 @@ class Weights:
     step: int
     tensors: dict[str, torch.Tensor]
     facts: dict[str, Any]
+
+
+def why_last(best: dict[str, Any] | None, lowest: dict[str, Any] | None, samples: int) -> str | None:
+    """Where the last weights are held though others had a better figure: one sentence that says so."""
+    if best is None or lowest is None or lowest["step"] == best["step"]:
+        return None
+    return _(
+        "Kept      the last weights: {value:.4f} is not worse than {lowest:.4f} after step {step} by more than chance, "
+        "on {count} validation samples"
+    ).format(value=best["value"], lowest=lowest["value"], step=lowest["step"], count=samples)
 
 
 def weights_of(state: State) -> dict[str, torch.Tensor]:
