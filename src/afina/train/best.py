@@ -2,7 +2,7 @@
 
 A validation of few samples scatters: on six of them the lowest loss comes by chance as often as not. So later weights
 are given up for earlier ones only where they are worse beyond that chance, judged on the same samples (the rule of one
-standard error, Breiman et al., 1984, with two). They are copied when they are measured, and written by the keeper
+standard error, Breiman et al., 1984). They are copied when they are measured, and written by the keeper
 before the next checkpoint, so that whatever a checkpoint says is best lies on the disk already.
 """
 
@@ -19,7 +19,7 @@ from afina.train.state import State
 VALIDATION = "validation_loss"
 GROUPS = 32
 """Into so many groups the validation samples are dealt, or one each where there are fewer."""
-BEYOND = 2.0
+BEYOND = 1.0
 """Standard errors by which later weights must be worse."""
 
 

@@ -131,13 +131,7 @@ def train_run(
 
 
 def _run_loop(
-    looking: Looking,
-    recipe: Recipe,
-    examples: Examples,
-    pad_id: int,
-    place: Path,
-    run: str,
-    console: Console,
+    looking: Looking, recipe: Recipe, examples: Examples, pad_id: int, place: Path, run: str, console: Console
 ) -> dict[str, Any]:
     """Drive train(), from the newest checkpoint where there is one; returns what was measured."""
     model, hardware, training = looking.model, looking.hardware, recipe.training
