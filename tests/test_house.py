@@ -52,7 +52,13 @@ DOORS = {
     "pydantic": ("recipe/",),
     "pydantic_core": ("recipe/explain.py",),
     # Templates run sandboxed: chat templates and mappings in data, our own page in report.
-    "jinja2": ("data/", "evaluate/report/page.py", "evaluate/ratings/page.py", "export/page.py"),
+    "jinja2": (
+        "data/",
+        "evaluate/report/page.py",
+        "evaluate/ratings/page.py",
+        "evaluate/tasks/lm_eval_tasks.py",
+        "export/page.py",
+    ),
     "markupsafe": ("export/page.py",),
     "matplotlib": ("evaluate/plot.py",),
     "markdown_it": ("data/protect.py",),
@@ -64,6 +70,7 @@ DOORS = {
     "math_verify": ("evaluate/maths_process.py",),
     "rouge_score": ("evaluate/tasks/similarity.py",),
     "sacrebleu": ("evaluate/tasks/similarity.py",),
+    "lm_eval": ("evaluate/tasks/lm_eval_tasks.py",),
     "typer": ("cli/",),
     # Who is alive (sweep), and the process that runs llama.cpp.
     "psutil": ("durable.py", "model/llamacpp.py"),

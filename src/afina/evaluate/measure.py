@@ -18,6 +18,7 @@ from afina.evaluate.tasks.forgetting import Forgetting, general_questions
 from afina.evaluate.tasks.json_object import Json
 from afina.evaluate.tasks.judge import Judging
 from afina.evaluate.tasks.kind import Asked, Kind, Mark, problems
+from afina.evaluate.tasks.lm_eval import LmEval, own_samples
 from afina.evaluate.tasks.maths import Maths
 from afina.evaluate.tasks.perplexity import Perplexity
 from afina.evaluate.tasks.similarity import Similarity
@@ -34,7 +35,13 @@ KINDS: dict[str, Kind] = {
     "perplexity": Perplexity(),
     "judge": Judging(),
     "forgetting": Forgetting(),
+    "lm-eval": LmEval(),
 }
+OWN: dict[str, Callable[[Task, Path], list[Sample]]] = {
+    "forgetting": lambda task, folder: general_questions()[0],
+    "lm-eval": own_samples,
+}
+"""Kinds that bring their own samples."""
 ROUND = 32
 """Samples asked between two looks at the clock."""
 
@@ -43,7 +50,7 @@ Progress = Callable[[float], None]
 
 def prepare(task: Task, samples: Sequence[Sample], seed: int, folder: Path = Path()) -> Asked:
     """Choose the samples of a task and check their references. Raises DataError for answers it cannot mark."""
-    chosen = general_questions()[0] if task.kind == "forgetting" else list(samples)
+    chosen = OWN[task.kind](task, folder) if task.kind in OWN else list(samples)
     if task.limit is not None and task.limit < len(chosen):
         salt = f"task {task.name} {seed}"
         chosen = sorted(chosen, key=lambda sample: sample.digest(salt))[: task.limit]
@@ -127,7 +134,9 @@ class Sitting:
         result: dict[str, Any] = {
             "name": asked.task.name,
             "kind": asked.task.kind,
-            "measure": KINDS[asked.task.kind].measure,
+            "measure": next(
+                (one["measure"] for one in figures.values() if "measure" in one), KINDS[asked.task.kind].measure
+            ),
             "samples": len(asked.samples),
             "systems": figures,
             "comparisons": pairs,

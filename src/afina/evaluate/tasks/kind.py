@@ -48,6 +48,7 @@ class Asked:
     areas: list[str] = field(default_factory=list)
     schema: str | None = None
     folder: Path = Path()
+    benchmark: Any = None
 
     @property
     def labels(self) -> list[str]:
