@@ -60,7 +60,7 @@ DOORS = {
         "export/page.py",
     ),
     "markupsafe": ("export/page.py",),
-    "matplotlib": ("evaluate/plot.py",),
+    "matplotlib": ("evaluate/plot.py", "evaluate/spread.py"),
     "markdown_it": ("data/protect.py",),
     "rich": ("console.py",),
     # How answers are marked and constrained: the optional packages of the extra `eval`.

@@ -10,7 +10,7 @@ from afina.data.conversation import Sample
 from afina.evaluate.answers import Answers, Clock, gather, rounds
 from afina.evaluate.compare import compare, pairs_of
 from afina.evaluate.metrics import bootstrap, shares
-from afina.evaluate.systems.asking import Answer, Request, System
+from afina.evaluate.systems.asking import Answer, Continue, Request, System, Write
 from afina.evaluate.tasks.classification import Classification
 from afina.evaluate.tasks.code import Code
 from afina.evaluate.tasks.exact import Exact
@@ -64,10 +64,17 @@ def work(asked: Asked) -> int:
 
 @dataclass
 class Taken:
-    """What one system made of one task: per sample its answers and its mark, None where it gave none."""
+    """What one system made of one task: per sample its answers and its mark, None where it gave none. `writes`: the
+    samples that it answered in its own words."""
 
     answers: list[list[Answer] | None]
     marks: list[Mark | None] = field(default_factory=list)
+    writes: set[int] = field(default_factory=set)
+
+    def written(self, place: int) -> int:
+        """Tokens of the answer to one sample, the first of several; 0 where none was written."""
+        given = self.answers[place] if place in self.writes else None
+        return given[0].tokens if given and not given[0].error else 0
 
 
 @dataclass
@@ -112,6 +119,8 @@ class Sitting:
             found = iter(gather(system, flat, self.answers, opened, lambda new: self.on_progress(share)))
         for place, several in zip(places, requests, strict=True):
             taken.answers[place] = [next(found) for _request in several]
+            if any(isinstance(request, Write | Continue) for request in several):
+                taken.writes.add(place)
 
     def results(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Mark, count and compare: the figures of every task, and a row a sample."""
@@ -204,6 +213,9 @@ def _figures(asked: Asked, taken: Taken, system: System) -> dict[str, Any]:
         figures |= {"value": None, "interval": None}
     if marks:
         figures |= KINDS[asked.task.kind].figures(asked, places, marks)
+    if lengths := sorted(filter(None, map(taken.written, range(len(asked.samples))))):
+        middle = lengths[len(lengths) // 2]
+        figures["lengths"] = {"mean": sum(lengths) / len(lengths), "median": middle, "longest": lengths[-1]}
     return figures
 
 
@@ -222,6 +234,7 @@ def _rows(asked: Asked, beside: dict[str, Taken]) -> list[dict[str, Any]]:
         row["right"] = {name: mark.right for name, mark in marks.items() if mark is not None}
         row["scores"] = {name: round(mark.score, 6) for name, mark in marks.items() if mark is not None}
         row["problems"] = {name: mark.problem for name, mark in marks.items() if mark is not None and mark.problem}
+        row["tokens"] = {name: taken.written(place) for name, taken in beside.items() if taken.written(place)}
         row["unanswered"] = {
             name: (taken.answers[place] or [Answer(error=_("not asked: the time was up"))])[0].error
             for name, taken in beside.items()

@@ -18,6 +18,7 @@ from afina.errors import DataError, RecipeError
 from afina.evaluate.answers import FILE, Answers, Clock
 from afina.evaluate.measure import KINDS, Sitting, prepare
 from afina.evaluate.measure import work as units
+from afina.evaluate.metrics import NO_SHARES
 from afina.evaluate.systems.asking import System
 from afina.evaluate.systems.gguf import PromptOf
 from afina.evaluate.systems.opening import Opening
@@ -201,12 +202,11 @@ def _row(name: str, figures: dict[str, Any], measure: str) -> tuple[str, ...]:
 
 
 def said(value: float, measure: str) -> str:
-    """A figure as people say it: a share in percent, a perplexity as a number."""
-    return f"{value:.2f}" if measure == "perplexity" else f"{value:.1%}"
+    """A figure as people say it: a share in percent, a perplexity or a score as a number."""
+    return f"{value:.2f}" if measure in NO_SHARES else f"{value:.1%}"
 
 
 def shown_measure(measure: str) -> str:
     """What the main figure is called."""
-    return {"accuracy": _("accuracy"), "perplexity": _("perplexity"), "preference": _("preferred")}.get(
-        measure, measure
-    )
+    names = {"perplexity": _("perplexity"), "preference": _("preferred"), "score": _("score")}
+    return {"accuracy": _("accuracy"), **names}.get(measure, measure)

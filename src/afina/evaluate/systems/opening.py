@@ -29,7 +29,9 @@ from afina.recipe.place import model_source
 from afina.recipe.schema import Model
 from afina.train.reopen import Tuned, recipe_of, reopen
 
-TAKEN = frozenset({"task", "sample", "where", "prompt", "expected", "right", "scores", "problems", "unanswered"})
+TAKEN = frozenset(
+    {"task", "sample", "where", "prompt", "expected", "right", "scores", "problems", "unanswered", "tokens"}
+)
 """Names of columns of predictions.jsonl, which no system can have."""
 
 
