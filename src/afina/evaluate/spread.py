@@ -52,8 +52,8 @@ def answer_lengths(tokens: Mapping[str, Sequence[int]], *, fmt: Format = "png", 
         step = max(1, -(-(longest + 1) // BINS))
         for row, (name, counts) in enumerate(tokens.items()):
             _draw_ridge(axes, row, counts, step, colour_of(name))
-        axes.set_yticks(range(len(tokens)), [name_of(name) for name in tokens])
-        axes.set_ylim(len(tokens) - 0.7, -0.95)
+        axes.set_yticks([row - 0.4 for row in range(len(tokens))], [name_of(name) for name in tokens])
+        axes.set_ylim(len(tokens) - 0.9, -0.95)
         axes.set_xlim(0, longest + step)
         axes.xaxis.set_major_locator(MaxNLocator(5 if width < WIDE else 8, integer=True))
         axes.set_xlabel(_("Tokens of an answer (stroke: median)"))

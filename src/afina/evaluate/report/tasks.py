@@ -76,7 +76,18 @@ def _system(task: Facts, key: str) -> Facts | None:
         return None
     ends = [number(end) for end in sequence(figures.get("interval"))]
     names = (
-        *("accuracy", "value", "correct", "f1_macro", "f1_weighted", "seconds", "samples_per_second", "answered"),
+        *(
+            "accuracy",
+            "value",
+            "correct",
+            "f1_macro",
+            "f1_weighted",
+            "precision_macro",
+            "recall_macro",
+            "seconds",
+            "samples_per_second",
+            "answered",
+        ),
         *("tokens_per_second", "file_bytes", "memory_bytes", "unanswered", "unasked"),
     )
     found = {name: number(figures.get(name)) for name in names}
@@ -157,7 +168,8 @@ def _labels(systems: Mapping[str, Facts]) -> list[Facts]:
 
 def _changes(records: Sequence[Facts]) -> Facts | None:
     """Sample by sample: what tuning fixed, broke and left, with the first examples of either change."""
-    both = [record for record in records if {"expected", "base", "tuned"} <= record.keys()]
+    known = [record for record in records if {"expected", "base", "tuned"} <= record.keys()]
+    both = [record for record in known if None not in mapping(record.get("right")).values()]  # scores are not right
     if not both:
         return None
     base, tuned = (_marks(both, system) for system in ("base", "tuned"))
