@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from evaluate.browser import Browser
+from browser import Browser
 from hypothesis import given
 from hypothesis import strategies as st
 

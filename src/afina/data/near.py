@@ -48,7 +48,7 @@ class Near:
             return np.zeros(0, np.int64)
         numbers = np.concatenate(self._blocks)
         bands = numbers.view(np.uint64)
-        mixed = (_mix(bands) * np.arange(1, bands.shape[1] + 1, dtype=np.uint64)).sum(axis=1, dtype=np.uint64)
+        mixed = (mix(bands) * np.arange(1, bands.shape[1] + 1, dtype=np.uint64)).sum(axis=1, dtype=np.uint64)
         canonical = np.argsort(mixed, kind="stable")
         numbers, bands = numbers[canonical], bands[canonical]
         joined = _Joined(len(numbers))
@@ -79,7 +79,7 @@ def _numbers(texts: Sequence[bytes]) -> np.ndarray:
     runs = np.ndarray((data.size - _RUN + 1,), np.uint64, data, strides=(1,)).copy()
     owner = np.repeat(np.arange(len(texts)), lengths)[: runs.size]
     whole = owner == np.repeat(np.arange(len(texts)), lengths)[_RUN - 1 :]
-    hashes, owner = _mix(runs[whole]), owner[whole]
+    hashes, owner = mix(runs[whole]), owner[whole]
     found = np.full(len(texts) * _NUMBERS, _EMPTY)
     np.minimum.at(found, owner * _NUMBERS + (hashes >> np.uint64(57)).astype(np.int64), hashes << np.uint64(7))
     table = found.reshape(len(texts), _NUMBERS)
@@ -89,12 +89,12 @@ def _numbers(texts: Sequence[bytes]) -> np.ndarray:
         if rows.size == 0:
             break
         beside = np.roll(table[rows], -1, axis=1)
-        moved = np.where(beside == _EMPTY, _EMPTY, _mix(beside + np.uint64(step)))
+        moved = np.where(beside == _EMPTY, _EMPTY, mix(beside + np.uint64(step)))
         table[rows] = np.where(empty[rows], moved, table[rows])
     return np.ascontiguousarray((table >> np.uint64(40)).astype(np.uint16))
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix(values: np.ndarray) -> np.ndarray:
     """Each 64-bit number scattered: the finaliser of SplitMix64 (Steele, Lea & Flood, 2014)."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

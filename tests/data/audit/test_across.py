@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data.audit.auditing import audit_bytes, told
 from data.audit.faulty import row, sentence, sound
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from afina.console import Console
+from afina.data.audit.across import form, forms
 from afina.data.audit.finding import Finding
 from afina.data.audit.run import Audit
 from afina.data.audit.scan import join
@@ -196,3 +198,11 @@ def test_memory_stays_within_bounds(tmp_path: Path):
     figures = json.loads(done.stdout)
     assert figures["rows"] == 200_000 and figures["missed"] == {} and figures["false_alarms"] == {}
     assert figures["peak_memory_mib"] < 200
+
+
+@quietly
+@given(texts=st.lists(st.text(st.sampled_from("aZ9.}]{[ \n\u3000\u2003’»😀é#"), max_size=8), min_size=1, max_size=9))
+def test_forms_of_many_answers_are_those_of_each(texts: list[str]):
+    joined = join(texts)
+    if joined.codes.size:
+        assert forms(joined, np.arange(len(texts))).tolist() == [form(text) for text in texts]

@@ -110,6 +110,18 @@ def test_what_is_said_of_a_row_does_not_depend_on_the_others(chosen: list[str | 
     assert one.rejected == one.reasons.total()
 
 
+@quietly
+@given(chosen=st.lists(st.sampled_from([*FAULTY, *[None] * 60]), min_size=1, max_size=90), seed=st.integers(0, 2**32))
+def test_many_rows_at_once_are_judged_as_each_by_itself(chosen: list[str | None], seed: int, tmp_path: Path):
+    """The quick look, by blocks, and the careful one, row by row: the same findings, bytes and sums."""
+    rng = random.Random(seed)
+    lines = [sound(rng)] + [sound(rng) if kind is None else FAULTY[kind](rng) for kind in chosen]
+    found, report = audit_bytes(tmp_path, b"\n".join(lines))
+    plain, other = audit_bytes(tmp_path, b"\n".join(lines), plain=True)
+    assert found == plain
+    assert (report.rows, report.rejected, report.reasons) == (other.rows, other.rejected, other.reasons)
+
+
 PIECES = st.sampled_from(
     [
         *"aé ñ\n<[&@`|0123456789-_=",

@@ -5,16 +5,19 @@ Kept of a row are some 50 bytes in arrays: 64-bit hashes of its question and of 
 different ones share a hash with probability 3e-8), its place, and a few figures about its answer.
 """
 
-from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from afina.data.audit.finding import Finding
+from afina.data.audit.scan import Joined
 from afina.data.audit.tongue import LANGUAGES
+from afina.data.near import mix
 
 SHARE = 0.95
 """A property that so many answers have is the rule; the rest are exceptions."""
@@ -27,9 +30,27 @@ IMBALANCE = 10
 SHORT = 40
 """An answer so many times shorter than the median is too short, where the median is LONG characters or more."""
 LONG = 80
-JSON, ENDED, CODE = 1, 2, 4
-"""Forms of an answer: looks like JSON, ends as a sentence or a block does, ends a block of code."""
+JSON, ENDED, LOOK = 1, 2, 255
+"""Forms of an answer: looks like JSON, ends as a sentence or a block does. LOOK: its last character does not say."""
 ENDS = frozenset(".!?…。！？)]}\"'`”’»>*:;|0123456789")
+
+
+class Columns(NamedTuple):
+    """What is kept of rows, an array each: hashes of the whole and of the question, line, first byte and bytes, and of
+    the answer its characters, its form (bits), its language and that of the question (places in LANGUAGES)."""
+
+    whole: np.ndarray
+    asked: np.ndarray
+    line: np.ndarray
+    begin: np.ndarray
+    size: np.ndarray
+    length: np.ndarray
+    form: np.ndarray
+    answer_in: np.ndarray
+    question_in: np.ndarray
+
+
+TYPES = Columns(*map(np.dtype, ("u8", "u8", "u4", "i8", "u4", "u4", "u1", "u1", "u1")))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -38,65 +59,42 @@ class Across:
 
     held_out: frozenset[Path] = frozenset()
     files: list[Path] = field(default_factory=list)
-    _firsts: list[int] = field(default_factory=list)
-    _whole: array = field(default_factory=lambda: array("q"))
-    _asked: array = field(default_factory=lambda: array("q"))
-    _begin: array = field(default_factory=lambda: array("q"))
-    _end: array = field(default_factory=lambda: array("I"))
-    _line: array = field(default_factory=lambda: array("I"))
-    _length: array = field(default_factory=lambda: array("I"))
-    _form: array = field(default_factory=lambda: array("B"))
-    _answer_in: array = field(default_factory=lambda: array("B"))
-    _question_in: array = field(default_factory=lambda: array("B"))
+    rows: int = 0
     answers: Counter[str] | None = field(default_factory=Counter)
+    _firsts: list[int] = field(default_factory=list)
+    _kept: list[bytearray] = field(default_factory=lambda: [bytearray() for _column in TYPES])
 
     def start(self, file: Path) -> None:
         """The rows that follow are of this file."""
         self.files.append(file)
-        self._firsts.append(len(self._whole))
+        self._firsts.append(self.rows)
 
-    def add(
-        self,
-        places: tuple[np.ndarray, np.ndarray, np.ndarray],
-        hashes: tuple[list[int], list[int]],
-        answers: list[str],
-        languages: tuple[np.ndarray, np.ndarray],
-    ) -> None:
-        """Rows of one block. places: line, first byte, byte after the last; hashes: of questions and of the whole;
-        languages: of answers and of questions, as places in LANGUAGES."""
-        lines, begins, ends = places
-        self._line.frombytes(lines.astype(np.uint32).tobytes())
-        self._begin.frombytes(begins.astype(np.int64).tobytes())
-        self._end.frombytes((ends - begins).astype(np.uint32).tobytes())
-        self._asked.extend(hashes[0])
-        self._whole.extend(hashes[1])
-        self._length.extend(map(len, answers))
-        self._form.extend(map(form, answers))
-        self._answer_in.frombytes(languages[0].tobytes())
-        self._question_in.frombytes(languages[1].tobytes())
+    def add(self, columns: Columns, answers: Iterable[str]) -> None:
+        """Rows of one block, and their answers."""
+        for kept, column, kind in zip(self._kept, columns, TYPES, strict=True):
+            kept += column.astype(kind, copy=False).tobytes()
+        self.rows += columns.whole.size
         if self.answers is not None:
-            self._classes(answers)
+            self._classes(self.answers, columns, answers)
 
-    def _classes(self, answers: list[str]) -> None:
-        counts = self.answers
-        if counts is None:
-            return
-        if max(map(len, answers), default=0) > LONGEST_CLASS:
-            self.answers = None
-            return
-        counts.update(answer.strip() for answer in answers)
-        if len(counts) > max(CLASSES, 2):
-            self.answers = None
+    def _classes(self, counts: Counter[str], columns: Columns, answers: Iterable[str]) -> None:
+        if columns.length.max(initial=0) <= LONGEST_CLASS:
+            counts.update(answer.strip() for answer in answers)
+            if len(counts) <= CLASSES:
+                return
+        self.answers = None
 
     @property
-    def rows(self) -> int:
-        """Rows so far."""
-        return len(self._whole)
+    def columns(self) -> Columns:
+        """Everything that is kept."""
+        return Columns(*(np.frombuffer(kept, kind) for kept, kind in zip(self._kept, TYPES, strict=True)))
 
     def place(self, row: int) -> tuple[Path, int, int, int]:
         """File, line, first byte and byte after the last of a row."""
         at = int(np.searchsorted(self._firsts, row, side="right")) - 1
-        return self.files[at], self._line[row], self._begin[row], self._begin[row] + self._end[row]
+        kept = self.columns
+        begin = int(kept.begin[row])
+        return self.files[at], int(kept.line[row]), begin, begin + int(kept.size[row])
 
     def findings(self) -> Iterator[Finding]:
         """What shows now that all rows are known, class by class, in the order of rows."""
@@ -124,9 +122,8 @@ class Across:
             marks[first:last] = file in self.held_out
         return marks
 
-    def _groups(self, hashes: array) -> Iterator[np.ndarray]:
+    def _groups(self, values: np.ndarray) -> Iterator[np.ndarray]:
         """Rows that share a hash, each group in order, the groups by their first row."""
-        values = np.frombuffer(hashes, np.int64) if hashes else np.zeros(0, np.int64)
         order = np.argsort(values, kind="stable")
         ordered = values[order]
         starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if values.size else np.zeros(0, np.int64)
@@ -138,7 +135,7 @@ class Across:
 
     def _duplicates(self) -> Iterator[Finding]:
         held = self.held()
-        for rows in self._groups(self._whole):
+        for rows in self._groups(self.columns.whole):
             sides = held[rows]
             learnt = rows[~sides]
             for row in learnt[1:].tolist():
@@ -151,7 +148,7 @@ class Across:
 
     def nearly(self, groups: np.ndarray) -> Iterator[Finding]:
         """Rows that are nearly, and not quite, the same as the first of their group. groups: (rows,) that first one."""
-        whole, held = np.frombuffer(self._whole, np.int64), self.held()
+        whole, held = self.columns.whole, self.held()
         learnt: dict[int, int] = {}
         for row in np.flatnonzero(~held).tolist():
             learnt.setdefault(int(groups[row]), row)
@@ -167,8 +164,8 @@ class Across:
             )
 
     def _contradictions(self) -> Iterator[Finding]:
-        whole = np.frombuffer(self._whole, np.int64) if self._whole else np.zeros(0, np.int64)
-        for rows in self._groups(self._asked):
+        whole = self.columns.whole
+        for rows in self._groups(self.columns.asked):
             answers = whole[rows]
             first = int(rows[0])
             seen = {int(answers[0])}
@@ -180,7 +177,7 @@ class Across:
     def _lengths(self) -> Iterator[Finding]:
         if self.rows < ENOUGH:
             return
-        lengths = np.frombuffer(self._length, np.uint32)
+        lengths = self.columns.length
         median = float(np.median(lengths))
         if median >= LONG:
             for row in np.flatnonzero(lengths * SHORT < median).tolist():
@@ -189,8 +186,7 @@ class Across:
     def _forms(self) -> Iterator[Finding]:
         if self.rows < ENOUGH:
             return
-        forms = np.frombuffer(self._form, np.uint8)
-        lengths = np.frombuffer(self._length, np.uint32)
+        forms, lengths = self.columns.form, self.columns.length
         for bit, kind in ((JSON, "no-json"), (ENDED, "abrupt-end")):
             having = (forms & bit) != 0
             if bit == ENDED and np.median(lengths) < LONG:
@@ -200,7 +196,7 @@ class Across:
                     yield self.finding(kind, row)
 
     def _languages(self) -> Iterator[Finding]:
-        answers, questions = (np.frombuffer(side, np.uint8) for side in (self._answer_in, self._question_in))
+        answers, questions = self.columns.answer_in, self.columns.question_in
         told = np.flatnonzero(answers)
         if told.size < ENOUGH:
             return
@@ -236,14 +232,43 @@ class Across:
 
     def figures(self) -> dict[str, object]:
         """What the page draws: lengths of answers, languages, classes."""
-        lengths = np.frombuffer(self._length, np.uint32) if self.rows else np.zeros(0, np.uint32)
-        codes = np.frombuffer(self._answer_in, np.uint8) if self.rows else np.zeros(0, np.uint8)
-        told = np.bincount(codes, minlength=len(LANGUAGES))
+        told = np.bincount(self.columns.answer_in, minlength=len(LANGUAGES))
         return {
-            "lengths": lengths,
+            "lengths": self.columns.length,
             "languages": {LANGUAGES[at]: int(count) for at, count in enumerate(told) if count and at},
             "classes": dict(self.classes().most_common(30)) if self.classes() else {},  # type: ignore[union-attr]
         }
+
+
+def hashes(texts: Sequence[str], counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows,) uint64 twice: hashes of each row's question (all its texts but the last; of one text, that) and of all
+    its texts. counts: (rows,) texts of each row."""
+    last = np.cumsum(counts) - 1
+    first = last - counts + 1
+    turn = np.arange(len(texts), dtype=np.uint64) - np.repeat(first, counts).astype(np.uint64)
+    each = mix(np.fromiter(map(hash, texts), np.int64, len(texts)).view(np.uint64) + mix(turn))
+    whole = np.add.reduceat(each, first)
+    return np.where(counts > 1, whole - each[last], whole), whole
+
+
+@cache
+def _endings() -> np.ndarray:
+    """What the last unit of an answer says of its form; LOOK where `form` must say."""
+    table = np.zeros(65536, np.uint8)
+    table[0x2001:] = ENDED
+    table[[ord(character) for character in ENDS]] = ENDED
+    spaces = [code for code in range(65536) if chr(code).isspace()]
+    table[[*spaces, ord("}"), ord("]")]] = LOOK
+    table[table == 0] = LOOK
+    return table
+
+
+def forms(joined: Joined, numbers: np.ndarray) -> np.ndarray:
+    """(numbers,) uint8: `form` of each of these texts, which are not all empty."""
+    found: np.ndarray = _endings()[joined.codes[joined.ends[numbers] - 1]]
+    for at in np.flatnonzero((found == LOOK) | (joined.lengths[numbers] == 0)).tolist():
+        found[at] = form(joined.texts[numbers[at]])
+    return found
 
 
 def form(answer: str) -> int:

@@ -1,13 +1,15 @@
 """The pass over a data set: every file once, in blocks, in constant memory.
 
 What decides about a row stands elsewhere: syntax.py and the reader's own dialects refuse it, chat.py and text.py find
-what is odd in it, across.py what shows beside the others. Here is only the fast way through them: a row that the fast
-parser takes, whose roles are known to be sound and whose quotation marks are as many as its strings need, has no fault
-of syntax or shape; its texts are looked at by scan.py together with those of the whole block.
+what is odd in it, across.py what shows beside the others. Here is only the fast way through them, a block at a time: a
+row that the fast parser takes, whose roles are known to be sound and whose quotation marks are as many as its strings
+need, has no fault of syntax or shape; its texts are looked at by scan.py together with those of the whole block.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import compress, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,17 @@ import msgspec
 import numpy as np
 
 from afina.data.audit import chat, syntax
-from afina.data.audit.across import Across
+from afina.data.audit.across import Across, Columns, forms, hashes
 from afina.data.audit.blocks import Block, line_blocks, row_blocks
 from afina.data.audit.finding import Finding, Report
 from afina.data.audit.kinds import Severity, kinds
 from afina.data.audit.letters import Fault
-from afina.data.audit.quick import NOT_PLAIN, TYPED, loose
-from afina.data.audit.quick import Look as QuickLook
-from afina.data.audit.scan import join, suspects
+from afina.data.audit.quick import NOT_PLAIN, TYPED, Look, loose
+from afina.data.audit.scan import joined_apart, suspects
 from afina.data.audit.syntax import quotes
 from afina.data.audit.text import ALL, faults
 from afina.data.audit.tongue import languages
-from afina.data.conversation import Message, Sample
+from afina.data.conversation import ROLES, Message, Sample
 from afina.data.dialects import Make, checked, dialect_of, maker
 from afina.data.near import Near
 from afina.data.rows import BadRow, Row, Shape
@@ -34,20 +35,18 @@ from afina.recipe.schema import Data
 
 KEYS_TOLD = 20
 """Names of keys that are told, at most."""
-ENOUGH = 200
+ENOUGH = 50
 """Rows of a block to judge by whether the quick look is worth its while."""
 
 
 @dataclass
 class Taken:
-    """The conversations of a block: of each its place, roles, number of texts, two hashes; all texts in order."""
+    """The conversations of a block: of each its place in it, its roles, and how many texts; all texts, end to end."""
 
     rows: list[int] = field(default_factory=list)
     roles: list[tuple[str, ...]] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    asked: list[int] = field(default_factory=list)
-    whole: list[int] = field(default_factory=list)
 
     def add(self, row: int, roles: tuple[str, ...], texts: list[str]) -> None:
         """Take up a conversation."""
@@ -55,15 +54,6 @@ class Taken:
         self.roles.append(roles)
         self.counts.append(len(texts))
         self.texts += texts
-        answer = texts.pop()
-        asked = hash(tuple(texts))
-        whole = hash((asked, answer))
-        self.asked.append(asked if texts else whole)
-        self.whole.append(whole)
-
-    def answers(self) -> list[str]:
-        """The last text of each conversation."""
-        return [self.texts[end - 1] for end in np.cumsum(self.counts).tolist()]
 
 
 @dataclass
@@ -75,7 +65,7 @@ class Pass:
     across: Across = field(default_factory=Across)
     labels: Callable[[Sequence[Sample]], Iterator[tuple[int, Fault]]] | None = None
     plain: bool = False
-    """Look at every text in full: slow, and what the tests hold the fast way against."""
+    """Look at every row by itself and every text in full: slow, and what the tests hold the fast way against."""
     markup: bool = True
     near: Near | None = None
     """Given every conversation, where rows that are nearly the same are looked for too."""
@@ -84,7 +74,7 @@ class Pass:
         """Read one file to its end. Raises DataError when it cannot be read at all."""
         shape = Shape(self.data.mapping.rows if self.data.mapping else "", tuple(self.data.columns or ()), encoding)
         quick_lines = form == "jsonl" and not shape.path
-        reader = _Reader(self.data, form == "text")
+        reader = _Reader(self.data, form == "text", plain=self.plain)
         self.across.start(path)
         before = self.report.rows, self.report.rejected
         lines = returns = 0
@@ -120,12 +110,14 @@ class Pass:
     def _block(self, path: Path, block: Block, reader: "_Reader") -> None:
         taken = Taken()
         found = reader.read(block, taken)
-        joined = join(taken.texts)
-        owners = np.repeat(np.arange(len(taken.rows)), taken.counts).tolist()
-        looks = dict.fromkeys(range(len(taken.texts)), ALL) if self.plain else suspects(joined)
-        for number, look in sorted(looks.items()):
-            row = taken.rows[owners[number]]
-            for fault in faults(taken.texts[number], look, plain_markup=self.markup):
+        self.report.rows += reader.seen
+        rows, counts = np.array(taken.rows, np.int64), np.array(taken.counts, np.int64)
+        last = np.cumsum(counts) - 1
+        looks, lengths, form, tongues = self._looked(taken.texts, last)
+        numbers = sorted(looks)
+        for number, owner in zip(numbers, np.searchsorted(last, numbers).tolist(), strict=True):
+            row = taken.rows[owner]
+            for fault in faults(taken.texts[number], looks[number], plain_markup=self.markup):
                 begin, end = syntax.place(block.raws[row], taken.texts[number], fault.begin, fault.end)
                 found.setdefault(row, []).append(fault._replace(begin=begin, end=end))
         if self.labels is not None:
@@ -134,26 +126,43 @@ class Pass:
                     fault._replace(begin=0, end=len(block.raws[taken.rows[at]]))
                 )
         self._tell(path, block, found)
+        if not taken.rows:
+            return
+        order = np.argsort(rows)
         if self.near is not None:
-            at = 0
-            for count in taken.counts:
-                self.near.add("\n".join(taken.texts[at : at + count]))
-                at += count
-        rows = np.array(taken.rows, np.int64)
-        lines, begins = np.array(block.lines, np.int64)[rows], np.array(block.begins, np.int64)[rows]
-        ends = begins + np.fromiter((len(block.raws[row]) for row in taken.rows), np.int64, len(taken.rows))
-        count = len(taken.rows)
-        answers = taken.answers()
-        tongues = languages(joined)
-        counts = np.array(taken.counts, np.int64)
-        last = np.cumsum(counts) - 1
-        asked_in = np.where(counts > 1, tongues[np.maximum(last - 1, 0)], 0).astype(np.uint8) if count else tongues
-        self.across.add((lines, begins, ends), (taken.asked, taken.whole), answers, (tongues[last], asked_in))
-        self.report.rows += reader.seen
+            for at in order.tolist():
+                self.near.add("\n".join(taken.texts[last[at] + 1 - counts[at] : last[at] + 1]))
+        asked, whole = hashes(taken.texts, counts)
+        columns = Columns(
+            whole=whole,
+            asked=asked,
+            line=np.asarray(block.lines)[rows],
+            begin=block.begins[rows],
+            size=block.sizes[rows],
+            length=lengths[last],
+            form=form[last],
+            answer_in=tongues[last],
+            question_in=np.where(counts > 1, tongues[last - 1], 0),
+        )
+        self.across.add(Columns(*(column[order] for column in columns)), (taken.texts[at] for at in last))
+
+    def _looked(self, texts: list[str], last: np.ndarray) -> tuple[dict[int, int], np.ndarray, np.ndarray, np.ndarray]:
+        """Of texts: which need a closer look and for what; of each its characters, form (of the `last` ones) and
+        language."""
+        looks = dict.fromkeys(range(len(texts)), ALL) if self.plain else {}
+        lengths, form, tongues = (np.zeros(len(texts), kind) for kind in (np.int64, np.uint8, np.uint8))
+        for numbers, joined in joined_apart(texts):
+            if not self.plain:
+                looks |= {int(numbers[at]): look for at, look in suspects(joined).items()}
+            answers = np.flatnonzero(np.isin(numbers, last, assume_unique=True))
+            form[numbers[answers]] = forms(joined, answers)
+            tongues[numbers] = languages(joined)
+            lengths[numbers] = joined.lengths
+        return looks, lengths, form, tongues
 
     def _tell(self, path: Path, block: Block, found: dict[int, list[Fault]]) -> None:
         for row in sorted(found):
-            begin, line = block.begins[row], block.lines[row]
+            begin, line = int(block.begins[row]), block.lines[row]
             rejected = False
             for fault in sorted(found[row], key=lambda fault: fault.begin):
                 finding = Finding(fault.kind, path, line, begin + fault.begin, begin + fault.end, fault.detail)
@@ -178,15 +187,15 @@ class _Reader:
 
     data: Data
     passages: bool = False
+    plain: bool = False
     dialect: str = ""
     blank: int = 0
     unread: set[str] = field(default_factory=set)
     seen: int = 0
     """Rows of the last block."""
     _make: Make | None = None
-    _look: QuickLook | None = None
+    _look: Look | None = None
     _decode: Callable[[bytes], Any] = field(default_factory=lambda: msgspec.json.Decoder().decode)
-    _sound: set[tuple[str, ...]] = field(default_factory=set)
 
     def read(self, block: Block, taken: Taken) -> dict[int, list[Fault]]:
         """Take up the conversations of a block; returns what is wrong with its rows, in bytes of each."""
@@ -201,39 +210,65 @@ class _Reader:
         return found
 
     def _lines(self, block: Block, taken: Taken, found: dict[int, list[Fault]]) -> None:
-        look, sound, strip, add = self._look, self._sound, str.strip, taken.add
-        blank = slow = 0
-        for at, raw in enumerate(block.raws):
-            if look is not None:
-                try:
-                    roles, texts, marks = look(raw)
-                    if (
-                        (raw.count(b'"') == marks or quotes(raw) == marks)
-                        and roles in sound
-                        and all(map(strip, texts))
-                        and texts[0] != texts[-1]
-                    ):
-                        add(at, roles, texts)
-                        continue
-                except NOT_PLAIN:
-                    pass
-            slow += 1
+        blank, at, count = self.blank, 0, len(block.raws)
+        while self._look is None and at < count:  # until a row says what they are
+            self._line(at, block, taken, found)
+            at += 1
+        if at < count and self._look is not None:
+            rest = self._plain(block, at, self._look, taken)
+            for place in rest:
+                self._line(place, block, taken, found)
+            if len(rest) * 2 > count > ENOUGH:
+                self._look = loose(self.dialect)
+        self.seen = count - (self.blank - blank)
+
+    def _plain(self, block: Block, start: int, look: Look, taken: Taken) -> list[int]:
+        """Take up the plain rows of a block from `start` on; returns the places of the others."""
+        raws, decode = block.raws[start:] if start else block.raws, look.decode
+        decoded: list[Any] = []
+        rest: list[int] = []
+        for at, raw in enumerate(raws):
             try:
-                value = self._decode(raw)
+                decoded.append(decode(raw))
             except NOT_PLAIN:
-                if not raw.strip(b" \t\r\n"):
-                    blank += 1
-                    continue
-                value, wrong = syntax.unreadable(raw)
-                if wrong:
-                    found[at] = wrong
-                    continue
-            self._careful(at, Row(value, block.lines[at], block.begins[at], raw), taken, found)
-            look = self._look
-        self.seen = len(block.raws) - blank
-        self.blank += blank
-        if slow * 2 > len(block.raws) > ENOUGH:
-            self._look = loose(self.dialect)
+                rest.append(at)
+        raws = _without(raws, rest)
+        plain = look.spread(decoded)
+        counts = np.fromiter(map(bytes.count, raws, repeat(b'"')), np.int64, len(raws))
+        for at in np.flatnonzero(counts != plain.marks).tolist():
+            counts[at] = quotes(raws[at])
+        good = counts == plain.marks
+        sound = {roles: _is_sound(roles) for roles in set(plain.roles)}
+        if not all(sound.values()):
+            good &= [sound[roles] for roles in plain.roles]
+        if good.size:
+            good &= _spoken(plain.texts, plain.counts)
+        places = np.delete(np.arange(start, len(block.raws)), rest)
+        if good.all():
+            taken.rows += places.tolist()
+            taken.roles += plain.roles
+            taken.texts += plain.texts
+        else:
+            taken.rows += places[good].tolist()
+            taken.roles += compress(plain.roles, good)
+            taken.texts += compress(plain.texts, np.repeat(good, plain.counts))
+        taken.counts += plain.counts[good].tolist()
+        return sorted([*(start + at for at in rest), *places[~good].tolist()])
+
+    def _line(self, at: int, block: Block, taken: Taken, found: dict[int, list[Fault]]) -> None:
+        """One line by itself."""
+        raw = block.raws[at]
+        try:
+            value = self._decode(raw)
+        except NOT_PLAIN:
+            if not raw.strip(b" \t\r\n"):
+                self.blank += 1
+                return
+            value, wrong = syntax.unreadable(raw)
+            if wrong:
+                found[at] = wrong
+                return
+        self._careful(at, Row(value, block.lines[at], int(block.begins[at]), raw), taken, found)
 
     def _rows(self, block: Block, rows: list[Row], taken: Taken, found: dict[int, list[Fault]]) -> None:
         for at, row in enumerate(rows):
@@ -255,7 +290,7 @@ class _Reader:
             if self._make is None:
                 self.dialect = dialect_of(row.value, self.data)
                 self._make = maker(self.dialect, self.data.mapping, passages=self.passages)
-                self._look = TYPED[self.dialect]() if self.dialect in TYPED else None
+                self._look = TYPED[self.dialect]() if self.dialect in TYPED and not self.plain else None
             messages = checked(self._make(row), None)
         except BadRow as reason:
             kind, text = chat.refused(row.value, self.dialect)
@@ -270,9 +305,35 @@ class _Reader:
         odd = [_blame(row.raw, kind, text, "") for kind, text in chat.oddities(roles, texts, row.value)]
         if notes or odd:
             found[at] = notes + odd
-        if not chat.order(roles):
-            self._sound.add(roles)
         taken.add(at, roles, texts)
+
+
+def _without(rows: list[bytes], places: list[int]) -> list[bytes]:
+    if not places:
+        return rows
+    keep = np.ones(len(rows), np.bool_)
+    keep[places] = False
+    return list(compress(rows, keep))
+
+
+@cache
+def _is_sound(roles: tuple[str, ...]) -> bool:
+    """Whether rows of these roles are accepted, and nothing is odd about their order."""
+    try:
+        checked(tuple(Message(role, "said") for role in roles), None)
+    except BadRow:
+        return False
+    return set(roles) <= set(ROLES) and not chat.order(roles)
+
+
+def _spoken(texts: list[str], counts: np.ndarray) -> np.ndarray:
+    """(rows,) bool: whether each row has no blank text, and its answer is not its first text again."""
+    last = np.cumsum(counts) - 1
+    first = last - counts + 1
+    blank = np.fromiter(map(str.isspace, texts), np.bool_, len(texts))
+    blank |= np.fromiter(map(len, texts), np.int64, len(texts)) == 0
+    hashed = np.fromiter(map(hash, texts), np.int64, len(texts))
+    return np.asarray(~np.logical_or.reduceat(blank, first) & (hashed[first] != hashed[last]))
 
 
 def _about(raw: bytes, kind: str, shown: str) -> Fault:

@@ -1,29 +1,30 @@
-"""The quick look at a row: is it the plainest of its dialect? Then its texts come out by a typed parser, unquestioned.
+"""The quick look at many rows: which are the plainest of their dialect? A typed parser takes out their texts.
 
-A look returns (roles, texts, how many quotation marks the row's JSON text must have) or raises one of NOT_PLAIN. More
-marks than that mean a key given twice, which no fast parser tells.
+A row that is not so plain raises one of NOT_PLAIN. One whose JSON text has more quotation marks than its strings need
+has a key given twice, which no fast parser tells.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
+import numpy as np
 
 from afina.data.audit.syntax import strings
 
 NOT_PLAIN = (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError)
 """What a look raises; msgspec's and Unicode's errors are ValueErrors."""
-Look = Callable[[bytes], tuple[tuple[str, ...], list[str], int]]
 WIDE = 2**63
+Some = Annotated[str, msgspec.Meta(min_length=1)]
 
 
 class _Turn(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    role: str
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
 
 
 class _Messages(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    messages: list[_Turn]
+    messages: Annotated[list[_Turn], msgspec.Meta(min_length=1)]
 
 
 class _PromptCompletion(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -37,48 +38,58 @@ class _QuestionAnswer(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 class _Alpaca(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    instruction: str
+    instruction: Some
     output: str
     input: str | None = msgspec.field(default=None)
+
+
+class Plain(NamedTuple):
+    """Rows taken apart: of each its roles, how many texts it has and how many quotation marks its JSON text must have;
+    the texts of all, end to end."""
+
+    roles: list[tuple[str, ...]]
+    texts: list[str]
+    counts: np.ndarray
+    marks: np.ndarray
+
+
+class Look(NamedTuple):
+    """`decode`: a line to what `spread` takes apart, many at once; raises one of NOT_PLAIN."""
+
+    decode: Callable[[bytes], Any]
+    spread: Callable[[list[Any]], Plain]
 
 
 ASKED = ("user", "assistant")
 
 
 def _messages() -> Look:
-    decode = msgspec.json.Decoder(_Messages).decode
+    def spread(rows: list[Any]) -> Plain:
+        talks = [row.messages for row in rows]
+        counts = np.fromiter(map(len, talks), np.int64, len(talks))
+        roles = [tuple([turn.role for turn in turns]) for turns in talks]
+        return Plain(roles, [turn.content for turns in talks for turn in turns], counts, 8 * counts + 2)
 
-    def look(raw: bytes) -> tuple[tuple[str, ...], list[str], int]:
-        messages = decode(raw).messages
-        texts = [message.content for message in messages]
-        return tuple([message.role for message in messages]), texts, 8 * len(texts) + 2
-
-    return look
+    return Look(msgspec.json.Decoder(_Messages).decode, spread)
 
 
 def _pair(shape: Any, asked: str, answered: str) -> Look:
-    decode = msgspec.json.Decoder(shape).decode
+    def spread(rows: list[Any]) -> Plain:
+        texts = [text for row in rows for text in (getattr(row, asked), getattr(row, answered))]
+        return Plain([ASKED] * len(rows), texts, np.full(len(rows), 2), np.full(len(rows), 8))
 
-    def look(raw: bytes) -> tuple[tuple[str, ...], list[str], int]:
-        row = decode(raw)
-        return ASKED, [getattr(row, asked), getattr(row, answered)], 8
-
-    return look
+    return Look(msgspec.json.Decoder(shape).decode, spread)
 
 
 def _alpaca() -> Look:
-    decode = msgspec.json.Decoder(_Alpaca).decode
+    def spread(rows: list[Any]) -> Plain:
+        texts = []
+        for row in rows:
+            texts += [f"{row.instruction}\n\n{row.input}" if row.input else row.instruction, row.output]
+        marks = np.array([8 if row.input is None else 12 for row in rows], np.int64)
+        return Plain([ASKED] * len(rows), texts, np.full(len(rows), 2), marks)
 
-    def look(raw: bytes) -> tuple[tuple[str, ...], list[str], int]:
-        row = decode(raw)
-        if row.input is None:
-            return ASKED, [row.instruction, row.output], 8
-        if not row.instruction:
-            raise KeyError
-        question = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
-        return ASKED, [question, row.output], 12
-
-    return look
+    return Look(msgspec.json.Decoder(_Alpaca).decode, spread)
 
 
 TYPED: dict[str, Callable[[], Look]] = {
@@ -97,29 +108,51 @@ def loose(dialect: str) -> Look | None:
     def messages(raw: bytes) -> tuple[tuple[str, ...], list[str], int]:
         value = decode(raw)
         turns = value["messages"]
-        if type(turns) is not list or sum(map(len, turns)) != 2 * len(turns) or "chosen" in value:
+        if type(turns) is not list or not turns or sum(map(len, turns)) != 2 * len(turns) or "chosen" in value:
             raise KeyError
         _ordinary(value, raw)
-        texts = [turn["content"] for turn in turns]
-        return tuple([turn["role"] for turn in turns]), texts, 2 * strings(value)
+        return tuple([turn["role"] for turn in turns]), [turn["content"] for turn in turns], 2 * strings(value)
 
-    def pair(asked: str, answered: str) -> Look:
+    def pair(asked: str, answered: str) -> Callable[[bytes], tuple[tuple[str, ...], list[str], int]]:
         def look(raw: bytes) -> tuple[tuple[str, ...], list[str], int]:
             value = decode(raw)
-            if "system" in value or "chosen" in value or not _ordinary(value, raw):
+            if "system" in value or "chosen" in value:
                 raise KeyError
+            _ordinary(value, raw)
             return ASKED, [value[asked], value[answered]], 2 * strings(value)
 
         return look
 
     if dialect == "messages":
-        return messages
+        return Look(_texts_alone(messages), _spread)
     pairs = {"prompt-completion": ("prompt", "completion"), "question-answer": ("question", "answer")}
-    return pair(*pairs[dialect]) if dialect in pairs else None
+    return Look(_texts_alone(pair(*pairs[dialect])), _spread) if dialect in pairs else None
 
 
-def _ordinary(value: dict[str, Any], raw: bytes) -> bool:
-    """Whether no member is a number that others read differently; a container of numbers is left to the slow way."""
+def _texts_alone(look: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A look that does not take a number, or nothing, for a text."""
+
+    def only(raw: bytes) -> Any:
+        found = look(raw)
+        "".join(found[1])
+        return found
+
+    return only
+
+
+def _spread(rows: list[tuple[tuple[str, ...], list[str], int]]) -> Plain:
+    counts = np.array([len(texts) for _roles, texts, _marks in rows], np.int64)
+    marks = np.array([marks for _roles, _texts, marks in rows], np.int64)
+    return Plain(
+        [roles for roles, _texts, _marks in rows],
+        [text for _roles, texts, _marks in rows for text in texts],
+        counts,
+        marks,
+    )
+
+
+def _ordinary(value: dict[str, Any], raw: bytes) -> None:
+    """Raises KeyError for a number that others read differently; a container of numbers is left to the slow way."""
     if b"-0" in raw:
         raise KeyError
     for one in value.values():
@@ -128,4 +161,3 @@ def _ordinary(value: dict[str, Any], raw: bytes) -> bool:
             raise KeyError
         if kind is dict or (kind is list and one and type(one[0]) in (int, list)):
             raise KeyError
-    return True

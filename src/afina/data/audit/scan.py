@@ -9,12 +9,13 @@ import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import compress
 
 import numpy as np
 
 from afina.data.audit.letters import RANGES
 from afina.data.audit.mojibake import signs
-from afina.data.audit.text import LONG_WORD, Look
+from afina.data.audit.text import FENCES, LETTERS, LONG_WORD, MOJIBAKE, OPENING, RUNS, WORDS
 
 ODD, FOLLOW, LEAD, OPENS, WORD, DIGITISH, DIGIT = (1 << bit for bit in range(7))
 SECONDS = {"<": "|/<sebpumcBE", "[": "/ITASg", "&": "#abcdefghijklmnopqrstuvwxyz", "`": "`"}
@@ -27,13 +28,22 @@ ONES = np.uint64(0x0101010101010101)
 
 @dataclass(slots=True)
 class Joined:
-    """Texts end to end, with a line end between each two: `flags` and `codes` a character each (UTF-16 units)."""
+    """Texts end to end, with a line end between each two: `flags` and `codes` a character each (UTF-16 units).
+
+    `starts`: where each begins, in these units; `lengths`: its characters.
+    """
 
     texts: list[str]
     text: str
     codes: np.ndarray
     flags: np.ndarray
     starts: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def ends(self) -> np.ndarray:
+        """The unit after the last of each text."""
+        return np.append(self.starts[1:] - 1, self.codes.size) if self.texts else self.starts
 
     def owners(self, places: np.ndarray) -> np.ndarray:
         """The text that each place lies in."""
@@ -82,15 +92,25 @@ def _low_table() -> bytes:
     return _table()[:256].tobytes()
 
 
+def joined_apart(texts: list[str]) -> Iterator[tuple[np.ndarray, Joined]]:
+    """Texts of ASCII and the others, each with their numbers: most are of ASCII and take half the room and time."""
+    ascii_only = np.fromiter(map(str.isascii, texts), np.bool_, len(texts))
+    for some in (ascii_only, ~ascii_only):
+        numbers = np.flatnonzero(some)
+        if numbers.size:
+            yield numbers, join(texts if numbers.size == len(texts) else list(compress(texts, some)))
+
+
 def join(texts: list[str]) -> Joined:
     """Texts made ready for passes over all of them."""
     text = "\n".join(texts)
     starts = np.zeros(len(texts), np.int64)
-    np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts))[:-1] + 1, out=starts[1:])
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    np.cumsum(lengths[:-1] + 1, out=starts[1:])
     if text.isascii():
         raw = text.encode("ascii")
         codes = np.frombuffer(raw, np.uint8)
-        return Joined(texts, text, codes, np.frombuffer(raw.translate(_low_table()), np.uint8), starts)
+        return Joined(texts, text, codes, np.frombuffer(raw.translate(_low_table()), np.uint8), starts, lengths)
     codes = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), np.uint16)
     flags = np.frombuffer(codes.astype(np.uint8).tobytes().translate(_low_table()), np.uint8).copy()
     beyond = np.flatnonzero(codes > 127)
@@ -98,43 +118,43 @@ def join(texts: list[str]) -> Joined:
     if codes.size != len(text):  # characters beyond the basic plane are two units: every later text starts one further
         halves = beyond[(codes[beyond] & 0xFC00) == 0xD800]
         starts += np.searchsorted(halves - np.arange(halves.size), starts)
-    return Joined(texts, text, codes, flags, starts)
+    return Joined(texts, text, codes, flags, starts, lengths)
 
 
-def suspects(joined: Joined) -> dict[int, Look]:
+def suspects(joined: Joined) -> dict[int, int]:
     """The numbers of the texts that text.py should look at, and for what."""
-    found: dict[int, Look] = {}
+    found: dict[int, int] = {}
     if joined.flags.size > 1:
         for look, places in _places(joined):
             if places.size:
                 for owner in np.unique(joined.owners(places)).tolist():
-                    found[owner] = found.get(owner, Look(0)) | look
+                    found[owner] = found.get(owner, 0) | look
     return found
 
 
-def _places(joined: Joined) -> Iterator[tuple[Look, np.ndarray]]:
+def _places(joined: Joined) -> Iterator[tuple[int, np.ndarray]]:
     flags = joined.flags
-    yield Look.LETTERS, np.flatnonzero(flags & ODD)
+    yield LETTERS, np.flatnonzero((flags & ODD) != 0)
     if joined.codes.dtype != np.uint8:
-        yield Look.MOJIBAKE, np.flatnonzero(((flags[:-1] & LEAD) != 0) & ((flags[1:] & FOLLOW) != 0))
-    pairs = np.flatnonzero(flags[:-1] & OPENS)
+        yield MOJIBAKE, np.flatnonzero(((flags[:-1] & LEAD) != 0) & ((flags[1:] & FOLLOW) != 0))
+    pairs = np.flatnonzero((flags[:-1] & OPENS) != 0)  # of bytes other than 0 and 1 it takes ten times as long
     if pairs.size:
         second = joined.codes[pairs + 1]
         known = _pairs()[joined.codes[pairs], np.where(second < 128, second, 0)] | (second == ord("｜"))
         pairs = pairs[known]
         fences = joined.codes[pairs] == ord("`")
-        yield Look.FENCES, pairs[fences]
+        yield FENCES, pairs[fences]
         pairs = pairs[~fences]
         double = joined.codes[pairs + 1] == ord("<")  # << is an operator; <<SYS>> is Llama 2's
         third = joined.codes[np.minimum(pairs + 2, flags.size - 1)]
-        yield Look.OPENING, pairs[~double | (third == ord("S")) | (third == ord("/"))]
+        yield OPENING, pairs[~double | (third == ord("S")) | (third == ord("/"))]
     for places in _runs(flags):
-        yield Look.RUNS, places
+        yield RUNS, places
     lengths = np.diff(joined.starts, append=flags.size)
     if lengths.max() >= LONG_WORD:
-        yield Look.RUNS, _unbroken(joined.codes)
+        yield RUNS, _unbroken(joined.codes)
     for word in PHRASES:
-        yield Look.WORDS, _found(joined, word)
+        yield WORDS, _found(joined, word)
 
 
 @cache

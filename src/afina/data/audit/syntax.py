@@ -13,9 +13,7 @@ _LONE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 )
 _PAIR = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_ESCAPE = re.compile(
-    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\.|[^\\]", re.DOTALL
-)
+_ESCAPE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\.", re.DOTALL)
 PAGES = ("<!doctype", "<html", "<?xml", "<head", "<body", "<error")
 
 
@@ -194,6 +192,10 @@ def quotes(raw: bytes) -> int:
 
 def place(raw: bytes, text: str, begin: int, end: int) -> tuple[int, int]:
     """The bytes of a JSON line that hold characters `begin` to `end` of the string `text`; the line where none does."""
+    plain = raw.find(json.dumps(text, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    if plain >= 0 and "\\" not in text and '"' not in text and text.isprintable():  # written as it is: no escapes
+        bytes_before, inside = (len(part.encode("utf-8")) for part in (text[:begin], text[begin:end]))
+        return plain + 1 + bytes_before, plain + 1 + bytes_before + inside
     part = text[begin:end]
     tokens = [(match, decoded) for match in _PAIR.finditer(raw) if (decoded := _decoded(match.group())) is not None]
     for match, decoded in tokens:
@@ -208,8 +210,13 @@ def place(raw: bytes, text: str, begin: int, end: int) -> tuple[int, int]:
 
 def _within(token: re.Match[bytes], begin: int, end: int) -> tuple[int, int]:
     """The bytes of characters `begin` to `end` of a JSON string, escapes counted as what they stand for."""
-    byte, edges = token.start() + 1, {}
-    for count, unit in enumerate(_ESCAPE.finditer(token.group()[1:-1].decode("utf-8", "surrogatepass"))):
-        edges[count] = byte
-        byte += len(unit.group().encode("utf-8", "surrogatepass"))
-    return edges.get(begin, byte), edges.get(end, byte)
+    inside, first = token.group()[1:-1].decode("utf-8", "surrogatepass"), token.start() + 1
+    edges = []
+    for count in (begin, end):
+        at = made = 0  # characters of the token, and what they stand for, up to an edge of it
+        while (escape := inside.find("\\", at)) >= 0 and made + escape - at < count:
+            made += escape - at + 1
+            at = escape + len(_ESCAPE.match(inside, escape).group())  # type: ignore[union-attr]
+        at += min(count - made, len(inside) - at)
+        edges.append(first + len(inside[:at].encode("utf-8", "surrogatepass")))
+    return edges[0], edges[1]

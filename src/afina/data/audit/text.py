@@ -5,7 +5,6 @@ The plain side: scan.py finds quickly which texts of many come here, and a test 
 
 import re
 from collections.abc import Iterator
-from enum import IntFlag, auto
 
 from afina.data.audit.letters import Fault, letters
 from afina.data.audit.mojibake import repair
@@ -30,28 +29,16 @@ BOILERPLATE = re.compile(r"\b[Aa]s an AI (?:language )?model\b|\b[Cc]omo (?:un )
 FENCE = "```"
 
 
-class Look(IntFlag):
-    """What to look for in a text."""
-
-    LETTERS = auto()
-    MOJIBAKE = auto()
-    OPENING = auto()
-    """Control tokens, entities, addresses: what is told by its first characters."""
-    RUNS = auto()
-    """Keys, cards, blobs, repetitions."""
-    WORDS = auto()
-    """Phrases."""
-    FENCES = auto()
-    """Blocks of code."""
+LETTERS, MOJIBAKE, OPENING, RUNS, WORDS, FENCES = (1 << bit for bit in range(6))
+"""What to look for in a text, as bits. OPENING: control tokens, entities, addresses, told by their first characters;
+RUNS: keys, cards, blobs, repetitions; WORDS: phrases; FENCES: blocks of code."""
+ALL = 63
 
 
-ALL = Look(63)
-
-
-def faults(text: str, look: Look = ALL, *, plain_markup: bool = True) -> Iterator[Fault]:
+def faults(text: str, look: int = ALL, *, plain_markup: bool = True) -> Iterator[Fault]:
     """Every fault of a text, the first of each class. plain_markup: look for control tokens of unknown vocabularies."""
-    found = repair(text) if look & Look.MOJIBAKE else None
-    if look & Look.LETTERS:  # what a repair takes away is no fault beside the mojibake
+    found = repair(text) if look & MOJIBAKE else None
+    if look & LETTERS:  # what a repair takes away is no fault beside the mojibake
         left = {fault.kind for fault in letters(found.text)} if found is not None else None
         yield from (fault for fault in letters(text) if left is None or fault.kind in left)
     if found is not None:
@@ -59,19 +46,19 @@ def faults(text: str, look: Look = ALL, *, plain_markup: bool = True) -> Iterato
         end = found.begin + 40
         shown = f"{text[found.begin : end]!r} → {found.text[found.begin : end]!r} ({', '.join(found.encodings)})"
         yield Fault(kind, found.begin, found.end, shown)
-    if look & Look.OPENING:
+    if look & OPENING:
         if plain_markup and ("<" in text or "[" in text):
             yield from markup(text, CONTROL)
         if "&" in text and (entity := ENTITY.search(text)) is not None:
             yield Fault("html-entity", *entity.span(), entity.group())
         yield from addresses(text)
-    if look & Look.FENCES and text.count(FENCE) % 2:
+    if look & FENCES and text.count(FENCE) % 2:
         yield Fault("open-fence", text.rfind(FENCE), text.rfind(FENCE) + len(FENCE), FENCE)
-    if look & Look.RUNS:
+    if look & RUNS:
         yield from keys(text)
         yield from numbers(text)
         yield from _blobs(text)
-    if look & Look.WORDS:
+    if look & WORDS:
         yield from private_keys(text)
         if (said := BOILERPLATE.search(text)) is not None:
             yield Fault("boilerplate", *said.span(), said.group())
