@@ -16,7 +16,7 @@ from afina.console import Console, size
 from afina.data.read import Reading, read
 from afina.errors import DataError, RecipeError
 from afina.evaluate.answers import FILE, Answers, Clock
-from afina.evaluate.measure import KINDS, Sitting, prepare
+from afina.evaluate.measure import Sitting, prepare
 from afina.evaluate.measure import work as units
 from afina.evaluate.metrics import NO_SHARES
 from afina.evaluate.systems.asking import System
@@ -79,12 +79,12 @@ def _evaluate(
     opening = Opening(folder, wanted.prompt_of or _no_template, recipe.evaluation.key_variable)
     systems = opening.systems(names, run)
     readings, asked = questions(recipe, folder, wanted)
-    KINDS["judge"].open_judge = partial(_open_judge, opening)  # type: ignore[attr-defined]
-    total = sum(units(one) for one in asked) * len(systems)
+    total = sum(units(one, len(systems)) for one in asked)
     clock = Clock(wanted.minutes or recipe.evaluation.minutes)
     with Answers(out.parent / FILE) as answers:
         with console.progress(_("Evaluating"), max(1, total)) as progress:
-            sitting = Sitting(systems, asked, answers, lambda done: progress.advance(done, _("asking")), clock)
+            judge = partial(_judge, opening)
+            sitting = Sitting(systems, asked, answers, lambda done: progress.advance(done, _("asking")), clock, judge)
             sitting.ask()
         results, rows = sitting.results()
         for system in systems:
@@ -145,7 +145,7 @@ def _read(task: Task, recipe: Recipe, folder: Path) -> Reading:
     return reading
 
 
-def _open_judge(opening: Opening, task: Task, folder: Path) -> System:
+def _judge(opening: Opening, task: Task) -> System:
     named = replace(opening, key_variable=task.key_variable or opening.key_variable)
     return named.other(task.judge or "")
 
