@@ -4,7 +4,8 @@ Or a recipe's tasks put to any models without a run.
 """
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from afina import durable
 from afina.artifact import Artifact, open_artifact, parent, seal, sha256
 from afina.console import Console, size
 from afina.data.read import Reading, read
-from afina.errors import DataError, RecipeError
+from afina.errors import AfinaError, DataError, RecipeError
 from afina.evaluate.answers import FILE, Answers, Clock
 from afina.evaluate.measure import Sitting, prepare
 from afina.evaluate.measure import work as units
@@ -30,13 +31,15 @@ from afina.train.reopen import check_unchanged, recipe_of
 
 @dataclass(frozen=True)
 class Wanted:
-    """What of a recipe's evaluation is wanted now. `others` are asked beside those that the recipe names."""
+    """What of a recipe's evaluation is wanted now. `others` are asked beside those that the recipe names; `learnt`
+    tells the answers of the training data."""
 
     others: Sequence[str] = ()
     tasks: Sequence[str] = ()
     limit: int | None = None
     minutes: float | None = None
     prompt_of: PromptOf | None = None
+    learnt: Callable[[], frozenset[str]] | None = None
 
 
 def evaluate_run(run: Path, out: Path, console: Console, wanted: Wanted = Wanted()) -> Artifact:
@@ -54,6 +57,7 @@ def evaluate_run(run: Path, out: Path, console: Console, wanted: Wanted = Wanted
         )
     names = [*recipe.evaluation.systems, *wanted.others]
     parents = [parent(run.name, artifact.digest, "run")]
+    wanted = replace(wanted, learnt=partial(_learnt_answers, recipe, folder))
     return _evaluate(recipe, folder, run, names, out, console, wanted, parents)
 
 
@@ -87,6 +91,7 @@ def _evaluate(
             sitting = Sitting(systems, asked, answers, lambda done: progress.advance(done, _("asking")), clock, judge)
             sitting.ask()
         results, rows = sitting.results()
+        _note_unseen(results, asked, wanted)
         for system in systems:
             _remember_facts(system, results, answers)
     durable.remove(out)
@@ -145,6 +150,25 @@ def _read(task: Task, recipe: Recipe, folder: Path) -> Reading:
     return reading
 
 
+def _learnt_answers(recipe: Recipe, folder: Path) -> frozenset[str]:
+    """Every answer of the training data, which may be gone by now: then none."""
+    try:
+        return frozenset(sample.answer.strip() for sample in read(recipe.data.train, recipe.data, folder).samples)
+    except AfinaError:
+        return frozenset()
+
+
+def _note_unseen(results: list[dict[str, Any]], asked: Sequence[Asked], wanted: Wanted) -> None:
+    """Labels that are asked for and were never answered in training, with how many samples have them."""
+    if wanted.learnt is None or all(one.task.kind != "classification" for one in asked):
+        return
+    known = wanted.learnt()
+    for result, one in zip(results, asked, strict=True):
+        if one.task.kind == "classification" and known:
+            counts = Counter(sample.answer.strip() for sample in one.samples)
+            result["unseen"] = {label: count for label, count in counts.items() if label not in known}
+
+
 def _judge(opening: Opening, task: Task) -> System:
     named = replace(opening, key_variable=task.key_variable or opening.key_variable)
     return named.other(task.judge or "")
@@ -186,9 +210,18 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
                 said.append(_("{count} not asked, the time was up").format(count=figures["unasked"]))
             if said:
                 console.line(f"  {name}: {', '.join(said)}")
+        for label, count in result.get("unseen", {}).items():
+            console.warn(unseen_said(label, count))
         for pair in result["comparisons"]:
             console.line(pair["verdict"])
         console.event("task", **result)
+
+
+def unseen_said(label: str, count: int) -> str:
+    """A sentence about a label that training never showed."""
+    return _("The label {label} never occurs in the training data; {count} samples have it.").format(
+        label=label, count=count
+    )
 
 
 def _row(name: str, figures: dict[str, Any], measure: str) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ def task_of(index: int, task: Facts, predictions: Sequence[Facts]) -> Facts:
         "verdict": str(task.get("verdict") or ""),
         "comparisons": [_comparison(pair) for pair in mappings(task.get("comparisons"))],
         "systems": systems,
+        "unseen": {str(label): number(count) or 0 for label, count in mapping(task.get("unseen")).items()},
         "parts": _parts(systems),
         "gain": tuned - base if base is not None and tuned is not None else None,
         "matrices": [matrix for key in systems if (matrix := _matrix(index, key, systems[key]))],
