@@ -277,6 +277,8 @@ def _rows(asked: Asked, beside: dict[str, Taken]) -> list[dict[str, Any]]:
             "prompt": sample.prompt[-1].content if sample.prompt else "",
             "expected": sample.answer.strip(),
         }
+        if len(sample.prompt) > 1:
+            row["before"] = [{"role": message.role, "content": message.content} for message in sample.prompt[:-1]]
         row |= {name: mark.shown for name, mark in marks.items() if mark is not None}
         row["right"] = {name: mark.right for name, mark in marks.items() if mark is not None}
         row["scores"] = {name: round(mark.score, 6) for name, mark in marks.items() if mark is not None}

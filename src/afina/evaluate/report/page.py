@@ -219,7 +219,7 @@ def _ratings(found: Facts) -> Facts | None:
     """People's ratings, each figure a finite number or None."""
     if not found:
         return None
-    scores = {
+    scores: dict[str, Facts] = {
         str(name): {
             **{key: number(mapping(one).get(key)) for key in ("mean", "ratings", "items")},
             "interval": [number(end) for end in sequence(mapping(one).get("interval"))],
@@ -247,7 +247,11 @@ def _ratings(found: Facts) -> Facts | None:
         "figure": figure,
         "scores": whole,
         "pairs": pairs,
-        "alphas": [known for key in ("scores_alpha", "pairs_alpha") if (known := number(found.get(key))) is not None],
+        "alphas": {
+            what: known
+            for key, what in (("scores_alpha", _("1 to 5")), ("pairs_alpha", _("A/B")))
+            if (known := number(found.get(key))) is not None
+        },
     }
 
 

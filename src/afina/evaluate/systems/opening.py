@@ -33,7 +33,7 @@ from afina.train.reopen import Tuned, recipe_of, reopen
 
 ADAPTER = "adapter_config.json"
 TAKEN = frozenset(
-    {"task", "sample", "where", "prompt", "expected", "right", "scores", "problems", "unanswered", "tokens"}
+    {"task", "sample", "where", "prompt", "expected", "right", "scores", "problems", "unanswered", "tokens", "before"}
 )
 """Names of columns of predictions.jsonl, which no system can have."""
 
