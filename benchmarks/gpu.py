@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 STARTED = time.perf_counter()
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "pinned_use_cuda_host_register:True,pinned_num_register_threads:8")
 HERE = Path(__file__).parent
 LLAMA_8B = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
@@ -39,13 +40,14 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "W3": dict(shape=LLAMA_8B, samples=4, length=2048, four_bits=True, gib=30.0, goal=18000),
     "W4": dict(shape=LLAMA_8B, samples=1, length=2048, four_bits=True, gib=5.0, goal=7500),
     "W5": dict(shape=LLAMA_8B, samples=4, length=2048, gib=17.7, goal=14000),
-    "W6": dict(shape=LLAMA_8B, samples=1, length=65536, four_bits=True, gib=12.0, goal=5500),
+    "W6": dict(shape=LLAMA_8B, samples=1, length=65536, four_bits=True, gib=12.0, goal=5500, steps=(1, 3)),
     "W7": dict(shape=LLAMA_1B, samples=8, length=2048, full=True, gib=20.0, goal=75000),
     "W8": dict(shape=PHI_2, samples=1, length=2048, four_bits=True, gib=2.4, goal=15000),
     "S1": dict(shape=LLAMA_1B, samples=8, length=2048, gib=16.0, goal=0),
 }
 """shape, samples a micro-batch and tokens each; the memory and the tokens/s to reach (docs/log.md says why)."""
-WARM_UP, TIMED = 3, 6
+STEPS = 3, 6
+"""To warm up, and timed."""
 
 
 def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
@@ -67,6 +69,7 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     tokens = [torch.randint(5, vocabulary - 1, shape, generator=generator).cuda() for _ in range(4)]
     torch.cuda.reset_peak_memory_stats()
     seconds, losses = [], []
+    warm_up, timed_steps = options.get("steps", work.get("steps", STEPS))
 
     def whole(turn: int = 0) -> tuple[Any, Any]:
         loss = step(tokens[turn % 4])
@@ -76,7 +79,7 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
-    for turn in range(WARM_UP + TIMED):
+    for turn in range(warm_up + timed_steps):
         torch.cuda.synchronize()
         started = time.perf_counter()
         loss, norm = whole(turn)
@@ -87,7 +90,7 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
             first = time.perf_counter() - STARTED
         if not norm.item() > 0:
             raise SystemExit("no gradient")
-    timed = sorted(seconds[WARM_UP:])
+    timed = sorted(seconds[warm_up:])
     median = timed[len(timed) // 2]
     result = dict(
         workload=workload, tool=tool, tokens_per_second=round(shape[0] * shape[1] / median),
@@ -173,9 +176,11 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
     import torch
 
     from afina.data.batch import Batch
+    from afina.engine import products
     from afina.engine.engine import Engine
     from afina.engine.plan import Plan, choose, count_up, ladder, measure, spread
 
+    products.ALIGN["cuda"] = options.get("align", products.ALIGN["cuda"])
     model, parameters = learner(work)
     engine = Engine(model, torch.bfloat16)
     torch.cuda.empty_cache()

@@ -100,6 +100,7 @@ BROAD = {
     "evaluate/code_process.py": 1,  # what a program under test ends with
     "evaluate/maths_process.py": 1,  # what sympy raises on no mathematics
     "cli/main.py": 1,  # shows whatever is left as a mistake of ours
+    "beside.py": 1,  # in a thread; raised where the result is asked for
     "durable.py": 5,  # takes away what is half-written, then raises on; a full disk told in words alone
     "recipe/starter.py": 1,  # the same, for a project folder
     "data/lines.py": 1,  # an optional package's own error, told by its name

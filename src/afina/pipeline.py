@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from afina import durable
 from afina.artifact import MANIFEST, Artifact, open_artifact, parent, seal, sha256, source_digest, versions
+from afina.beside import begun
 from afina.console import console, size
 from afina.errors import AfinaError, OutputError, RecipeError, ResourceError
 from afina.language import _
@@ -51,6 +52,7 @@ def train(
         )
     with durable.claim(place):
         refuse_other_recipe(place, wanted)
+        base = begun(lambda: _base(wanted, folder))  # hashing gigabytes takes as long as all that is imported below
 
         from afina.evaluate.during import while_training
         from afina.evaluate.plot import loss_curve  # after what fails at once: these load torch, which takes seconds
@@ -61,7 +63,6 @@ def train(
         _check_formats(wanted, folder)
         _check_tasks(wanted, folder)
         console.heading(_("Training {name}").format(name=wanted.name))
-        base = _base(wanted, folder)
         with places_told(Path(recipe), overrides):
             facts = train_run(wanted, folder, place, console, base, while_training(wanted, folder))
         durable.write_text(place / "recipe.yaml", dump(wanted))
@@ -70,7 +71,7 @@ def train(
         seal(
             place,
             "run",
-            parents=[base, *facts["data"]["files"]],
+            parents=[base.result(), *facts["data"]["files"]],
             leaving_out=WORKING,
             recipe=wanted.resolved(),
             recipe_folder=str(folder),

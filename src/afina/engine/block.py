@@ -91,16 +91,14 @@ class Attention:
         """Causal attention inside each sample, over what `turned` made."""
         return attend(*self.split(turned), at.lengths, self.scaling, self.window)
 
-    def backward(
-        self, attended: Attended, d_out: torch.Tensor, raw: torch.Tensor, at: Positions, d_qkv: torch.Tensor
-    ) -> None:
-        """Write the gradient of qkv into d_qkv (tokens, columns); raw: as saved, before its norms if it has any."""
-        turned = self.turned(raw, at) if self.norms is not None else raw
+    def backward(self, attended: Attended, d_out: torch.Tensor, qkv: torch.Tensor, at: Positions) -> None:
+        """Turn qkv (tokens, columns), as saved, before its norms if it has any, into its gradient in place."""
+        turned = self.turned(qkv, at) if self.norms is not None else qkv
         d_out = d_out.view(attended.out.shape)
         d_heads = attend_backward(attended, d_out, *self.split(turned), at.lengths, self.scaling, self.window)
-        gather_rotated(d_heads, at.cos, at.sin, d_qkv)
+        gather_rotated(d_heads, at.cos, at.sin, turned)
         if self.norms is not None:
-            head_norms_backward(d_qkv, raw, self.norms, self.heads)
+            head_norms_backward(turned, qkv, self.norms, self.heads)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -209,6 +207,14 @@ class Block:
             norm(x, by, n)
         return dx, product.gradients(wide_d, n, low, self.seed(at, product)), of_norm
 
+    def widely(self, x: torch.Tensor, by: Norm, product: Product, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """The product of x's norm, in rows with room for the extra columns of its gradient, and its `low_of`."""
+        wide = x.new_empty(x.shape[0], product.k + product.r)
+        norm(x, by, wide[:, : product.k])
+        y = room(x, product)
+        product.forward(wide, out=y[:, : product.n], seed=self.seed(at, product))
+        return y, product.low_of(wide)
+
     def seed(self, at: Positions, product: Product) -> int | None:
         """Of the dropout before one of this layer's products."""
         return None if at.seed is None else at.seed + 8 * self.number + self.products.index(product)
@@ -217,13 +223,6 @@ class Block:
         """The rows that go through the widest products together."""
         step = self.rows_at_once or tokens
         return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
-
-
-def normed(x: torch.Tensor, by: Norm, product: Product) -> torch.Tensor:
-    """The norm of x in rows that hold the product's extra columns."""
-    wide = x.new_empty(x.shape[0], product.k + product.r)
-    norm(x, by, wide[:, : product.k])
-    return wide
 
 
 def room(x: torch.Tensor, product: Product) -> torch.Tensor:

@@ -5,10 +5,14 @@ definition: the tests hold the kernels to them. Statistics, angles and logits ar
 a part of wider rows, so that a product finds its input where it wants it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
+
+Twin = TypeVar("Twin", bound=Callable[..., Any])
 
 
 @dataclass
@@ -31,16 +35,28 @@ class Norm:
                 place.copy_(parameter.detach())
 
 
-def norm(x: torch.Tensor, by: Norm, out: torch.Tensor) -> torch.Tensor:
-    """out = weight * (x - mean) / deviation + bias; an RMS norm takes no mean away. x, out: (rows, width)."""
-    if x.is_cuda:
+def on_gpu(plain: Twin) -> Twin:
+    """Where the first tensor lies on a GPU, the kernel of the same name runs instead."""
+
+    @wraps(plain)
+    def run(first: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        if not first.is_cuda:
+            return plain(first, *rest, **named)
         from afina.engine import kernels
 
-        return kernels.norm(x, by, out)
+        return getattr(kernels, plain.__name__)(first, *rest, **named)
+
+    return run  # type: ignore[return-value]
+
+
+@on_gpu
+def norm(x: torch.Tensor, by: Norm, out: torch.Tensor) -> torch.Tensor:
+    """out = weight * (x - mean) / deviation + bias; an RMS norm takes no mean away. x, out: (rows, width)."""
     normed, _inverse = _normed(x, by)
     return out.copy_(_scaled(normed, by, x.dtype))
 
 
+@on_gpu
 def norm_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -54,10 +70,6 @@ def norm_backward(
 
     Returns the gradients of what learns in the norm, (width,) at least fp32.
     """
-    if x.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.norm_backward(dy, x, by, dx, residual, y)
     normed, inverse = _normed(x, by)
     wide = _at_least_fp32(dy)
     scaled = wide * by.weight
@@ -88,16 +100,13 @@ def _scaled(normed: torch.Tensor, by: Norm, dtype: torch.dtype) -> torch.Tensor:
     return normed * by.weight + (0 if by.bias is None else by.bias)
 
 
+@on_gpu
 def head_norms(x: torch.Tensor, norms: Sequence[Norm], heads: Sequence[int], out: torch.Tensor) -> torch.Tensor:
     """Norm each head of queries and keys (Qwen 3) into `out`; values are copied. x, out: (tokens, columns).
 
     heads: how many heads queries and keys have; norms: one for each.
     """
     width = norms[0].weight.numel()
-    if x.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.head_norms(x, norms, heads, out)
     out.copy_(x)
     first = 0
     for by, count in zip(norms, heads, strict=True):
@@ -108,25 +117,22 @@ def head_norms(x: torch.Tensor, norms: Sequence[Norm], heads: Sequence[int], out
     return out
 
 
+@on_gpu
 def head_norms_backward(d: torch.Tensor, x: torch.Tensor, norms: Sequence[Norm], heads: Sequence[int]) -> torch.Tensor:
-    """Turn the gradient of `head_norms`' output into that of its input, in place. d, x: (tokens, columns)."""
+    """Turn x, the input of `head_norms`, into its gradient in place; d: of the output. d, x: (tokens, columns)."""
     width = norms[0].weight.numel()
-    if x.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.head_norms_backward(d, x, norms, heads)
     first = 0
     for by, count in zip(norms, heads, strict=True):
         place = slice(first * width, (first + count) * width)
-        part = x[:, place].unflatten(1, (count, width)).flatten(0, 1)
-        slope = d[:, place].unflatten(1, (count, width)).flatten(0, 1)
-        found = torch.empty_like(part)
-        norm_backward(slope, part, by, found)
-        d[:, place] = found.unflatten(0, (d.shape[0], count)).flatten(1)
+        part, slope = (rows[:, place].unflatten(1, (count, width)).flatten(0, 1) for rows in (x, d))
+        norm_backward(slope, part, by, part)
+        x[:, place] = part.unflatten(0, (d.shape[0], count)).flatten(1)
         first += count
-    return d
+    x[:, first * width :] = d[:, first * width :]
+    return x
 
 
+@on_gpu
 def rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, width: int, *, backward: bool = False
 ) -> torch.Tensor:
@@ -135,10 +141,6 @@ def rotate(
     x: (tokens, columns), cos, sin: (tokens, half) fp32, where the first 2 half of a head's `width` are turned, its
     halves against each other, as transformers does. `backward` turns back, which is also the gradient.
     """
-    if x.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.rotate(x, cos, sin, heads, width, backward)
     half = cos.shape[1]
     turned = x[:, : heads * width].unflatten(1, (heads, width))
     first, second = _at_least_fp32(turned[:, :, :half]), _at_least_fp32(turned[:, :, half : 2 * half])
@@ -163,49 +165,38 @@ def gather_rotated(
     return rotate(out, cos, sin, heads + d_heads[1].shape[2], width, backward=True)
 
 
+@on_gpu
 def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = silu(gate) * up (Shazeer, 2020, arXiv:2002.05202). gate_up: (rows, 2 width), out: (rows, width)."""
-    if gate_up.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.swiglu(gate_up, out)
     gate, up = _at_least_fp32(gate_up).chunk(2, dim=1)
     return out.copy_(torch.nn.functional.silu(gate) * up)
 
 
-def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor, d_gate_up: torch.Tensor) -> torch.Tensor:
-    """Write the gradient of gate and up; `d` (rows, width) then holds the forward's output again. Returns `d`."""
-    if gate_up.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.swiglu_backward(d, gate_up, d_gate_up)
-    (gate, up), width = _at_least_fp32(gate_up).chunk(2, dim=1), d.shape[1]
+@on_gpu
+def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """Turn gate_up into its gradient in place, and `d` (rows, width) into the forward's output. Returns `d`."""
+    gate, up = _at_least_fp32(gate_up).chunk(2, dim=1)
     wide = _at_least_fp32(d)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
-    d_gate_up[:, :width] = wide * up * (sigmoid + silu * (1 - sigmoid))
-    d_gate_up[:, width : 2 * width] = wide * silu
-    return d.copy_(silu * up)
+    again = silu * up
+    gate_up.copy_(torch.cat([wide * up * (sigmoid + silu * (1 - sigmoid)), wide * silu], dim=1))
+    return d.copy_(again)
 
 
+@on_gpu
 def gelu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = gelu(x) by tanh, Phi's (Hendrycks & Gimpel, 2016, arXiv:1606.08415). x, out: (rows, width)."""
-    if x.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.gelu(x, out)
     return out.copy_(torch.nn.functional.gelu(_at_least_fp32(x), approximate="tanh"))
 
 
-def gelu_backward(d: torch.Tensor, x: torch.Tensor, d_x: torch.Tensor) -> torch.Tensor:
-    """Write the gradient of x; `d` (rows, width) then holds the forward's output again. Returns `d`."""
-    if x.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.gelu_backward(d, x, d_x)
+@on_gpu
+def gelu_backward(d: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Turn x into its gradient in place, and `d` (rows, width) into the forward's output. Returns `d`."""
     wide = _at_least_fp32(x)
-    d_x.copy_(torch.ops.aten.gelu_backward(_at_least_fp32(d), wide, approximate="tanh"))
-    return d.copy_(torch.nn.functional.gelu(wide, approximate="tanh"))
+    again = torch.nn.functional.gelu(wide, approximate="tanh")
+    x.copy_(torch.ops.aten.gelu_backward(_at_least_fp32(d), wide, approximate="tanh"))
+    return d.copy_(again)
 
 
 def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -215,19 +206,20 @@ def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _at_least_fp32(torch.mm(a, b))
 
 
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, d_logits: torch.Tensor) -> torch.Tensor:
-    """Loss of each row (rows,), at least fp32; `d_logits` receives softmax - one-hot, the gradient of their sum."""
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each row (rows,), at least fp32, and softmax - one-hot in `dtype`: the gradient of their sum.
+
+    The gradient lies where the logits were: a chunk of them is the largest tensor there is.
+    """
+    slopes = logits.view(dtype)[:, : logits.shape[1]]
     if logits.is_cuda:
         from afina.engine import kernels
 
-        return kernels.cross_entropy(logits, targets, d_logits)
-    wide = _at_least_fp32(logits)
-    log_sum = torch.logsumexp(wide, dim=-1, keepdim=True)
-    losses = log_sum - wide.gather(1, targets[:, None])
-    gradient = torch.exp(wide - log_sum)
-    gradient.scatter_add_(1, targets[:, None], torch.full_like(losses, -1))
-    d_logits.copy_(gradient)
-    return losses[:, 0]
+        return kernels.cross_entropy(logits, targets, slopes), slopes
+    log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
+    losses = log_sum - logits.gather(1, targets[:, None])
+    gradient = logits.sub_(log_sum).exp_().scatter_add_(1, targets[:, None], torch.full_like(losses, -1))
+    return losses[:, 0], slopes.copy_(gradient if dtype == logits.dtype else gradient.to(dtype))
 
 
 def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:

@@ -45,6 +45,11 @@ class Engine:
         """Where it computes."""
         return self.ends.norm.weight.device
 
+    @property
+    def to_come(self) -> int:
+        """Bytes that the first step takes for good, beside what is planned."""
+        return self._scratch.to_come * self.dtype.itemsize
+
     def summed_loss(self, _model: nn.Module, batch: Targeted) -> torch.Tensor:
         """Sum of the loss over the batch's targets, differentiable in what learns."""
         self._refresh()
@@ -105,11 +110,14 @@ class Engine:
     def _hidden(self, batch: Targeted, at: Positions, *, save: bool) -> tuple[torch.Tensor, list[Saved | None]]:
         x = self.ends.embed(batch.input_ids[0])
         saved: list[Saved | None] = []
+        offload = self.blocks[0].offload if save else None
         for block in self.blocks:
+            if offload is not None and block is self.blocks[-1] and not block.placement.away:
+                offload.settle()  # what is still leaving would lie beside all that is saved
             x, kept = block.forward(x, at, save=save)
             saved.append(kept)
-        if save and self.blocks[0].offload is not None:
-            self.blocks[0].offload.settle()
+        if offload is not None:
+            offload.settle()
         return x, saved
 
     def forward(self, batch: Targeted) -> tuple[torch.Tensor, list[Any]]:

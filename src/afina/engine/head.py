@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from afina.engine.elementwise import Norm, cross_entropy, norm, norm_backward
+from afina.engine.elementwise import Norm, cross_entropy, norm, norm_backward, wide_product
 from afina.model.loss import Targeted
 
-LOGITS_AT_ONCE = 2**27
-"""Elements of one chunk of logits: 1,024 rows of a 128k vocabulary, 0.5 GiB in fp32."""
+LOGITS_AT_ONCE = 2**26
+"""Elements of one chunk of logits: 512 rows of a 128k vocabulary, 0.25 GiB in fp32."""
 VOCABULARY_AT_ONCE = 8192
 """Rows of a head that waits in the computer's memory, on the GPU at a time."""
 Host = Literal["neither", "embedding", "both"]
@@ -42,7 +42,7 @@ class Ends:
     @property
     def logits_at_once(self) -> int:
         """Elements of a chunk of logits: a head that learns sums a gradient as large as itself chunk by chunk."""
-        return LOGITS_AT_ONCE * (2 if self.learnt else 1)
+        return LOGITS_AT_ONCE * (4 if self.learnt else 1)
 
     @property
     def tied(self) -> bool:
@@ -93,9 +93,9 @@ class Ends:
         """
         rows = hidden[batch.predicting]
         if extra is None:
-            return (self._by_vocabulary if self.passes_by else self._by_rows)(rows, batch, None)[0], None
+            return self._summed(rows, batch, None)[0], None
         d_rows = torch.empty_like(rows)
-        total, found = (self._by_vocabulary if self.passes_by else self._by_rows)(rows, batch, d_rows)
+        total, found = self._summed(rows, batch, d_rows)
         wide = hidden.new_zeros(hidden.shape[0], hidden.shape[1] + extra)
         wide[:, : hidden.shape[1]].index_copy_(0, batch.predicting, d_rows)
         return total, (wide, found)
@@ -112,70 +112,67 @@ class Ends:
         ends = [of_head[0].add_(rows), *of_head[1:]] if self.tied else [rows, *of_head]
         return [part.to(parameter.dtype) for part, parameter in zip([*of_norm, *ends], self.parameters(), strict=True)]
 
-    def _by_rows(
+    def _summed(
         self, rows: torch.Tensor, batch: Targeted, d_rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Some rows, all of the vocabulary. The gradients of head and norm are summed in at least fp32."""
+        """The loss of rows (predicting, hidden), some at a time. `d_rows`, where given, receives their gradient; then
+        those of norm, head and bias are returned too, summed in at least fp32."""
         wide = torch.promote_types(rows.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=rows.device)
-        learns = bool(self.learnt) and d_rows is not None
-        of_head = torch.zeros(self.weight.shape, dtype=wide, device=rows.device) if learns else None
-        of_bias = torch.zeros(self.weight.shape[0], dtype=wide, device=rows.device) if learns else None
+        learns = self.learnt and d_rows is not None
+        heads = [part for part in (self.weight, self.bias) if part is not None and learns]
+        heads = [torch.zeros(part.shape, dtype=wide, device=rows.device) for part in heads]
         of_norm: list[torch.Tensor] = []
-        step = max(1, self.logits_at_once // self.weight.shape[0])
+        step = max(1, self.logits_at_once // (VOCABULARY_AT_ONCE if self.passes_by else self.weight.shape[0]))
         for start in range(0, rows.shape[0], step):
-            chunk = rows[start : start + step]
+            chunk, targets = rows[start : start + step], batch.targets[start : start + step]
+            weights = None if batch.weights is None else batch.weights[start : start + step]
             normed = norm(chunk, self.norm, torch.empty_like(chunk))
-            logits = _product(normed, self.weight, self.bias)
-            slopes = torch.empty_like(logits, dtype=rows.dtype)
-            losses = cross_entropy(logits, batch.targets[start : start + step], slopes)
-            if batch.weights is not None:
-                weights = batch.weights[start : start + step]
-                losses, slopes = losses * weights, slopes.mul_(weights[:, None])
+            if self.passes_by:
+                losses, d_normed = self._by_vocabulary(normed, targets, d_rows is not None)
+                if weights is not None:
+                    losses, d_normed = losses * weights, d_normed * weights[:, None].to(d_normed)
+            else:
+                losses, slopes = cross_entropy(_logits(normed, self.weight, self.bias), targets, rows.dtype)
+                if weights is not None:
+                    losses, slopes = losses * weights, slopes.mul_(weights[:, None])
+                d_normed = torch.mm(slopes, self.weight) if d_rows is not None else normed
+                if heads:
+                    _add_product(heads[0], slopes.t(), normed)
+                    for of_bias in heads[1:]:
+                        of_bias += slopes.sum(0, dtype=wide)
+                del slopes
             total += losses.sum()
-            del logits
             if d_rows is not None:
-                d_normed = torch.mm(slopes, self.weight)
                 parts = norm_backward(d_normed, chunk, self.norm, d_rows[start : start + step])
                 of_norm = [a + b for a, b in zip(of_norm, parts, strict=True)] if of_norm else parts
-            if of_head is not None and of_bias is not None:
-                _add_product(of_head, slopes.t(), normed)
-                if self.bias is not None:
-                    of_bias += slopes.sum(0, dtype=wide)
-        heads = [] if of_head is None or of_bias is None else [of_head, of_bias][: 2 if self.bias is not None else 1]
         return total, [*of_norm, *heads]
 
     def _by_vocabulary(
-        self, rows: torch.Tensor, batch: Targeted, d_rows: torch.Tensor | None
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """All rows, some of the vocabulary: the head passes by once for the loss, once more for the gradient."""
-        normed = norm(rows, self.norm, torch.empty_like(rows))
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        log_sum = torch.full((rows.shape[0],), -torch.inf, dtype=wide, device=rows.device)
+        self, normed: torch.Tensor, targets: torch.Tensor, slopes_too: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses and the gradient of normed (rows, hidden): the head passes by for the one, then for the other."""
+        wide = torch.promote_types(normed.dtype, torch.float32)
+        log_sum = torch.full((normed.shape[0],), -torch.inf, dtype=wide, device=normed.device)
         truth = torch.zeros_like(log_sum)
         for first, part, bias in self._passing():
-            logits = _product(normed, part, bias)
+            logits = _logits(normed, part, bias)
             log_sum = torch.logaddexp(log_sum, torch.logsumexp(logits, dim=1))
-            here = batch.targets - first
+            here = targets - first
             inside = (here >= 0) & (here < part.shape[0])
             truth += logits.gather(1, here.clamp(0, part.shape[0] - 1)[:, None])[:, 0] * inside
             del logits
-        losses = log_sum - truth if batch.weights is None else (log_sum - truth) * batch.weights
-        if d_rows is None:
-            return losses.sum(), []
-        d_normed = torch.zeros(rows.shape, dtype=wide, device=rows.device)
+        if not slopes_too:
+            return log_sum - truth, normed
+        d_normed = torch.zeros(normed.shape, dtype=wide, device=normed.device)
         for first, part, bias in self._passing():
-            logits = _product(normed, part, bias)
-            slopes = logits.sub_(log_sum[:, None]).exp_()
-            here = batch.targets - first
+            slopes = _logits(normed, part, bias).sub_(log_sum[:, None]).exp_()
+            here = targets - first
             inside = (here >= 0) & (here < part.shape[0])
             slopes.scatter_add_(1, here.clamp(0, part.shape[0] - 1)[:, None], -inside.to(wide)[:, None])
-            _add_product(d_normed, slopes.to(rows.dtype), part)
-            del logits, slopes
-        if batch.weights is not None:
-            d_normed.mul_(batch.weights[:, None])
-        norm_backward(d_normed.to(rows.dtype), rows, self.norm, d_rows)
-        return losses.sum(), []
+            _add_product(d_normed, slopes.to(normed.dtype), part)
+            del slopes
+        return log_sum - truth, d_normed.to(normed.dtype)
 
     def _passing(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """First row, rows and bias of each part of the head, on the device, in one of two places filled in turn."""
@@ -211,12 +208,9 @@ def _pinned(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
-def _product(rows: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Logits, in fp32 from 16-bit factors on a GPU, so that nothing is rounded between product and loss."""
-    if rows.is_cuda and rows.element_size() == 2:
-        logits = torch.mm(rows, head.t(), out_dtype=torch.float32)
-    else:
-        logits = torch.mm(rows, head.t()).to(torch.promote_types(rows.dtype, torch.float32))
+def _logits(rows: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """In at least fp32, so that nothing is rounded between product and loss."""
+    logits = wide_product(rows, head.t())
     return logits if bias is None else logits.add_(bias)
 
 

@@ -54,8 +54,9 @@ def norm_backward(
     x: torch.Tensor,
     by: "Norm",
     dx: torch.Tensor,
-    residual: torch.Tensor | None,
-    y: torch.Tensor | None,
+    *,
+    residual: torch.Tensor | None = None,
+    y: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """See elementwise.norm_backward. What the weights learn is summed by program, then over programs."""
     rows, width = x.shape
@@ -121,32 +122,36 @@ def _norm_backward(
 
 def head_norms(x: torch.Tensor, norms: Sequence["Norm"], heads: Sequence[int], out: torch.Tensor) -> torch.Tensor:
     """See elementwise.head_norms."""
-    _head_norms[_head_grid(x, norms)](
-        x, x.stride(0), x, x.stride(0), out, out.stride(0), norms[0].weight, norms[1].weight, *heads,
-        x.shape[1] // norms[0].weight.numel(), norms[0].weight.numel(), norms[0].eps, HEADS,
-        triton.next_power_of_2(norms[0].weight.numel()), False, num_warps=4,
-    )  # fmt: skip
-    return out
+    return _by_head(x, x, norms, heads, out, backward=False)
 
 
 def head_norms_backward(
     d: torch.Tensor, x: torch.Tensor, norms: Sequence["Norm"], heads: Sequence[int]
 ) -> torch.Tensor:
     """See elementwise.head_norms_backward."""
-    _head_norms[_head_grid(x, norms)](
-        x, x.stride(0), d, d.stride(0), d, d.stride(0), norms[0].weight, norms[1].weight, *heads,
-        x.shape[1] // norms[0].weight.numel(), norms[0].weight.numel(), norms[0].eps, HEADS,
-        triton.next_power_of_2(norms[0].weight.numel()), True, num_warps=4,
+    return _by_head(x, d, norms, heads, x, backward=True)
+
+
+HEADS, WIDE = 8, 2048
+"""Heads that one program norms; columns of an activation that one program takes."""
+
+
+def _by_head(
+    x: torch.Tensor,
+    d: torch.Tensor,
+    norms: Sequence["Norm"],
+    heads: Sequence[int],
+    out: torch.Tensor,
+    *,
+    backward: bool,
+) -> torch.Tensor:
+    width = norms[0].weight.numel()
+    count = x.shape[1] // width
+    _head_norms[(x.shape[0], triton.cdiv(count, HEADS))](
+        x, x.stride(0), d, d.stride(0), out, out.stride(0), norms[0].weight, norms[1].weight, *heads, count, width,
+        norms[0].eps, HEADS, triton.next_power_of_2(width), backward, num_warps=4,
     )  # fmt: skip
-    return d
-
-
-HEADS = 8
-"""Heads that one program norms."""
-
-
-def _head_grid(x: torch.Tensor, norms: Sequence["Norm"]) -> tuple[int, int]:
-    return x.shape[0], triton.cdiv(x.shape[1] // norms[0].weight.numel(), HEADS)
+    return out
 
 
 @triton.jit
@@ -171,7 +176,7 @@ def _head_norms(
         slope = tl.load(d + token * d_stride + place, mask=inside, other=0.0)
         scaled = slope.to(tl.float32) * weight.to(tl.float32)
         found = inverse * (scaled - normed * (tl.sum(scaled * normed, axis=1) / width)[:, None])
-        tl.store(out + token * out_stride + place, found, mask=inside & is_normed)
+        tl.store(out + token * out_stride + place, tl.where(is_normed, found, slope.to(tl.float32)), mask=inside)
     else:
         rounded = normed.to(out.dtype.element_ty).to(tl.float32)
         found = tl.where(is_normed, weight.to(tl.float32) * rounded, wide)
@@ -179,7 +184,7 @@ def _head_norms(
 
 
 def rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, width: int, backward: bool
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, width: int, *, backward: bool = False
 ) -> torch.Tensor:
     """See elementwise.rotate."""
     tokens, half = cos.shape
@@ -258,67 +263,55 @@ def _gather_rotated(
 
 def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """See elementwise.swiglu."""
-    rows, width = out.shape
-    block = 2048
-    _swiglu[(rows, triton.cdiv(width, block))](
-        gate_up, gate_up.stride(0), out, out.stride(0), width, block, num_warps=8
+    _swiglu[(out.shape[0], triton.cdiv(out.shape[1], WIDE))](
+        out, out.stride(0), gate_up, gate_up.stride(0), out.shape[1], WIDE, False, num_warps=8
     )
     return out
 
 
-@triton.jit
-def _swiglu(gate_up, gate_up_stride, out, out_stride, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    gate = tl.load(gate_up + row * gate_up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * gate_up_stride + width + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + columns, gate * tl.sigmoid(gate) * up, mask=inside)
-
-
-def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor, d_gate_up: torch.Tensor) -> torch.Tensor:
+def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     """See elementwise.swiglu_backward."""
-    rows, width = d.shape
-    block = 2048
-    _swiglu_backward[(rows, triton.cdiv(width, block))](
-        d, d.stride(0), gate_up, gate_up.stride(0), d_gate_up, d_gate_up.stride(0), width, block, num_warps=8
+    _swiglu[(d.shape[0], triton.cdiv(d.shape[1], WIDE))](
+        d, d.stride(0), gate_up, gate_up.stride(0), d.shape[1], WIDE, True, num_warps=8
     )
     return d
 
 
 @triton.jit
-def _swiglu_backward(d, d_stride, gate_up, gate_up_stride, out, out_stride, width, BLOCK: tl.constexpr):
+def _swiglu(d, d_stride, gate_up, gate_up_stride, width, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    gate = tl.load(gate_up + row * gate_up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * gate_up_stride + width + columns, mask=inside, other=0.0).to(tl.float32)
-    slope = tl.load(d + row * d_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    place = gate_up + row * gate_up_stride + columns
+    gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(place + width, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    tl.store(out + row * out_stride + columns, slope * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
-    tl.store(out + row * out_stride + width + columns, slope * silu, mask=inside)
+    if BACKWARD:
+        slope = tl.load(d + row * d_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(place, slope * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
+        tl.store(place + width, slope * silu, mask=inside)
     tl.store(d + row * d_stride + columns, silu * up, mask=inside)
 
 
 def gelu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """See elementwise.gelu."""
-    rows, width = out.shape
-    grid = (rows, triton.cdiv(width, 2048))
-    _gelu[grid](x, x.stride(0), x, x.stride(0), out, out.stride(0), width, 2048, False, num_warps=8)
+    _gelu[(out.shape[0], triton.cdiv(out.shape[1], WIDE))](
+        out, out.stride(0), x, x.stride(0), out.shape[1], WIDE, False, num_warps=8
+    )
     return out
 
 
-def gelu_backward(d: torch.Tensor, x: torch.Tensor, d_x: torch.Tensor) -> torch.Tensor:
+def gelu_backward(d: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """See elementwise.gelu_backward."""
-    rows, width = d.shape
-    grid = (rows, triton.cdiv(width, 2048))
-    _gelu[grid](d, d.stride(0), x, x.stride(0), d_x, d_x.stride(0), width, 2048, True, num_warps=8)
+    _gelu[(d.shape[0], triton.cdiv(d.shape[1], WIDE))](
+        d, d.stride(0), x, x.stride(0), d.shape[1], WIDE, True, num_warps=8
+    )
     return d
 
 
 @triton.jit
-def _gelu(d, d_stride, x, x_stride, out, out_stride, width, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+def _gelu(d, d_stride, x, x_stride, width, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -330,14 +323,12 @@ def _gelu(d, d_stride, x, x_stride, out, out_stride, width, BLOCK: tl.constexpr,
         slope = tl.load(d + row * d_stride + columns, mask=inside, other=0.0).to(tl.float32)
         inner_slope = 0.7978845608028654 * (1.0 + 3 * 0.044715 * value * value)
         found = slope * (0.5 * (1.0 + tanh) + 0.5 * value * (1.0 - tanh * tanh) * inner_slope)
-        tl.store(out + row * out_stride + columns, found, mask=inside)
-        tl.store(d + row * d_stride + columns, again, mask=inside)
-    else:
-        tl.store(out + row * out_stride + columns, again, mask=inside)
+        tl.store(x + row * x_stride + columns, found, mask=inside)
+    tl.store(d + row * d_stride + columns, again, mask=inside)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, d_logits: torch.Tensor) -> torch.Tensor:
-    """See elementwise.cross_entropy."""
+    """See elementwise.cross_entropy. d_logits may begin where logits does, its elements being no wider."""
     rows, width = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _cross_entropy[(rows,)](
@@ -370,6 +361,7 @@ def _cross_entropy(logits, logits_stride, targets, out, out_stride, losses, widt
         inside = columns < width
         value = tl.load(logits + row * logits_stride + columns, mask=inside, other=-float("inf")).to(tl.float32)
         share = tl.exp(value - log_sum) - tl.where(columns == target, 1.0, 0.0)
+        tl.debug_barrier()  # what is written lies in what other threads may still have to read
         tl.store(out + row * out_stride + columns, share, mask=inside)
 
 

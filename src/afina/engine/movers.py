@@ -23,32 +23,32 @@ def fill_nf4(weight: "Nf4", out: torch.Tensor) -> None:
     levels = weight.scale_levels if nested else weight.levels
     outer = weight.outer_scales if nested else weight.scales
     offset = weight.offset if nested else weight.levels
-    block = 1024
-    _fill_nf4[(weight.rows, triton.cdiv(weight.columns, block))](
+    blocks = 32
+    _fill_nf4[(weight.rows, triton.cdiv(weight.columns, 64 * blocks))](
         weight.packed, weight.levels, weight.scales, levels, outer, offset, out, out.stride(0), weight.columns,
-        weight.outer_block, block, nested, num_warps=4,
+        weight.outer_block, blocks, nested, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def _fill_nf4(
     packed, levels, scales, scale_levels, outer, offset, out, out_stride, columns, outer_block,
-    BLOCK: tl.constexpr, NESTED: tl.constexpr,
+    BLOCKS: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    half = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
-    inside = half * 2 < columns
-    pair = tl.load(packed + row * (columns // 2) + half, mask=inside, other=0).to(tl.int32)
-    place = (row * columns + half * 2) // 64
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block * 64 < columns
+    place = row * (columns // 64) + block
     scale = tl.load(scales + place, mask=inside, other=0)
     if NESTED:
         wide = tl.load(outer + place // outer_block, mask=inside, other=0.0)
         scale = tl.load(scale_levels + scale.to(tl.int32)) * wide + tl.load(offset)
-    first = tl.load(levels + (pair >> 4)) * scale
-    second = tl.load(levels + (pair & 15)) * scale
-    both = tl.interleave(first, second)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + row * out_stride + column, both, mask=column < columns)
+    pairs = place[:, None] * 32 + tl.arange(0, 32)[None, :]
+    pair = tl.load(packed + pairs, mask=inside[:, None], other=0).to(tl.int32)
+    first = tl.load(levels + (pair >> 4)) * scale[:, None]
+    second = tl.load(levels + (pair & 15)) * scale[:, None]
+    column = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    tl.store(out + row * out_stride + column, tl.interleave(first, second), mask=inside[:, None])
 
 
 def copy_table(pairs: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> Copies:

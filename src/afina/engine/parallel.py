@@ -2,14 +2,15 @@
 
     z = inner(norm(x)) = [qkv, m]          y = x + dense(attention(turn(qkv))) + fc2(gelu(m))
 
-Queries, keys, values and the MLP's first layer read the same input, so they are one product. Saved by name: x, z, out.
+Queries, keys, values and the MLP's first layer read the same input, so they are one product. Saved by name: x, z, out;
+z in rows with room for the product's extra columns: its gradient takes its place.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from afina.engine.block import Block, Positions, Saved, normed, room
+from afina.engine.block import Block, Positions, Saved, room
 from afina.engine.elementwise import Norm, gelu, gelu_backward
 from afina.engine.products import Product
 
@@ -35,17 +36,17 @@ class Parallel(Block):
 
     def saves(self, tokens: int) -> dict[str, int]:
         """See Block."""
-        widths = {"z": self.inner.n, "out": self.dense.k, "x": self.inner.k}
+        widths = {"z": self.inner.n + self.inner.r, "out": self.dense.k, "x": self.inner.k}
         return {name: tokens * width for name, width in widths.items()}
 
     def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
         """See Block."""
-        z, low = self._z(x, at)
+        z, low = self.widely(x, self.norm, self.inner, at)
         columns = self.attention.columns
         attended = self.attention.attend(self.attention.turned(z[:, :columns], at), at)
         h, low_dense = self.dense.forward_narrow(attended.out.flatten(1), x, self.seed(at, self.dense))
         wide = x.new_empty(x.shape[0], self.fc2.k + self.fc2.r)
-        gelu(z[:, columns:], wide[:, : self.fc2.k])
+        gelu(z[:, columns : self.inner.n], wide[:, : self.fc2.k])
         y = self.fc2.forward(wide, residual=h, out=h, seed=self.seed(at, self.fc2))
         if not save:
             return y, None
@@ -60,12 +61,11 @@ class Parallel(Block):
             raise RuntimeError("a layer's input is not made again")
         z, hidden, columns = self.take(saved, "z"), x.shape[1], self.attention.columns
         if z is None:
-            z = self._z(x, at)[0]
+            z = self.widely(x, self.norm, self.inner, at)[0]
             self.attention.turned(z[:, :columns], at)
-        wide_d = room(x, self.inner)
         self.fc2.widen(wide_dy)
         d_act = self.fc2.backward(wide_dy, self.seed(at, self.fc2))
-        act = gelu_backward(d_act, z[:, columns:], wide_d[:, columns : self.inner.n])
+        act = gelu_backward(d_act, z[:, columns : self.inner.n])
         of_fc2 = self.fc2.gradients(wide_dy, act, saved.lows["fc2"], self.seed(at, self.fc2))
         del d_act, act
 
@@ -74,13 +74,9 @@ class Parallel(Block):
         self.dense.widen(wide_dense)
         d_out = self.dense.backward(wide_dense, self.seed(at, self.dense))
         of_dense = self.dense.gradients(wide_dense, out, saved.lows["dense"], self.seed(at, self.dense))
-        self.attention.backward(saved.attended, d_out, z[:, :columns], at, wide_d[:, :columns])
-        del d_out, out, z, wide_dense
+        self.attention.backward(saved.attended, d_out, z[:, :columns], at)
+        del d_out, out, wide_dense
         dx, of_inner, of_norm = self.through_input(
-            wide_d, self.inner, self.norm, x, wide_dy[:, :hidden], saved.lows["inner"], at, below
+            z, self.inner, self.norm, x, wide_dy[:, :hidden], saved.lows["inner"], at, below
         )
         return dx, [*of_inner, *of_dense, *of_fc2, *of_norm]
-
-    def _z(self, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = normed(x, self.norm, self.inner)
-        return self.inner.forward(wide, seed=self.seed(at, self.inner)), self.inner.low_of(wide)

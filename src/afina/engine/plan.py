@@ -27,6 +27,8 @@ ROWS_AT_ONCE = 4096
 """Tokens that go through the widest products together where their output is not kept."""
 MEANWHILE = 0.12
 """A copy slows what computes meanwhile: beyond the computation its time counts in full, within it so much."""
+LAST = 3
+"""Layers that keep the most, where some do: what they fetch or make again would lie beside all that is saved."""
 WORKSPACE = 96 * 2**20
 """Bytes that cuBLAS and cuDNN take for themselves."""
 
@@ -109,57 +111,79 @@ def _mixes(chosen: tuple[int, ...], layers: int, rungs: int) -> Iterator[tuple[i
 
 
 def spread(rungs: Sequence[Placement], counts: Sequence[int]) -> list[Placement]:
-    """So many layers on each rung, evenly mixed, so that copies have time; the first layers on the higher rungs."""
-    layers = sum(counts)
+    """So many layers on each rung, evenly mixed, so that copies have time.
+
+    The last layers stand on the lowest: their backward comes first, when all that is saved is still there.
+    """
+    layers, lowest = sum(counts), next(rung for rung, count in enumerate(counts) if count)
+    end = min(counts[lowest], LAST)
+    counts = [count - (end if rung == lowest else 0) for rung, count in enumerate(counts)]
     places = sorted(((position + 0.5) / count, -rung) for rung, count in enumerate(counts) for position in range(count))
-    return [rungs[-rung] for _place, rung in places][:layers]
+    return [rungs[-rung] for _place, rung in places][:layers] + [rungs[lowest]] * end
 
 
 def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
-    """The plan with its bytes and microseconds."""
-    tokens, element = plan.tokens, engine.dtype.itemsize
+    """The plan with its bytes and microseconds: what lies on the GPU at the head and in each layer's backward."""
+    tokens, element, layers = plan.tokens, engine.dtype.itemsize, len(engine.blocks)
     block, ends = engine.blocks[0], engine.ends
-    sizes = {name: size * element for name, size in block.saves(tokens).items()}
-    kept = moved = 0
-    again = 0.0
-    for placement in plan.placements:
-        away = sum(sizes[name] for name in placement.away)
-        kept += sum(sizes.values()) - away - sum(sizes[name] for name in placement.again)
-        moved += away
-        again += sum(_made_again(name, block) for name in placement.again) * tokens
-    layers = len(engine.blocks)
-    lows = sum(part.r for part in block.products) * element * layers
-    widest = max(part.n for part in block.products)
-    waiting = {name for placement in plan.placements for name in placement.away}
-    cut = all(placement.again for placement in plan.placements) and tokens > ROWS_AT_ONCE and "gate_up" in sizes
-    rows = ROWS_AT_ONCE if cut else tokens
-    hidden = block.products[0].k
-    work = rows * (2 * widest + 2 * block.last.k) + tokens * (2 * block.attention.columns + 6 * hidden)
-    work += sum(size // element for name, size in sizes.items() if name in waiting)
-    vocabulary = ends.weight.shape[0]
-    saved = element * hidden * vocabulary * {"neither": 0, "embedding": 1, "both": 1 if ends.tied else 2}[plan.host]
-    head = min(tokens * vocabulary, ends.logits_at_once) * (4 + element) + (
-        4 * vocabulary * hidden if ends.learnt else 0
-    )
+    cut = all(placement.again for placement in plan.placements) and tokens > ROWS_AT_ONCE
+    cut = cut and "gate_up" in block.saves(1)
+    hidden, vocabulary = block.products[0].k, ends.weight.shape[0]
+    weighed = {rung: _weigh(block, rung, tokens, ROWS_AT_ONCE if cut else tokens) for rung in set(plan.placements)}
+    rungs = [weighed[placement] for placement in plan.placements]
+    gradients = sum(by.numel() * by.element_size() for by in block.parameters())
+    of_head = 4 * vocabulary * hidden if ends.learnt else 0
+    at_once = min(tokens * vocabulary, ends.logits_at_once)
     if plan.host == "both":
-        head = tokens * (VOCABULARY_AT_ONCE * (8 + element) + 4 * hidden) + 2 * VOCABULARY_AT_ONCE * hidden * element
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in engine.parameters)
-    first = kept + max(work * element + gradients / layers, head + 2 * tokens * hidden * element)
-    last = kept / layers + work * element + gradients
-    slopes = tokens * block.attention.heads[0] * block.attention.width * 8  # attention sums them in fp32
-    needed = tokens * lows + max(first, last + slopes) + WORKSPACE - saved
+        at_once = min(tokens * VOCABULARY_AT_ONCE, ends.logits_at_once) * 2 + 2 * VOCABULARY_AT_ONCE * hidden
+    standing = sum(rung.kept for rung in rungs) * element
+    needed = standing + of_head + at_once * 4 + 4 * tokens * hidden * element
+    for number in range(layers - 1, -1, -1):
+        here = rungs[number].away + (rungs[number - 1].away if number else 0) + rungs[number].work
+        needed = max(needed, standing + here * element + of_head + gradients * (layers - number))
+        standing -= rungs[number].kept * element
+    ends_away = {"neither": 0, "embedding": 1, "both": 1 if ends.tied else 2}[plan.host]
+    needed += WORKSPACE + engine.to_come - element * hidden * vocabulary * ends_away
+    copying = sum(rung.away for rung in rungs) * element / rates.copies
     passes = 3 if ends.learnt else 2
-    base = sum(part.n * part.k for part in block.products) * layers * tokens
-    of_head = vocabulary * hidden * tokens
-    forward = (base + of_head) / rates.products
-    backward = ((passes - 1) * (base + of_head) + again) / rates.products
-    copying = moved / rates.copies
-    microseconds = max(forward, copying) + max(backward, copying) + MEANWHILE * 2 * copying
+    base = (sum(part.n * part.k for part in block.products) * layers + vocabulary * hidden) * tokens / rates.products
+    again = sum(rung.again for rung in rungs) / rates.products
+    microseconds = max(base, copying) + max((passes - 1) * base + again, copying) + MEANWHILE * 2 * copying
     if plan.host == "both":
-        microseconds += 2 * vocabulary * hidden * element / rates.copies
+        times = -(-tokens * VOCABULARY_AT_ONCE // ends.logits_at_once)
+        microseconds += vocabulary * hidden * (2 * times * element / rates.copies + tokens / rates.products)
     launching = LAYER_US * layers
     microseconds = max(microseconds, launching) + OVERHEAD * launching
-    return replace(plan, rows_at_once=rows if cut else 0, bytes=int(needed), microseconds=microseconds)
+    return replace(plan, rows_at_once=ROWS_AT_ONCE if cut else 0, bytes=int(needed), microseconds=microseconds)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """Of a layer on a rung, in elements: what stays, what waits away, what its backward has beside that at the most;
+    and the multiply-adds of what is made again."""
+
+    kept: int
+    away: int
+    work: int
+    again: int
+
+
+def _weigh(block: "Block", rung: Placement, tokens: int, rows: int) -> _Weight:
+    """rows: how many tokens go through the widest products at once."""
+    sizes, attention = block.saves(tokens), block.attention
+    made = {name: size * rows // tokens if name == "gate_up" else size for name, size in sizes.items()}
+    away, again = (sum(sizes[name] for name in names) for names in (rung.away, rung.again))
+    lows = tokens * sum(part.used for part in block.products)
+    hidden, wide = block.products[0].k, attention.heads[0] * attention.width
+    of_mlp = rows * max(block.last.k, 2 * hidden) + sum(made[name] for name in rung.again)
+    repeated = 3 if attention.heads[0] == attention.heads[1] else 5  # sums in fp32, gradients of each query's own key
+    of_attention = tokens * (attention.columns * (1 if attention.norms is None else 2) + repeated * wide)
+    of_attention += sum(made[name] for name in rung.again - {"gate_up"})
+    if "gate_up" not in rung.again:  # its gradient has gone by then
+        of_attention -= sizes.get("gate_up", 0)
+    work = 2 * tokens * (hidden + block.last.r) + max(of_mlp, of_attention)
+    multiplied = sum(_made_again(name, block) for name in rung.again) * tokens
+    return _Weight(sum(sizes.values()) + lows - away - again, away, work, multiplied)
 
 
 def _made_again(name: str, block: "Block") -> int:

@@ -3,14 +3,15 @@
     h = x + o(attention(turn(qkv(norm(x)))))          y = h + down(swiglu(gate_up(norm(h))))
 
 Saved by name: x, qkv, out (attention's), h, gate_up. In a Llama-3 layer gate_up is 61% of it, and the first to wait
-away or to be made again.
+away or to be made again. gate_up and qkv lie in rows with room for their products' extra columns: their gradients take
+their places.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from afina.engine.block import Block, Positions, Saved, added, normed, room
+from afina.engine.block import Block, Positions, Saved, added, room
 from afina.engine.elementwise import Norm, norm_backward, swiglu, swiglu_backward
 from afina.engine.products import Product
 
@@ -39,13 +40,14 @@ class Sequential(Block):
     def saves(self, tokens: int) -> dict[str, int]:
         """See Block."""
         hidden = self.qkv.k
-        widths = {"gate_up": self.gate_up.n, "qkv": self.qkv.n, "h": hidden, "out": self.o.k, "x": hidden}
+        wide = {"gate_up": self.gate_up.n + self.gate_up.r, "qkv": self.qkv.n + self.qkv.r}
+        widths = wide | {"h": hidden, "out": self.o.k, "x": hidden}
         return {name: tokens * width for name, width in widths.items()}
 
     def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
         """See Block."""
         qkv, low_qkv = self._qkv(x, at)
-        turned = self.attention.turned(qkv, at)
+        turned = self.attention.turned(qkv[:, : self.qkv.n], at)
         attended = self.attention.attend(turned, at)
         h, low_o = self._h(attended.out.flatten(1), x, at)
         keeps_gate_up = save and "gate_up" not in self.placement.again
@@ -54,7 +56,7 @@ class Sequential(Block):
         for rows in chunks:
             gate_up, low_gate_up = self._gate_up(h[rows], at)
             wide = x.new_empty(gate_up.shape[0], self.down.k + self.down.r)
-            swiglu(gate_up, wide[:, : self.down.k])
+            swiglu(gate_up[:, : self.gate_up.n], wide[:, : self.down.k])
             self.down.forward(wide, residual=h[rows], out=y[rows], seed=self.seed(at, self.down))
             lows.append((low_gate_up, self.down.low_of(wide)))
         if not save:
@@ -84,12 +86,11 @@ class Sequential(Block):
         if qkv is None:
             qkv = self._qkv(x, at)[0]
             if self.attention.norms is None:
-                self.attention.turned(qkv, at)
-        wide_d = room(x, self.qkv)
-        self.attention.backward(saved.attended, d_out, qkv, at, wide_d[:, : self.qkv.n])
-        del d_out, qkv, out
+                self.attention.turned(qkv[:, : self.qkv.n], at)
+        self.attention.backward(saved.attended, d_out, qkv[:, : self.qkv.n], at)
+        del d_out, out
         dx, of_qkv, of_norm = self.through_input(
-            wide_d, self.qkv, self.norm_attention, x, wide_dh[:, :hidden], saved.lows["qkv"], at, below
+            qkv, self.qkv, self.norm_attention, x, wide_dh[:, :hidden], saved.lows["qkv"], at, below
         )
         return dx, [*of_qkv, *of_o, *of_mlp, *of_norm, *of_norm_mlp]
 
@@ -107,13 +108,10 @@ class Sequential(Block):
         seeds = self.seed(at, self.gate_up), self.seed(at, self.down)
         for rows in self.chunks(h.shape[0]) if gate_up is None else [slice(0, h.shape[0])]:
             dy = wide_dy[rows]
-            made = self._gate_up(h[rows], at)[0] if gate_up is None else gate_up
+            wide_d = self._gate_up(h[rows], at)[0] if gate_up is None else gate_up
             self.down.widen(dy)
             d_act = self.down.backward(dy, seeds[1])
-            wide_d = room(d_act, self.gate_up)
-            act = swiglu_backward(d_act, made, wide_d[:, : self.gate_up.n])
-            gate_up = None if made is gate_up else gate_up
-            del made
+            act = swiglu_backward(d_act, wide_d[:, : self.gate_up.n])
             of_down = added(of_down, self.down.gradients(dy, act, saved.lows["down"][rows], seeds[1]))
             del d_act, act
             self.gate_up.widen(wide_d)
@@ -126,12 +124,10 @@ class Sequential(Block):
         return [*of_gate_up, *of_down], of_norm
 
     def _qkv(self, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = normed(x, self.norm_attention, self.qkv)
-        return self.qkv.forward(wide, seed=self.seed(at, self.qkv)), self.qkv.low_of(wide)
+        return self.widely(x, self.norm_attention, self.qkv, at)
 
     def _h(self, out: torch.Tensor, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
         return self.o.forward_narrow(out, x, self.seed(at, self.o))
 
     def _gate_up(self, h: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = normed(h, self.norm_mlp, self.gate_up)
-        return self.gate_up.forward(wide, seed=self.seed(at, self.gate_up)), self.gate_up.low_of(wide)
+        return self.widely(h, self.norm_mlp, self.gate_up, at)

@@ -25,19 +25,28 @@ HELD = ("nf4", "fp4", "int8")
 @contextmanager
 def without_foreign_kernels() -> Iterator[None]:
     """Around the first import of bitsandbytes, also by PEFT: on some CPUs it would fetch compiled code from the hub
-    (package `kernels`), and print a line where it cannot. The import finds no such package instead."""
+    (package `kernels`), and print a line where it cannot. The import finds no such package instead.
+
+    Nor does it compile four functions for CPUs while it is imported, which would load torch's compiler: 2 s of a run's
+    start. They run as they are written.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    hidden = "bitsandbytes" not in sys.modules
-    before = sys.modules.get("kernels")
-    if hidden:
-        sys.modules["kernels"] = None  # type: ignore[assignment]
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
+    before, compiler = sys.modules.get("kernels"), torch.compile
+    sys.modules["kernels"], torch.compile = None, _as_written  # type: ignore[assignment]
     try:
         yield
     finally:
-        if hidden:
-            del sys.modules["kernels"]
-        if hidden and before is not None:
+        torch.compile = compiler
+        del sys.modules["kernels"]
+        if before is not None:
             sys.modules["kernels"] = before
+
+
+def _as_written(function: Any = None, **_how: Any) -> Any:
+    return function if function is not None else _as_written
 
 
 def bitsandbytes() -> ModuleType:

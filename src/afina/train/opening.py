@@ -20,15 +20,16 @@ from afina.recipe.schema import PromptTuning, Recipe
 
 def open_model(
     recipe: Recipe,
+    loaded: nn.Module,
     source: str,
     hardware: Hardware,
     tokenizer: Tokenizer,
     console: Console,
     adapter: Path | None = None,
 ) -> tuple[nn.Module, dict[str, int]]:
-    """The model ready to learn, and how many parameters it has and how many learn.
+    """The model as `load_model` gave it, made ready to learn, and how many parameters it has and how many learn.
 
-    Raises ModelError for a base that cannot be loaded, RecipeError naming the key where recipe and base do not fit.
+    Raises RecipeError naming the key where recipe and base do not fit.
     """
 
     def plain() -> nn.Module:
@@ -37,7 +38,7 @@ def open_model(
 
     method = recipe.method
     text = method.text if isinstance(method, PromptTuning) else None
-    model = without_dropout(load_model(source, hardware, recipe.model))
+    model = without_dropout(loaded)
     begin = tokenizer.encode([text])[0] if text else ()
     model = attach(model, method, seed=recipe.seed, text_ids=begin, plain=plain, tokens=tokenizer.turn_tokens)
     if adapter is not None:

@@ -5,6 +5,7 @@ Knows nothing of evaluation, export or where the folder will finally lie.
 
 import heapq
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from afina import durable
 from afina.artifact import parent, sha256
+from afina.beside import begun
 from afina.console import Console
 from afina.data.batch import Batch, micro_batches
 from afina.data.cache import FOLDER
@@ -28,7 +30,7 @@ from afina.engine.proof import prove
 from afina.errors import Interrupted
 from afina.language import _
 from afina.model.attach import save_adapter
-from afina.model.load import Hardware, choose_hardware
+from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.loss import summed_loss
 from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
@@ -65,16 +67,17 @@ def train_run(
     folder: Path,
     place: Path,
     console: Console,
-    base: dict[str, str] | None = None,
+    base: Future[dict[str, str]] | None = None,
     on_evaluate: OnEvaluate | None = None,
 ) -> dict[str, Any]:
     """Train as the recipe says, or go on where `place` left off; returns the facts for its manifest.
 
-    Leaves adapter, tokenizer and metrics in `place`. `folder` is where the recipe's relative paths start; `base` names
-    the base model by hash; `on_evaluate` asks the tasks of `training.evaluate`.
+    Leaves adapter, tokenizer and metrics in `place`. `folder` is where the recipe's relative paths start; `base` will
+    name the base model by hash; `on_evaluate` asks the tasks of `training.evaluate`. The model is read while data are.
     """
     hardware = choose_hardware(recipe.model)
     source = model_source(recipe.model.base, folder)
+    reading = begun(lambda: load_model(source, hardware, recipe.model))
     tokenizer = load_tokenizer(
         source,
         template=recipe.model.chat_template,
@@ -85,11 +88,11 @@ def train_run(
     renderer = Renderer(tokenizer, recipe.data.learn)
     examples = prepare_once(recipe, folder, renderer, console, place.parent / FOLDER)
     say_examples(examples, console)
-    adapter = adapter_of(recipe, folder, base)
-    model, counts = open_model(recipe, source, hardware, tokenizer, console, adapter)
+    adapter = adapter_of(recipe, folder, base.result() if base and recipe.model.adapter else None)
+    model, counts = open_model(recipe, reading.result(), source, hardware, tokenizer, console, adapter)
     if adapter is not None:
         examples.files.append(parent(adapter, sha256(adapter / "adapter_model.safetensors"), "adapter"))
-    parents = [*([base] if base else []), *examples.files]
+    parents = [*([base.result()] if base else []), *examples.files]
     run = enter(place, recipe, parents, examples.train + examples.validation)
     looking = Looking(model, renderer, hardware, on_evaluate)
     measured = _run_loop(looking, recipe, examples, tokenizer.pad_id, place, run, console)
