@@ -4,8 +4,8 @@
     python benchmarks/gpt_oss_memory.py --account      the bytes alone, from shapes; needs no GPU
     python benchmarks/gpt_oss_memory.py --experts      adapters on every expert and the router too
 
-One sample, half of its tokens learnt, LoRA on q, k, v and o, layers computed again in the backward, the allocator held
-to 14.9 GiB (16 GB). 120b: --model 120b.
+One sample, half of its tokens learnt, LoRA on q, k, v and o, the allocator held to 14.9 GiB (16 GB) and the plan made
+for it; --engine reference: transformers and PEFT, layers computed again in the backward. 120b: --model 120b.
 """
 
 import argparse
@@ -20,7 +20,9 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from afina.artifact import versions
 from afina.data.batch import Batch
-from afina.model.attach import attach, learning
+from afina.engine.attention import packed_attention
+from afina.engine.engine import Engine
+from afina.model.attach import attach, learning, recompute
 from afina.model.attention import NAME as CAREFUL
 from afina.model.loss import summed_loss
 from afina.model.mxfp4 import pack_experts
@@ -30,6 +32,8 @@ SHAPES = {"20b": {"num_hidden_layers": 24, "num_local_experts": 32}, "120b": {},
 SHAPES["tiny"] |= {"num_local_experts": 4, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 199}
 SHAPES["tiny"] |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 WARM_UP, TIMED = 2, 4
+SPARE = 0.3
+"""GiB of the cap that the plan leaves alone: what the allocator loses between its pieces."""
 
 
 def packed_model(name: str, device: str) -> nn.Module:
@@ -75,34 +79,40 @@ def batch_of(length: int, vocabulary: int, device: str) -> Batch:
     places = torch.arange(length // 2, length - 1)
     return Batch(
         input_ids=ids, position_ids=torch.arange(length)[None], attention_mask=torch.ones(1, length, dtype=torch.bool),
-        lengths=None, predicting=places, targets=ids[0, places + 1], owner=torch.zeros_like(places), samples=(0,),
+        lengths=(length,), predicting=places, targets=ids[0, places + 1], owner=torch.zeros_like(places), samples=(0,),
         tokens=length,
     ).to(torch.device(device))  # fmt: skip
 
 
-def measure(name: str, length: int, gib: float, lora: Lora, device: str) -> dict[str, Any]:
+def measure(name: str, length: int, gib: float, lora: Lora, device: str, fused: bool) -> dict[str, Any]:
     cuda = device == "cuda"
     if cuda:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
     model = attach(packed_model(name, device), lora, seed=0).train()
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
     parameters = [parameter for _name, parameter in learning(model)]
-    held = account(model)
+    held, planned = account(model), None
     batch = batch_of(length, model.config.vocab_size, device)
+    if fused:
+        engine = Engine(model, torch.bfloat16)
+        loss_fn = engine.summed_loss
+        moments = sum(2 * parameter.numel() * parameter.element_size() for parameter in parameters)
+        standing = torch.cuda.memory_allocated() + moments if cuda else 0
+        plan = engine.plan(length, length, int((gib - SPARE) * 2**30) - standing)
+        planned = round((standing + plan.bytes) / 2**30, 2)
+    else:
+        loss_fn = summed_loss
+        recompute(model)
+        model.enable_input_require_grads()
     optimizer = torch.optim.AdamW(parameters, lr=2e-4)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     seconds, losses = [], []
     for turn in range(WARM_UP + TIMED):
         started = time.perf_counter()
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = summed_loss(model, batch) / batch.targets.numel()
-        loss.backward()
+        with torch.autocast(device, dtype=torch.bfloat16), packed_attention(model):
+            loss = loss_fn(model, batch) / batch.targets.numel()
+            loss.backward()  # within, as what is computed again attends again
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -115,7 +125,9 @@ def measure(name: str, length: int, gib: float, lora: Lora, device: str) -> dict
         raise SystemExit(f"it does not learn: {losses}")
     return {
         "workload": f"gpt-oss-{name} 1x{length} MXFP4 r{lora.rank}{' experts' if lora.experts else ''}",
+        "engine": "fused" if fused else "reference",
         "held_gb": held,
+        "planned_gib": planned,
         "cap_gib": gib,
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else None,
@@ -134,6 +146,7 @@ def main() -> None:
     options.add_argument("--gib", type=float, default=14.9)
     options.add_argument("--account", action="store_true")
     options.add_argument("--experts", action="store_true")
+    options.add_argument("--engine", choices=["fused", "reference"], default="fused")
     options.add_argument("--device", default="cuda")
     options.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "gpu.jsonl")
     chosen = options.parse_args()
@@ -141,7 +154,7 @@ def main() -> None:
     if chosen.account:
         return
     lora = Lora(rank=chosen.rank, alpha=2.0 * chosen.rank, experts=chosen.experts, router=chosen.experts)
-    found = json.dumps(measure(chosen.model, chosen.length, chosen.gib, lora, chosen.device))
+    found = json.dumps(measure(chosen.model, chosen.length, chosen.gib, lora, chosen.device, chosen.engine == "fused"))
     print(found)
     with chosen.results.open("a") as file:
         file.write(found + "\n")

@@ -34,6 +34,10 @@ PHI_2 = dict(
     hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32, vocab_size=51200,
     max_position_embeddings=2048, partial_rotary_factor=0.4,
 )  # fmt: skip
+GPT_OSS_20B = dict(
+    hidden_size=2880, intermediate_size=2880, num_hidden_layers=24, num_attention_heads=64, num_key_value_heads=8,
+    head_dim=64, vocab_size=201088, num_local_experts=32, num_experts_per_tok=4,
+)  # fmt: skip
 WORKLOADS: dict[str, dict[str, Any]] = {
     "W1": dict(shape=LLAMA_8B, samples=4, length=2048, gib=36.0, goal=18700),
     "W10": dict(shape=LLAMA_8B, samples=2, length=4096, gib=36.0, goal=17200),
@@ -43,6 +47,10 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "W6": dict(shape=LLAMA_8B, samples=1, length=65536, four_bits=True, gib=12.0, goal=5500, steps=(1, 3)),
     "W7": dict(shape=LLAMA_1B, samples=8, length=2048, full=True, gib=20.0, goal=75000),
     "W8": dict(shape=PHI_2, samples=1, length=2048, four_bits=True, gib=2.4, goal=15000),
+    "W9": dict(shape=GPT_OSS_20B, samples=2, length=2048, packed=True, gib=40.0, goal=18000),
+    "W9 bf16": dict(shape=GPT_OSS_20B, samples=2, length=2048, gib=48.0, goal=0),
+    "W9 experts": dict(shape=GPT_OSS_20B, samples=2, length=2048, packed=True, experts=True, gib=40.0, goal=0),
+    "G13": dict(shape=GPT_OSS_20B, samples=1, length=2048, packed=True, gib=13.0, goal=1),
     "S1": dict(shape=LLAMA_1B, samples=8, length=2048, gib=16.0, goal=0),
 }
 """shape, samples a micro-batch and tokens each; the memory and the tokens/s to reach (docs/log.md says why)."""
@@ -111,17 +119,28 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     return result
 
 
-def random_model(shape: dict[str, Any]) -> Any:
+def random_model(shape: dict[str, Any], packed: bool = False) -> Any:
+    """packed: experts in MXFP4, as gpt-oss is published."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig
+    from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PhiConfig
 
-    kind = PhiConfig if shape is PHI_2 else LlamaConfig
+    from afina.model.mxfp4 import pack_experts
+
+    kind = PhiConfig if shape is PHI_2 else GptOssConfig if shape is GPT_OSS_20B else LlamaConfig
     config = kind(**shape, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    attention = "eager" if shape is GPT_OSS_20B else "sdpa"
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+        if packed:
+            pack_experts(model)
     model.to_empty(device="cuda").tie_weights()
     generator = torch.Generator("cuda").manual_seed(0)
     with torch.no_grad():
+        for name, value in model.named_buffers():
+            if name.endswith("_blocks"):
+                value.random_(0, 256, generator=generator)
+            elif name.endswith("_scales"):
+                value.random_(117, 121, generator=generator)
         for name, value in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 value.fill_(1.0)
@@ -162,12 +181,13 @@ def learner(work: dict[str, Any]) -> tuple[Any, list[Any]]:
     from afina.model.attach import attach, learning
     from afina.recipe.schema import Lora
 
-    base = random_model(work["shape"])
+    base = random_model(work["shape"], work.get("packed", False))
     if work.get("full"):  # in bf16 throughout, as the peers do it
         return base.requires_grad_(True).train(), list(base.parameters())
     if work.get("four_bits"):
         into_four_bits(base).requires_grad_(False)
-    model = attach(base, Lora(rank=16, alpha=16.0), seed=3407).train()
+    mixed = bool(work.get("experts"))
+    model = attach(base, Lora(rank=16, alpha=16.0, experts=mixed, router=mixed), seed=3407).train()
     return model, [parameter for _name, parameter in learning(model)]
 
 
@@ -196,12 +216,12 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
         placements = spread(rungs, options["levels"])
         plan = count_up(engine, Plan(count, placements, 0, options.get("host", "neither"), 0, 0.0), rates)
     rows = options.get("rows", plan.rows_at_once)
-    engine.place(plan.placements, rows_at_once=rows, host=plan.host, held=options.get("held", 0))
+    engine.place(plan.placements, rows_at_once=rows, host=plan.host, held=options.get("held", plan.held))
     names = ["+".join(sorted(p.away)) + "/" + "+".join(sorted(p.again)) for p in plan.placements]
     about = {
         "placements": {name: names.count(name) for name in dict.fromkeys(names)}, "host": plan.host, "rows": rows,
-        "planned_gib": round((standing + plan.bytes) / 2**30, 2), "planned_ms": round(plan.microseconds / 1000, 1),
-        "standing_gib": round(standing / 2**30, 2),
+        "held": options.get("held", plan.held), "planned_gib": round((standing + plan.bytes) / 2**30, 2),
+        "planned_ms": round(plan.microseconds / 1000, 1), "standing_gib": round(standing / 2**30, 2),
     }  # fmt: skip
 
     def step(ids: Any) -> Any:

@@ -3,9 +3,12 @@
 `FAMILIES[name]()` is a configuration; `build(name)` a model with spread-out weights.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from small import spread
 from torch import nn
 from transformers import (
@@ -26,6 +29,8 @@ from transformers import (
     SmolLM3Config,
     StableLmConfig,
 )
+
+from afina.model.mxfp4 import MATRICES, quantise
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {
@@ -115,10 +120,12 @@ LINEAR: dict[str, set[str]] = {
 """What `all-linear` is in each."""
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
-    """The tiny model, in fp32."""
+def build(name: str, seed: int = 0, **changes: int) -> nn.Module:
+    """The tiny model, in fp32; `changes` of its configuration."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[name](), attn_implementation=attention_of(name))
+    config = FAMILIES[name]()
+    config.update(changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(name))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.ndim == 1:  # sinks, biases and norms that are not all alike
@@ -129,3 +136,16 @@ def build(name: str, seed: int = 0) -> nn.Module:
 def attention_of(name: str) -> str:
     """Soft-capped scores and sinks are beyond sdpa."""
     return "eager" if name in ("gemma2", "gpt-oss") else "sdpa"
+
+
+def pack_folder(folder: Path) -> Path:
+    """Store a saved gpt-oss as its makers publish it: experts in blocks and scales of MXFP4."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(MATRICES)]:
+        blocks, scales = quantise(tensors.pop(name).transpose(1, 2))
+        tensors |= {f"{name}_blocks": blocks.contiguous(), f"{name}_scales": scales.contiguous()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -19,7 +19,7 @@ from transformers import (
 
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered
-from afina.engine.attention import _attend, _groups, covers, packed_attention
+from afina.engine.attention import _attend, _groups, attend, attend_backward, covers, packed_attention
 from afina.model.loss import summed_loss, target_logits
 from afina.train.loop import accumulate
 
@@ -42,16 +42,14 @@ COVERED = {
     "phi3": lambda: Phi3Config(**SMALL),
     "mistral, wide window": lambda: MistralConfig(**SMALL, sliding_window=256),
     "mistral, short window": lambda: MistralConfig(**SMALL, sliding_window=16),
+    "gpt-oss: sinks": lambda: GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1, sliding_window=16),
 }
 LEFT = {
     "gemma2: soft-capped scores": lambda: Gemma2Config(
         **SMALL, query_pre_attn_scalar=8, sliding_window=256, attn_logit_softcapping=0.5
     ),
-    "gpt-oss: sinks": lambda: GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1, sliding_window=256),
 }
-PACKED_BY_MASK = [name for name in LEFT if not name.startswith("gpt-oss")]
-"""transformers builds a block-diagonal mask from positions that restart, but forgets to for gpt-oss. So what `covers`
-refuses is padded, never packed, by whoever lays out batches."""
+"""What `covers` refuses is padded, never packed, by whoever lays out batches."""
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LENGTHS = {
     "one token": (1,),
@@ -66,7 +64,12 @@ LENGTHS = {
 def built(config) -> torch.nn.Module:
     """As `load_model` builds it. In fp32, in which the reference rotates, normalises and takes softmax anyway."""
     torch.manual_seed(0)
-    return spread(AutoModelForCausalLM.from_config(config))
+    eager = "eager" if config.model_type == "gpt_oss" else None
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=eager)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, std=2.0)
+    return spread(model)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (3, 1)], ids=["MHA", "GQA", "MQA"])
@@ -94,6 +97,54 @@ def test_packed_attention_is_attention_of_each_sample(heads, kv_heads, lengths, 
     plain.backward(towards)
     for ours, theirs in zip(packed, alone, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-11)
+
+
+def attention_with_sinks(query, key, value, lengths, scaling, window, sinks):
+    """Plain softmax over scores and the sink, one sample at a time; query: (tokens, heads, width)."""
+    pieces, start = [], 0
+    for length in lengths:
+        q, k, v = (part[start : start + length].transpose(0, 1) for part in (query, key, value))
+        k, v = (part.repeat_interleave(q.shape[0] // k.shape[0], 0) for part in (k, v))
+        behind = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+        seen = (behind >= 0) & (behind < (window or length))
+        scores = (q @ k.transpose(-1, -2) * scaling).masked_fill(~seen, -torch.inf)
+        whole = torch.cat([scores, sinks[:, None, None].expand(-1, length, 1)], dim=-1)
+        pieces.append((torch.softmax(whole, -1)[..., :-1] @ v).transpose(0, 1))
+        start += length
+    return torch.cat(pieces)
+
+
+SINKS = {"cpu": [torch.float64], "cuda": [torch.float64, torch.bfloat16]}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("dtype", SINKS[DEVICE])
+@pytest.mark.parametrize("heads, kv_heads, width", [(4, 4, 8), (8, 2, 64), (3, 1, 16), (64, 8, 64)])
+@pytest.mark.parametrize("lengths", [*LENGTHS.values(), (256, 256, 256)], ids=[*LENGTHS, "equal"])
+@pytest.mark.parametrize("window", [None, 1, 16])
+def test_sinks_are_one_more_score_of_the_softmax(dtype, heads, kv_heads, width, lengths, window):
+    """Forward and every gradient against fp64. bf16 on a GPU: the stock kernels, whose sums and outputs are amended."""
+    torch.manual_seed(len(lengths))
+    total = sum(lengths)
+    exact = [
+        torch.randn(total, count, width, device=DEVICE).to(dtype).double().requires_grad_()
+        for count in (heads, kv_heads, kv_heads)
+    ]
+    sinks = (torch.randn(heads, device=DEVICE) * 2).double().requires_grad_()
+    truth = attention_with_sinks(*exact, lengths, 0.3, window, sinks)
+    d_out = torch.randn(truth.shape, device=DEVICE).to(dtype)
+    slopes = torch.autograd.grad(truth, [*exact, sinks], d_out.double())
+    parts = [part.detach().to(dtype) for part in exact]
+    learning = sinks.detach().requires_grad_()
+    attended = attend(*parts, lengths, 0.3, window, learning)
+    found = attend_backward(attended, d_out, *parts, lengths, 0.3, window)
+    limit = 1e-12 if dtype == torch.float64 else 1.5e-2
+    pairs = [(attended.out, truth), *zip([part.flatten(0, 1) for part in found[:3]], slopes, strict=False)]
+    for ours, theirs in [*pairs, (found[3], slopes[3])]:
+        assert (ours.double() - theirs).norm() <= limit * theirs.norm()
+    frozen = attend(*parts, lengths, 0.3, window, sinks.detach())
+    assert torch.equal(frozen.out, attended.out)
+    assert len(attend_backward(frozen, d_out, *parts, lengths, 0.3, window)) == 3
 
 
 def test_lengths_that_do_not_sum_up_are_refused():
@@ -149,7 +200,7 @@ def test_what_is_not_plain_causal_attention_is_left_to_the_reference(name):
     model = built(LEFT[name]())
     samples = rows([61, 2, 33, 7, 18])
     assert not covers(model)
-    batch = micro_batches(samples, range(5), budget=1000, packing=name in PACKED_BY_MASK, pad_id=0)[0]
+    batch = micro_batches(samples, range(5), budget=1000, packing=True, pad_id=0)[0]
     logits = target_logits(model, batch)
     torch.testing.assert_close(logits, one_at_a_time(model, in_order_of(batch, samples)), **CLOSE)
 
@@ -165,9 +216,8 @@ def test_the_difference_would_be_seen(name):
     assert (wrong - one_at_a_time(model, in_order_of(batch, samples))).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize(
-    "name, packing", [*((name, False) for name in LEFT), *((name, True) for name in PACKED_BY_MASK)]
-)
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("name", LEFT)
 def test_gradients_of_the_reference_do_not_depend_on_the_layout(name, packing):
     alone, together = built(LEFT[name]()), built(LEFT[name]())
     samples = rows([61, 2, 33, 7, 18])

@@ -1,17 +1,16 @@
 """Experts packed in MXFP4: the numbers are the format's and transformers', packed stays packed, adapters learn."""
 
-import json
 from itertools import product
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from families import build
+from families import build, pack_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from small import CPU, perturb_adapters
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -21,7 +20,7 @@ from afina.errors import ModelError
 from afina.model.attach import attach, learning, load_adapter, merged, save_adapter, save_whole
 from afina.model.generate import generate
 from afina.model.load import Hardware, load_model
-from afina.model.mxfp4 import MATRICES, PackedExperts, dequantise, packed_experts, quantise
+from afina.model.mxfp4 import PackedExperts, dequantise, packed_experts, quantise
 from afina.recipe.schema import Full, Lora, Model
 
 IDS = torch.tensor([[5, 9, 33, 80, 7, 64, 3, 11, 90, 4, 5, 6]])
@@ -31,15 +30,7 @@ WHOLE = Lora(rank=3, alpha=6, experts=True, router=True)
 def packed_folder(folder: Path) -> Path:
     """A tiny gpt-oss as its makers publish it: experts in blocks and scales."""
     build("gpt-oss").save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if name.endswith(MATRICES)]:
-        blocks, scales = quantise(tensors.pop(name).transpose(1, 2))
-        tensors |= {f"{name}_blocks": blocks.contiguous(), f"{name}_scales": scales.contiguous()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return pack_folder(folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,15 @@
 """From a recipe to a folder: what is counted, what is set aside, and that the engine trains as the reference does."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from families import build, pack_folder
 from journey.tiny import examples, lay_out, write_rows
 from safetensors.torch import load_file
+from small import spread
 
 from afina.console import Console
 from afina.errors import DataError, RecipeError
@@ -48,6 +51,21 @@ def test_the_engine_trains_as_the_reference_does(place, tmp_path):
     weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("fused", "plain")]
     error = torch.stack([(weights[0][name] - weights[1][name]).norm() for name in weights[1]]).norm()
     assert error <= 1e-2 * torch.stack([value.norm() for value in weights[1].values()]).norm()
+
+
+def test_a_mixture_trains_in_the_engine_with_its_experts_packed(place, tmp_path):
+    """gpt-oss as published, adapters on attention, experts and router: packed rows, as the padded reference trains."""
+    base = shutil.copytree(place / "base", tmp_path / "base")
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    spread(build("gpt-oss", vocab_size=vocabulary, eos_token_id=2), scale=0.15).save_pretrained(base)
+    pack_folder(base)
+    few = [f"model.base={base}", "method.experts=true", "method.router=true", "training.steps=6"]
+    fused = run(place, tmp_path / "fused", *few)
+    padded = run(place, tmp_path / "padded", *few, "training.packing=false")
+    assert "fused" in fused["engine"] and "padded" in padded["engine"]
+    losses = [[step["loss"] for step in steps(tmp_path / name)] for name in ("fused", "padded")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][-1] < losses[0][0]
 
 
 def test_packed_padded_and_in_small_pieces_train_alike(place, tmp_path):

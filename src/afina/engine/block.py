@@ -6,8 +6,8 @@ Of the rest, a `Placement` says by name what stays on the GPU, what waits in the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -58,17 +58,31 @@ class Saved:
     tensors: dict[str, torch.Tensor | Parked | None]
     attended: Attended
     lows: dict[str, torch.Tensor]
+    routed: list[Any] = field(default_factory=list)
+    """Of a mixture: which rows went where, see mixture.py."""
+
+
+class Adapted(Protocol):
+    """An adapter of any kind: `b` begins as zero and learns."""
+
+    @property
+    def b(self) -> nn.Parameter:
+        """Whose being zero hides mistakes in the gradient of the other factor."""
+        ...
 
 
 @dataclass
 class Attention:
-    """What a layer's attention is made of, beside its products. heads: of queries, and of keys (and values)."""
+    """What a layer's attention is made of, beside its products. heads: of queries, and of keys (and values).
+
+    sinks: (heads,), which do not learn here."""
 
     heads: tuple[int, int]
     width: int
     scaling: float
     window: int | None = None
     norms: tuple[Norm, Norm] | None = None
+    sinks: torch.Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -89,7 +103,7 @@ class Attention:
 
     def attend(self, turned: torch.Tensor, at: Positions) -> Attended:
         """Causal attention inside each sample, over what `turned` made."""
-        return attend(*self.split(turned), at.lengths, self.scaling, self.window)
+        return attend(*self.split(turned), at.lengths, self.scaling, self.window, self.sinks)
 
     def backward(self, attended: Attended, d_out: torch.Tensor, qkv: torch.Tensor, at: Positions) -> None:
         """Turn qkv (tokens, columns), as saved, before its norms if it has any, into its gradient in place."""
@@ -128,7 +142,7 @@ class Block:
     def backward(
         self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """wide_dy: (tokens, hidden + last.r), the output's gradient in its first columns.
+        """wide_dy: (tokens, hidden + extra), the output's gradient in its first columns.
 
         Returns dx in rows with `below` extra columns (None: nobody needs it), and the gradients of what learns, product
         by product, then norm by norm.
@@ -136,9 +150,35 @@ class Block:
         raise NotImplementedError
 
     @property
-    def last(self) -> Product:
-        """The product whose extra columns the output's gradient must have room for."""
-        return self.products[-1]
+    def extra(self) -> int:
+        """Columns of its last product's low-rank terms, which the output's gradient must have room for."""
+        return self.products[-1].r
+
+    @property
+    def adapters(self) -> list[Adapted]:
+        """All that learn in it."""
+        return [adapter for product in self.products for adapter in product.adapters]
+
+    def hold(self) -> None:
+        """Keep weights of four bits in the precision that is computed in too."""
+        for product in self.products:
+            product.hold()
+
+    @property
+    def unpacked(self) -> int:
+        """Elements that `hold` would add, where room that is left over is for that."""
+        return 0
+
+    def multiply_adds(self, made: str | None = None) -> int:
+        """For a token: of all its products, or of the one that makes a saved tensor."""
+        if made is not None:
+            product = self.products[{"gate_up": -2, "z": 0, "qkv": 0, "h": 1}[made]]
+            return product.n * product.k
+        return sum(product.n * product.k for product in self.products)
+
+    def at_work(self, rows: int) -> int:
+        """Elements that the backward of so many rows of the MLP has at once, beside what was saved or made again."""
+        return rows * max(self.products[-1].k, 2 * self.products[0].k)
 
     def parameters(self) -> list[nn.Parameter]:
         """What learns, in the order of `backward`'s gradients."""

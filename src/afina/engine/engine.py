@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from afina.engine.block import Block, Placement, Positions, Saved
-from afina.engine.families import final_norm, make_block
+from afina.engine.families import final_norm, make_block, turned_half
 from afina.engine.head import Ends, Host
 from afina.engine.offload import Offload
 from afina.engine.plan import Plan, choose
@@ -33,7 +33,7 @@ class Engine:
         layers = enumerate(inside.layers)
         self.blocks: list[Block] = [make_block(layer, config, n, self._scratch, self.dtype) for n, layer in layers]
         self.ends = _ends(inside.embed_tokens.weight, head, final_norm(inside, config, self.dtype), self.dtype)
-        self._rotary = inside.rotary_emb
+        self._rotary, self._config = inside.rotary_emb, config
         self._products = [product for block in self.blocks for product in block.products]
         self._copies: Copies | None = None
         self._training = lambda: model.training
@@ -63,7 +63,7 @@ class Engine:
     def plan(self, tokens: int, least: int, free_bytes: int) -> Plan:
         """Choose how many tokens are computed at once, from `tokens` down to `least`, and what of them waits where."""
         plan = choose(self, tokens, least, free_bytes)
-        self.place(plan.placements, rows_at_once=plan.rows_at_once, host=plan.host)
+        self.place(plan.placements, rows_at_once=plan.rows_at_once, host=plan.host, held=plan.held)
         return plan
 
     def place(
@@ -78,8 +78,7 @@ class Engine:
         for block, placement in zip(self.blocks, placements, strict=True):
             block.placement, block.offload, block.rows_at_once = placement, offload, rows_at_once
         for block in self.blocks[len(self.blocks) - held :]:
-            for product in block.products:
-                product.hold()
+            block.hold()
         self._copies = None
         self.ends.leave(host)
 
@@ -104,7 +103,7 @@ class Engine:
             raise RuntimeError("the engine runs packed batches only")
         like = torch.zeros(1, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
         cos, sin = self._rotary(like, batch.position_ids)
-        half = cos.shape[-1] // 2
+        half = turned_half(self._config, cos)
         return Positions(batch.lengths, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), seed)
 
     def _hidden(self, batch: Targeted, at: Positions, *, save: bool) -> tuple[torch.Tensor, list[Saved | None]]:
@@ -125,7 +124,7 @@ class Engine:
         drops = self._training() and any(product.dropout for product in self._products)
         at = self._positions(batch, int(torch.randint(2**48, ())) if drops else None)
         hidden, saved = self._hidden(batch, at, save=True)
-        loss, kept = self.ends.loss(hidden, batch, self.blocks[-1].last.r)
+        loss, kept = self.ends.loss(hidden, batch, self.blocks[-1].extra)
         return loss, [at, saved, kept, batch.input_ids[0]]
 
     def backward(self, d_loss: torch.Tensor, kept: list[Any]) -> list[torch.Tensor]:
@@ -135,7 +134,7 @@ class Engine:
         wide.mul_(d_loss)
         gradients: list[list[torch.Tensor]] = []
         for place in range(len(self.blocks) - 1, -1, -1):
-            below = self.blocks[place - 1].last.r if place else (0 if self.ends.learnt else None)
+            below = self.blocks[place - 1].extra if place else (0 if self.ends.learnt else None)
             if place:
                 self.blocks[place - 1].expect(saved[place - 1])
             wide, of_block = self.blocks[place].backward(wide, saved.pop(), at, below)

@@ -7,21 +7,32 @@ from torch import nn
 
 from afina.engine.block import Attention, Block, norm_of
 from afina.engine.elementwise import Norm
+from afina.engine.experts import Experts, Gating, Matrix
+from afina.engine.mixture import Mixture
 from afina.engine.nf4 import from_bitsandbytes
 from afina.engine.parallel import Parallel
 from afina.engine.products import Scratch, make_product
+from afina.engine.router import LowRank, Router
 from afina.engine.sequential import Sequential
 from afina.language import _
 
 SEQUENTIAL = {"llama", "mistral", "qwen2", "qwen3", "phi3"}
 PARALLEL = {"phi"}
-ACTIVATIONS = {"silu": SEQUENTIAL, "swish": SEQUENTIAL, "gelu_new": PARALLEL, "gelu_pytorch_tanh": PARALLEL}
+MIXTURE = {"gpt_oss", "qwen3_moe", "mixtral"}
+ACTIVATIONS = {
+    "silu": SEQUENTIAL | MIXTURE,
+    "swish": SEQUENTIAL | MIXTURE,
+    "gelu_new": PARALLEL,
+    "gelu_pytorch_tanh": PARALLEL,
+}
+
+ADAPTED_PARAMETERS = {"gate_up_proj", "down_proj", "weight"}
 
 
 def why_not(model: nn.Module) -> str | None:
     """Why the engine leaves this model to the reference; None when it takes it."""
     config: Any = model.config
-    if config.model_type not in SEQUENTIAL | PARALLEL:
+    if config.model_type not in SEQUENTIAL | PARALLEL | MIXTURE:
         return _("the {family} family is not fused yet").format(family=config.model_type)
     activation = getattr(config, "hidden_act", "silu")
     if config.model_type not in ACTIVATIONS.get(activation, set()):
@@ -33,6 +44,11 @@ def why_not(model: nn.Module) -> str | None:
         return _("its queries and keys go through layer norms")
     if drops(model):
         return _("the base itself has dropout")
+    if config.model_type in MIXTURE:
+        if any(not hasattr(module, "experts") for name, module in model.named_modules() if name.endswith(".mlp")):
+            return _("some of its layers have no experts")
+        if getattr(config, "router_jitter_noise", 0):
+            return _("noise is added before its router")
     return _why_not_method(model)
 
 
@@ -40,6 +56,8 @@ def _why_not_method(model: nn.Module) -> str | None:
     parameters = list(model.named_parameters())
     learning = [name for name, parameter in parameters if parameter.requires_grad]
     if len(learning) == len(parameters):
+        if any(parameter.ndim == 3 for _name, parameter in parameters):
+            return _("experts themselves learn")
         if any(".q_norm." in name for name in learning):
             return _("norms of heads that learn are not fused")
         return None
@@ -53,6 +71,10 @@ def _why_not_method(model: nn.Module) -> str | None:
             return _("its adapters are not plain LoRA")
         if any(bias for bias in getattr(module, "lora_bias", {}).values()):
             return _("its adapters are not plain LoRA")
+        if hasattr(module, "parameter_name"):  # of experts or a router
+            if module.parameter_name not in ADAPTED_PARAMETERS:
+                return _("an adapter lies on {name}, which is not fused").format(name=module.parameter_name)
+            continue
         if type(module.base_layer) is not nn.Linear and from_bitsandbytes(module.base_layer.weight) is None:
             return _("its base layers are {kind}").format(kind=type(module.base_layer).__name__)
     return None
@@ -81,14 +103,15 @@ def make_block(layer: Any, config: Any, number: int, scratch: Scratch, dtype: to
     """From a transformers decoder layer, whose weights become views of the block's."""
     attention, mlp, eps = layer.self_attn, layer.mlp, getattr(config, "rms_norm_eps", None)
     window = getattr(attention, "sliding_window", None)
-    if config.model_type in {"mistral", "phi3"}:  # theirs is the model's, not the layer's
+    if config.model_type in {"mistral", "phi3", "mixtral", "qwen3_moe"}:  # theirs is the model's, not the layer's
         window = getattr(config, "sliding_window", None)
     norms = None
     if hasattr(attention, "q_norm"):
         norms = norm_of(attention.q_norm, float(eps), dtype), norm_of(attention.k_norm, float(eps), dtype)  # type: ignore[arg-type]
     width = head_width(config)
     heads = config.num_attention_heads, config.num_key_value_heads
-    inside = Attention(heads, width, float(attention.scaling), window, norms)
+    sinks = attention.sinks.detach().float() if hasattr(attention, "sinks") else None
+    inside = Attention(heads, width, float(attention.scaling), window, norms, sinks)
 
     def product(*linears: nn.Module) -> Any:
         return make_product(linears, scratch, dtype)
@@ -102,6 +125,17 @@ def make_block(layer: Any, config: Any, number: int, scratch: Scratch, dtype: to
             fc2=product(mlp.fc2),
             norm=norm_of(layer.input_layernorm, float(config.layer_norm_eps), dtype, centred=True),
         )
+    if config.model_type in MIXTURE:
+        return Mixture(
+            attention=inside,
+            number=number,
+            qkv=product(attention.q_proj, attention.k_proj, attention.v_proj),
+            o=product(attention.o_proj),
+            norm_attention=norm_of(layer.input_layernorm, float(eps), dtype),  # type: ignore[arg-type]
+            norm_mlp=norm_of(layer.post_attention_layernorm, float(eps), dtype),  # type: ignore[arg-type]
+            router=_router(mlp.router if hasattr(mlp, "router") else mlp.gate, config, dtype),
+            experts=_experts(mlp.experts, scratch, dtype),
+        )
     fused = config.model_type == "phi3"
     return Sequential(
         attention=inside,
@@ -113,3 +147,58 @@ def make_block(layer: Any, config: Any, number: int, scratch: Scratch, dtype: to
         norm_attention=norm_of(layer.input_layernorm, float(eps), dtype),  # type: ignore[arg-type]
         norm_mlp=norm_of(layer.post_attention_layernorm, float(eps), dtype),  # type: ignore[arg-type]
     )
+
+
+def turned_half(config: Any, cos: torch.Tensor) -> int:
+    """Into how many columns of a model's cosines its angles fit: all but gpt-oss have them twice, side by side."""
+    return int(cos.shape[-1]) // (1 if config.model_type == "gpt_oss" else 2)
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    """The modules of a mixture that choose experts, layer by layer; they return the chosen ones third."""
+    return [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
+
+
+def _router(module: Any, config: Any, dtype: torch.dtype) -> Router:
+    base, adapters = _beneath(module)
+    bias = getattr(base, "bias", None)
+    return Router(
+        weight=base.weight.detach().to(dtype),
+        bias=None if bias is None else bias.detach(),
+        chosen=int(config.num_experts_per_tok),
+        over_all=config.model_type == "qwen3_moe" and not config.norm_topk_prob,
+        adapter=adapters.get("weight"),
+    )
+
+
+def _experts(module: Any, scratch: Scratch, dtype: torch.dtype) -> Experts:
+    base, adapters = _beneath(module)
+    interleaved = hasattr(base, "limit")  # gpt-oss's, packed or not
+    gating = Gating(float(base.alpha), float(base.limit), 1.0, True) if interleaved else Gating()
+    gate_up, down = (_matrix(base, name, adapters.get(name), scratch, dtype) for name in ("gate_up_proj", "down_proj"))
+    return Experts(gate_up, down, gating)
+
+
+def _matrix(base: Any, name: str, adapter: LowRank | None, scratch: Scratch, dtype: torch.dtype) -> Matrix:
+    bias = getattr(base, f"{name}_bias", None)
+    bias = None if bias is None else bias.detach()
+    if hasattr(base, f"{name}_blocks"):
+        blocks, scales = getattr(base, f"{name}_blocks"), getattr(base, f"{name}_scales")
+        count, k, n = base.shape_of(name)
+        like = torch.empty(0, dtype=dtype, device=blocks.device)
+        return Matrix(count, n, k, like, scratch, None, blocks, scales, bias, adapter)
+    weight = getattr(base, name).detach().to(dtype)
+    plain = weight.transpose(1, 2) if hasattr(base, "limit") else weight
+    like = weight.new_empty(0)
+    return Matrix(plain.shape[0], plain.shape[1], plain.shape[2], like, scratch, plain, bias=bias, adapter=adapter)
+
+
+def _beneath(module: Any) -> tuple[Any, dict[str, LowRank]]:
+    """What lies under PEFT's adapters of single parameters, and these by the parameter's name."""
+    found = {}
+    while hasattr(module, "lora_A"):
+        name = module.active_adapters[0]
+        a, b = module.lora_A[name].weight, module.lora_B[name].weight
+        found[module.parameter_name] = LowRank(a, b, float(module.scaling[name]))
+        module = module.base_layer
+    return module, found

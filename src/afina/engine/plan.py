@@ -49,7 +49,10 @@ def ladder(names: frozenset[str]) -> list[Placement]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a micro-batch of `tokens` is run, the `bytes` it takes beside the weights and the time it should take."""
+    """How a micro-batch of `tokens` is run, the `bytes` it takes beside the weights and the time it should take.
+
+    held: so many of the last layers keep their four-bit weights unpacked.
+    """
 
     tokens: int
     placements: list[Placement]
@@ -57,6 +60,7 @@ class Plan:
     host: Host
     bytes: int
     microseconds: float
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,9 @@ def choose(engine: "Engine", tokens: int, least: int, free_bytes: int, rates: Ra
     rates = rates or measure(engine)
     whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0), rates)
     if whole.bytes <= free_bytes:
-        return whole
+        each = engine.blocks[0].unpacked * engine.dtype.itemsize
+        held = min(len(engine.blocks), (free_bytes - whole.bytes) // each) if each else 0
+        return replace(whole, bytes=whole.bytes + held * each, held=held)
     plans = list(_candidates(engine, tokens, least, rates))
     fitting = [plan for plan in plans if plan.bytes <= free_bytes]
     if not fitting:
@@ -146,7 +152,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
     needed += WORKSPACE + engine.to_come - element * hidden * vocabulary * ends_away
     copying = sum(rung.away for rung in rungs) * element / rates.copies
     passes = 3 if ends.learnt else 2
-    base = (sum(part.n * part.k for part in block.products) * layers + vocabulary * hidden) * tokens / rates.products
+    base = (block.multiply_adds() * layers + vocabulary * hidden) * tokens / rates.products
     again = sum(rung.again for rung in rungs) / rates.products
     microseconds = max(base, copying) + max((passes - 1) * base + again, copying) + MEANWHILE * 2 * copying
     if plan.host == "both":
@@ -175,21 +181,15 @@ def _weigh(block: "Block", rung: Placement, tokens: int, rows: int) -> _Weight:
     away, again = (sum(sizes[name] for name in names) for names in (rung.away, rung.again))
     lows = tokens * sum(part.used for part in block.products)
     hidden, wide = block.products[0].k, attention.heads[0] * attention.width
-    of_mlp = rows * max(block.last.k, 2 * hidden) + sum(made[name] for name in rung.again)
+    of_mlp = block.at_work(rows) + sum(made[name] for name in rung.again)
     repeated = 3 if attention.heads[0] == attention.heads[1] else 5  # sums in fp32, gradients of each query's own key
     of_attention = tokens * (attention.columns * (1 if attention.norms is None else 2) + repeated * wide)
     of_attention += sum(made[name] for name in rung.again - {"gate_up"})
     if "gate_up" not in rung.again:  # its gradient has gone by then
         of_attention -= sizes.get("gate_up", 0)
-    work = 2 * tokens * (hidden + block.last.r) + max(of_mlp, of_attention)
-    multiplied = sum(_made_again(name, block) for name in rung.again) * tokens
+    work = 2 * tokens * (hidden + block.extra) + max(of_mlp, of_attention)
+    multiplied = sum(block.multiply_adds(name) for name in rung.again) * tokens
     return _Weight(sum(sizes.values()) + lows - away - again, away, work, multiplied)
-
-
-def _made_again(name: str, block: "Block") -> int:
-    """Multiply-adds for a token."""
-    made_by = block.products[{"gate_up": -2, "z": 0, "qkv": 0, "h": 1}[name]]
-    return made_by.n * made_by.k
 
 
 def measure(engine: "Engine") -> Rates:

@@ -4,6 +4,7 @@ PEFT adds B A to the whole parameter of all experts; beside packed experts the l
 the tokens each expert sees. Names and files are PEFT's either way. Door to PEFT.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,9 @@ from afina.recipe.schema import Lora
 
 with without_foreign_kernels():
     from peft.tuners.lora.layer import ParamWrapper
+
+ROUTER = re.compile(r"\.(router|mlp\.gate)\.weight$")
+"""gpt-oss's, and that of Qwen 3 MoE and Mixtral."""
 
 
 def mixture_targets(model: nn.Module, method: Lora) -> list[str] | None:
@@ -65,7 +69,7 @@ def router_parameters(model: nn.Module) -> list[str]:
         {
             tail_of(name)
             for name, parameter in model.named_parameters()
-            if parameter.ndim == 2 and ".router." in name and name.rpartition(".")[0] not in linear
+            if parameter.ndim == 2 and ROUTER.search(name) and name.rpartition(".")[0] not in linear
         }
     )
 

@@ -1,0 +1,160 @@
+"""The layer of gpt-oss, Qwen 3 MoE and Mixtral: attention, then a mixture of gated experts on top of it.
+
+    h = x + o(attention(turn(qkv(norm(x)))))          y = h + sum over chosen e of w_e down_e(gated(gate_up_e(norm(h))))
+
+Saved by name: x, qkv, out (attention's), h, gate_up, of which gate_up has a row for each of a token's experts and is
+most. The routing is saved as it is, so that nothing made again can be routed another way.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from afina.engine.block import Adapted, Block, Positions, Saved, added, room
+from afina.engine.elementwise import Norm, norm, norm_backward
+from afina.engine.experts import Experts
+from afina.engine.products import Product
+from afina.engine.router import Router
+
+
+@dataclass(kw_only=True, eq=False)
+class Mixture(Block):
+    """Its products and norms, router and experts, shared with the transformers layer it was made from."""
+
+    qkv: Product
+    o: Product
+    norm_attention: Norm
+    norm_mlp: Norm
+    router: Router
+    experts: Experts
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """See Block."""
+        return self.qkv, self.o
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """See Block."""
+        return self.norm_attention, self.norm_mlp
+
+    @property
+    def extra(self) -> int:
+        """See Block."""
+        return 0
+
+    @property
+    def adapters(self) -> list[Adapted]:
+        """See Block."""
+        inner = [part.adapter for part in (self.experts.gate_up, self.experts.down, self.router)]
+        return [*super().adapters, *(adapter for adapter in inner if adapter is not None)]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """See Block."""
+        of_router = [] if self.router.adapter is None else [self.router.adapter.a, self.router.adapter.b]
+        return [*super().parameters(), *self.experts.parameters(), *of_router]
+
+    def hold(self) -> None:
+        """See Block."""
+        super().hold()
+        self.experts.gate_up.hold()
+        self.experts.down.hold()
+
+    @property
+    def unpacked(self) -> int:
+        """See Block."""
+        packed = [part for part in (self.experts.gate_up, self.experts.down) if part.plain is None]
+        return sum(part.experts * part.n * part.k for part in packed)
+
+    def saves(self, tokens: int) -> dict[str, int]:
+        """See Block."""
+        hidden, pairs = self.qkv.k, self.router.chosen
+        widths = {"gate_up": pairs * self.experts.gate_up.n, "qkv": self.qkv.n + self.qkv.r, "h": hidden}
+        return {name: tokens * width for name, width in (widths | {"out": self.o.k, "x": hidden}).items()}
+
+    def multiply_adds(self, made: str | None = None) -> int:
+        """See Block."""
+        gate_up, down, chosen = self.experts.gate_up, self.experts.down, self.router.chosen
+        if made == "gate_up":
+            return chosen * gate_up.n * gate_up.k
+        base = super().multiply_adds(made)
+        return base if made else base + chosen * (gate_up.n * gate_up.k + down.n * down.k)
+
+    def at_work(self, rows: int) -> int:
+        """See Block."""
+        rows_of_hidden = 2 if self.experts.down.adapter is not None else 1
+        return rows * self.router.chosen * (self.experts.down.k + rows_of_hidden * self.experts.down.n)
+
+    def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
+        """See Block."""
+        qkv, low_qkv = self._qkv(x, at)
+        turned = self.attention.turned(qkv[:, : self.qkv.n], at)
+        attended = self.attention.attend(turned, at)
+        h, low_o = self._h(attended.out.flatten(1), x, at)
+        keeps_gate_up = save and "gate_up" not in self.placement.again
+        y, gate_up, routed = torch.empty_like(x), None, []
+        for rows in [slice(0, x.shape[0])] if keeps_gate_up else self.chunks(x.shape[0]):
+            n = norm(h[rows], self.norm_mlp, torch.empty_like(h[rows]))
+            routing = self.router.route(n)
+            gate_up, low = self.experts.open(n, routing)
+            del n
+            seen = self.experts.close(gate_up, routing, h[rows], y[rows])
+            seen.low_gate_up = low
+            routed.append((rows, routing, seen))
+        if not save:
+            return y, None
+        kept = gate_up if keeps_gate_up else None
+        saved = self.keep(attended, {"qkv": low_qkv, "o": low_o}, x=x, qkv=qkv, h=h, gate_up=kept)
+        saved.routed = routed
+        return y, saved
+
+    def backward(
+        self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """See Block."""
+        x, out = self.take(saved, "x"), self.bring_out(saved)
+        if x is None:
+            raise RuntimeError("a layer's input is not made again")
+        h, hidden = self.take(saved, "h"), x.shape[1]
+        if h is None:
+            h = self._h(out, x, at)[0]
+        wide_dh = room(x, self.o)
+        of_experts, of_router, of_norm_mlp = self._mixture_backward(
+            wide_dy, h, self.take(saved, "gate_up"), saved, wide_dh[:, :hidden]
+        )
+        del h
+
+        self.o.widen(wide_dh)
+        of_o = self.o.gradients(wide_dh, out, saved.lows["o"], self.seed(at, self.o))
+        d_out = self.o.backward(wide_dh, self.seed(at, self.o))
+        qkv = self.take(saved, "qkv")
+        if qkv is None:
+            qkv = self._qkv(x, at)[0]
+            if self.attention.norms is None:
+                self.attention.turned(qkv[:, : self.qkv.n], at)
+        self.attention.backward(saved.attended, d_out, qkv[:, : self.qkv.n], at)
+        del d_out, out
+        dx, of_qkv, of_norm = self.through_input(
+            qkv, self.qkv, self.norm_attention, x, wide_dh[:, :hidden], saved.lows["qkv"], at, below
+        )
+        return dx, [*of_qkv, *of_o, *of_norm, *of_norm_mlp, *of_experts, *of_router]
+
+    def _mixture_backward(
+        self, dy: torch.Tensor, h: torch.Tensor, gate_up: torch.Tensor | None, saved: Saved, dh: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        """Gradients of experts, router and norm; that of h goes into dh."""
+        of_experts, of_router, of_norm = [], [], []  # type: ignore[var-annotated]
+        for rows, routing, seen in saved.routed:
+            n = norm(h[rows], self.norm_mlp, torch.empty_like(h[rows]))
+            d_n, d_weights, found = self.experts.backward(dy[rows], n, gate_up, routing, seen)
+            of_experts = added(of_experts, found)
+            of_router = added(of_router, self.router.backward(routing, d_weights, n, d_n))
+            of_norm = added(of_norm, norm_backward(d_n, h[rows], self.norm_mlp, dh[rows], residual=dy[rows]))
+        return of_experts, of_router, of_norm
+
+    def _qkv(self, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.widely(x, self.norm_attention, self.qkv, at)
+
+    def _h(self, out: torch.Tensor, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.o.forward_narrow(out, x, self.seed(at, self.o))
