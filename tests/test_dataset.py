@@ -41,6 +41,55 @@ def test_split_writes_what_reads_back_and_says_what_it_is(tmp_path, events):
     assert not (tmp_path / "none").exists()
 
 
+TALK = [
+    {"role": "user", "content": "Is it \U0001f600 warm?"},
+    {"role": "assistant", "content": "I look.", "weight": 0.25, "thinking": "Hm.", "seen": True},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "Yes.", "weight": 2.0},
+]
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}
+FORMS = {
+    "messages": {"messages": TALK, "tools": [WEATHER], "reasoning_effort": "low", "id": 7, "source": {"url": "x"}},
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
+    "alpaca": {"instruction": "Add.", "input": "2 2", "output": "4", "category": "sums"},
+    "prompt-completion": {"prompt": "a", "completion": "b", "score": 0.5, "system": "Be brief."},
+    "question-answer": {"question": "a", "answer": "b", "id": None},
+    "text": {"text": "En un lugar", "page": 1},
+    "mapping": {"question": "a", "answer": "b", "messages": [], "n": 12345678901234567890123},
+}
+
+
+@pytest.mark.parametrize("dialect", FORMS)
+@pytest.mark.parametrize("system", [None, "You are kind."])
+def test_of_a_split_row_nothing_is_lost(dialect, system, tmp_path):
+    """Its sample reads back equal (weights, thoughts, tools), and every value it had is still there."""
+    row = FORMS[dialect]
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(row)] * 2), "utf-8")
+    changes = [] if system is None else [f"data.system={system}"]
+    keys: dict = {} if system is None else {"system": system}
+    if dialect == "mapping":
+        changes.append("data.mapping={user: '{{ row.question }}', assistant: '{{ row.answer }}'}")
+        keys["mapping"] = {"user": "{{ row.question }}", "assistant": "{{ row.answer }}"}
+    place = dataset.split(str(tmp_path / "a.jsonl"), "rest", tmp_path / "parts", changes)
+    before = read("a.jsonl", Data(train="x", **keys), tmp_path).samples
+    after = read("rest.jsonl", Data(train="x"), place).samples
+    assert [(one.messages, one.tools, one.effort) for one in after] == [
+        (one.messages, one.tools, one.effort) for one in before
+    ]
+    (line, _second) = (place / "rest.jsonl").read_text("utf-8").splitlines()
+
+    def values(value: object) -> set[str]:
+        if isinstance(value, dict):
+            return {one for part in value.values() for one in values(part)}
+        if isinstance(value, list):
+            return {one for part in value for one in values(part)}
+        return {json.dumps(value)}
+
+    said = line.encode().decode()
+    speakers = {json.dumps(name) for name in ("human", "gpt")}  # in our words: user, assistant
+    assert all(one in values(json.loads(line)) or json.loads(one) in said for one in values(row) - speakers)
+
+
 def test_stats_of_a_recipe_and_of_data_alone(tmp_path, events, capsys):
     found = dataset.stats("afina/sentiment/train", plot=tmp_path / "lengths.svg")
     assert (len(found.lengths), found.over) == (600, 0)

@@ -106,11 +106,15 @@ def split(
         raise OutputError(
             _("{path} exists already.").format(path=place), hint=_("Choose another folder with --out, or remove it.")
         )
-    reading = read(recipe.data.train, recipe.data, folder)
+    reading = read(recipe.data.train, recipe.data, folder, with_rows=True)
     dealt = deal(reading.samples, parts, recipe.seed)
+    lines = {
+        id(sample): written(sample, row.value, reading.spoken[sample.file])
+        for sample, row in zip(reading.samples, reading.rows, strict=True)
+    }
     with durable.new_folder(place) as new:
         for part, samples in dealt.items():
-            durable.write_text(new / f"{part.name}.jsonl", "".join(written(sample) for sample in samples))
+            durable.write_text(new / f"{part.name}.jsonl", "".join(lines[id(sample)] for sample in samples))
         seal(
             new,
             "split",

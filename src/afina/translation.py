@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -55,9 +56,11 @@ def translate(
         ask, at_once = _translator(job, by, parallel)
         with console.progress(_("Translating"), left.characters) as progress:
             outcome = run_translation(samples, job, cache, ask, parallel=at_once, on_progress=progress.advance)
-    except KeyboardInterrupt as stopped:
+    except (KeyboardInterrupt, Interrupted) as stopped:
         raise Interrupted(
-            _("Stopped; what is translated so far is kept."), hint=_("The same command goes on from there.")
+            _("Stopped; what is translated so far is kept."),
+            signal_number=stopped.exit_status - 128 if isinstance(stopped, Interrupted) else signal.SIGINT,
+            hint=_("The same command goes on from there."),
         ) from stopped
     except EndpointError as gone:
         raise EndpointError(
@@ -156,6 +159,8 @@ def _translator(job: Job, by: tuple[str | None, str, str], parallel: int) -> tup
         pieces = re.split("(⟦[0-9]+⟧)", text)
         words = [place for place, piece in enumerate(pieces) if place % 2 == 0 and piece.strip()]
         for place, made in zip(words, here([pieces[place].strip() for place in words]), strict=True):
+            if made is None:  # too long: the row is kept back
+                return Reply("")
             bare = pieces[place].strip()
             pieces[place] = pieces[place].replace(bare, made.strip(), 1)
         return Reply("".join(pieces))

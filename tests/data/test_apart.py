@@ -8,11 +8,12 @@ import pytest
 from data.byte_level import FAMILIES, build
 from data.test_template import learnt_texts
 
+from afina.data.audit.labels import audit
 from afina.data.conversation import Message, Sample, packed
 from afina.data.messages import effort_from, message_from, tools_from
 from afina.data.problem import BadRows
 from afina.data.rows import BadRow
-from afina.data.template import Renderer, audit
+from afina.data.template import Renderer
 from afina.data.tokenizer import Tokenizer
 
 TOOL = {

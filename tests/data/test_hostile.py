@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -63,6 +64,40 @@ def torn_parquet(path: Path) -> None:
     path.write_bytes(content)
 
 
+def lying(place: int, number: int) -> Callable[[Path], None]:
+    """A Parquet file whose one page says `number` where it held its size unpacked (0) or its values (2)."""
+
+    def varint(value: int) -> bytes:
+        value = (value << 1) ^ (value >> 63)  # Thrift's zigzag
+        made = bytearray()
+        while value > 127:
+            made.append(value & 127 | 128)
+            value >>= 7
+        return bytes([*made, value])
+
+    def write(path: Path) -> None:
+        from pyarrow import parquet as writer
+
+        sink = io.BytesIO()
+        texts = ["a" * 200 + str(n) for n in range(50)]
+        writer.write_table(pyarrow.table({"text": texts}), sink, use_dictionary=False, compression="snappy")
+        content = sink.getvalue()
+        head = re.match(rb"PAR1\x15\x00\x15(.\xa0\x01)\x15(..)\x2c\x15(\x64)\x15.{8}\x28\xc9\x01", content, re.DOTALL)
+        begin, end = head.span(place + 1)
+        said = varint(number)
+        more = len(said) - (end - begin)  # taken out of the statistics, so that the page begins where it did
+        content = (
+            content[:begin]
+            + said
+            + content[end : head.end() - 2]
+            + bytes([0xC9 - more, 1])
+            + content[head.end() + more :]
+        )
+        path.write_bytes(content)
+
+    return write
+
+
 HOSTILE: dict[str, tuple[str, Callable[[Path], None]]] = {
     "depth in lines": ("a.jsonl", holding(b'{"text": ' + b"[" * 100_000)),
     "depth in a document": ("a.json", holding(b"[" * 100_000 + b"]" * 100_000)),
@@ -90,6 +125,9 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], None]]] = {
     "a Parquet bomb": ("a.parquet", parquet({"text": ["x" * 2**23]}, compression="zstd")),
     "a Parquet bomb of many rows": ("a.parquet", one_text_a_million_times),
     "torn Parquet": ("a.parquet", torn_parquet),
+    "a Parquet page of two gigabytes by its word": ("a.parquet", lying(0, 2**31 - 1)),
+    "a Parquet page of less than nothing": ("a.parquet", lying(0, -(2**31))),
+    "a Parquet page of two thousand million values": ("a.parquet", lying(2, 2**31 - 1)),
     "Parquet in name": ("a.parquet", holding(b"PAR1" + bytes(100) + b"PAR1")),
     "a page of an error": ("a.json", holding(b"<!DOCTYPE html><html>404</html>")),
     "many keys given twice": ("a.jsonl", holding(b"{" + b'"a":1,' * 10**5 + b'"a":1}')),
@@ -107,6 +145,39 @@ def test_a_hostile_file_is_one_error(tmp_path, name):
     assert peak() - before < MOST
     assert raised.value.hint
     assert raised.value.file == str(tmp_path / file)
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if "Parquet" in name])
+def test_after_a_hostile_file_others_are_read(tmp_path, name):
+    """The process that a hostile file ends is begun again."""
+    file, write = HOSTILE[name]
+    write(tmp_path / file)
+    with pytest.raises(DataError):
+        read(file, Data(train=file), tmp_path)
+    parquet({"text": ["one", "two"]})(tmp_path / "b.parquet")
+    assert [sample.messages[0].content for sample in read("b.parquet", Data(train="x"), tmp_path).samples] == [
+        "one",
+        "two",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "1 s"),
+        ("{{ 'a' * 2000000000 }}", "MiB"),  # while it is compiled
+        ("{{ row.q * 2000000000 }}", "MiB"),
+        ("{% for i in range(99999) %}{{ 'a' * 100000 }}{% endfor %}", "characters"),
+    ],
+)
+def test_a_mapping_that_takes_too_much_is_stopped(tmp_path, template, why):
+    (tmp_path / "a.jsonl").write_text('{"q": "x", "a": "b"}\n' * 3)
+    mapping = Mapping(user=template, assistant="{{ row.a }}")
+    with pytest.raises(DataError, match=f"data.mapping.user was stopped: .*{why}") as raised:
+        read("a.jsonl", Data(train="a.jsonl", mapping=mapping), tmp_path)
+    assert raised.value.hint
+    mapping = Mapping(user="{{ row.q }}", assistant="{{ row.a }}")
+    assert len(read("a.jsonl", Data(train="a.jsonl", mapping=mapping), tmp_path).samples) == 3
 
 
 def test_a_hostile_value_beside_the_rows_is_passed_over(tmp_path):

@@ -7,9 +7,10 @@ from data.byte_level import FAMILIES, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from afina.data.audit.labels import audit
 from afina.data.conversation import Message, Sample
 from afina.data.problem import BadRows
-from afina.data.template import MARK, Rendered, Renderer, audit
+from afina.data.template import MARK, Rendered, Renderer
 from afina.data.tokenizer import Tokenizer
 from afina.errors import DataError, ModelError
 
@@ -85,6 +86,22 @@ def test_ids_are_those_of_transformers(name, messages, family):
     assert ids == begin + expected
     prompt = render.prompt(messages[:-1])
     assert prompt == begin + by_transformers(render.tokenizer, messages[:-1], add_generation_prompt=True)
+
+
+WORDS = st.text(st.sampled_from("abczñé¿?.,:;19-*_()'\" \n🙂π"), max_size=24).map(lambda text: f"x{text}y")
+
+
+@families
+@with_fixture
+@given(texts=st.lists(WORDS, min_size=2, max_size=6), system=st.none() | WORDS)
+def test_any_conversation_has_the_ids_that_transformers_gives_it(name, family, texts, system):
+    render = Renderer(family(name))
+    texts = texts[: len(texts) // 2 * 2]
+    messages = [Message(("user", "assistant")[n % 2], text) for n, text in enumerate(texts)]
+    if system is not None and name not in NO_SYSTEM:
+        messages = [Message("system", system), *messages]
+    begin = [render.tokenizer.bos_id] if name in ADDED_BOS else []
+    assert render.sample(sample(*messages)).ids.tolist() == begin + by_transformers(render.tokenizer, messages)
 
 
 @families

@@ -7,8 +7,9 @@ from data.byte_level import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afina.data.audit.labels import audit
 from afina.data.conversation import DOCUMENT, PASSAGE, Message, Sample
-from afina.data.template import Renderer, audit
+from afina.data.template import Renderer
 from afina.data.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(build(bos="<s>", adds_bos=True, special=["<|im_end|>"]), None)

@@ -1,16 +1,22 @@
 """Translation against a small honest server: it speaks the protocol, keeps count, and fails when it is told to."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+import afina
 from afina import translation
 from afina.data import translate as room
-from afina.data.conversation import Message, Sample, packed
+from afina.data.conversation import Message, Sample, packed, row_of
 from afina.data.translate import Cache, Job, estimate, translate
 from afina.errors import RecipeError
 from afina.model.endpoint import EndpointError
@@ -24,6 +30,8 @@ class Server:
         self.script: list[object] = []
         self.keys: set[str | None] = set()
         self.at_once = self.most = 0
+        self.hold_after: int | None = None
+        self.held, self.go_on = threading.Event(), threading.Event()
         lock, server = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -36,20 +44,28 @@ class Server:
                     server.at_once += 1
                     server.most = max(server.most, server.at_once)
                     said = server.script.pop(0) if server.script else 200
+                    hold = server.hold_after is not None and server.seen.total() > server.hold_after
+                if hold:
+                    server.held.set()
+                    server.go_on.wait(90)
                 status, content = (said, b"busy") if isinstance(said, int) and said != 200 else (200, b"")
                 if status == 200:
                     words = said if isinstance(said, str) else server.reversed(text)
                     choice = {"message": {"content": words}, "finish_reason": "stop"}
                     usage = {"prompt_tokens": 10, "completion_tokens": 5}
                     content = json.dumps({"choices": [choice], "usage": usage}).encode()
+                with suppress(OSError):  # whoever asked may be gone
+                    self.answer(status, content)
+                with lock:
+                    server.at_once -= 1
+
+            def answer(self, status: int, content: bytes) -> None:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
                 if status == 302:
                     self.send_header("Location", "http://127.0.0.1:1/elsewhere")
                 self.end_headers()
                 self.wfile.write(content)
-                with lock:
-                    server.at_once -= 1
 
             def log_message(self, *_arguments: object) -> None:
                 pass
@@ -189,3 +205,40 @@ def test_addresses_that_are_not_taken(url, key):
 def test_another_language_or_translator_is_another_entry():
     (unit,) = [part for part in room.parts("some words") if not isinstance(part, str)]
     assert len({Job(*job).key(unit) for job in (("en", "es", "a"), ("en", "fr", "a"), ("en", "es", "b"))}) == 3
+
+
+def started(tmp_path, server, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "afina", "data", "translate", "rows.jsonl", "--out", "rows.es.jsonl"]
+    command += ["--endpoint", server.url, "--model", "m", "--parallel", "1", *more]
+    env = {**os.environ, "PYTHONPATH": str(Path(afina.__file__).parents[1])}
+    return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_is_stopped_goes_on_where_it_was(server, tmp_path, stop):
+    """Ctrl-C, a polite end and a kill: what was answered is kept, the status says why, and nothing is asked twice."""
+    rows = [row_of(sample) for sample in samples(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    server.hold_after = 7
+    process = started(tmp_path, server)
+    try:
+        assert server.held.wait(120), process.communicate(timeout=9)
+        process.send_signal(stop)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        server.hold_after = None
+        server.go_on.set()
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[stop]
+    assert stop is signal.SIGKILL or "what is translated so far is kept" in said.replace("\n", " ")
+    assert not (tmp_path / "rows.es.jsonl").exists()
+    kept = (tmp_path / "rows.es.cache.jsonl").read_bytes()
+    assert kept.count(b"\n") == 7
+    process = started(tmp_path, server)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "12 rows = 12 translated + 0 kept back" in out.replace("\n", " ")
+    assert (tmp_path / "rows.es.cache.jsonl").read_bytes().startswith(kept)
+    again = [text for text, count in server.seen.items() if count > 1]
+    assert len(again) <= 1  # what was under way when it ended
+    assert len((tmp_path / "rows.es.jsonl").read_text("utf-8").splitlines()) == 12

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small import llama
 
 from afina.data.batch import micro_batches
@@ -55,6 +57,37 @@ def test_losses_are_those_of_each_sample_alone(layout, fast):
         assert torch.equal(batch.owner, owners)
         seen |= set(batch.samples)
     assert seen == set(range(5))
+
+
+CASES = st.lists(st.integers(2, 24), min_size=1, max_size=6)
+
+
+@torch.no_grad()
+@settings(deadline=None, max_examples=30)
+@given(lengths=CASES, seed=st.integers(0, 99), budget=st.integers(1, 80), pad=st.integers(0, 96), fast=st.booleans())
+def test_however_a_step_is_laid_out_logits_and_losses_are_those_of_each_sample_alone(lengths, seed, budget, pad, fast):
+    """Packed or padded, with any token, into micro-batches of any size; their losses add up to one sum."""
+    random = np.random.default_rng(seed)
+    samples = []
+    for length in lengths:
+        learnt = random.random(length) < 0.5
+        learnt[-1] = True
+        samples.append(Rendered(random.integers(3, 97, length).astype(np.int32), learnt))
+    model = llama().double()
+    wanted = [alone(model, row) for row in samples]
+    total = float(sum(losses.sum() for losses in wanted))
+    for packing in (True, False):
+        batches = micro_batches(samples, range(len(samples)), budget=budget, packing=packing, pad_id=pad)
+        with packed_attention(model, fast and packing):
+            logits = [target_logits(model, batch) for batch in batches]
+            summed = sum(summed_loss(model, batch).item() for batch in batches)
+        assert summed == pytest.approx(total, rel=1e-9)
+        for batch, found in zip(batches, logits, strict=True):
+            of_each = []
+            for index in batch.samples:
+                ids = torch.from_numpy(samples[index].ids).long()
+                of_each.append(model(input_ids=ids[None]).logits[0, np.flatnonzero(samples[index].learnt[1:])])
+            torch.testing.assert_close(found.double(), torch.cat(of_each), rtol=1e-9, atol=1e-9)
 
 
 def test_padding_is_never_seen():

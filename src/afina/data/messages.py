@@ -13,7 +13,6 @@ from afina.language import _
 
 THOUGHTS = ("thinking", "reasoning", "reasoning_content")
 """Names under which files keep what a model thought before it answered."""
-KNOWN = {"role", "content", "weight", "tool_calls", "tool_call_id", "name", *THOUGHTS}
 REFUSED = ("function_call", "refusal", "audio", "images", "image_url")
 """What a message may hold that would teach something else if it were left out."""
 

@@ -1,11 +1,20 @@
-"""Parquet to rows, a few at a time. Strings that a file holds once and names often are not multiplied in memory."""
+"""Parquet to rows, a few at a time. Strings that a file holds once and names often are not multiplied in memory.
 
-from collections.abc import Iterator
+Pages and footers are decoded in a process of its own (worker.py): one that lies about its sizes ends that process.
+What comes back is a batch of rows in Arrow's own form, looked through there; here it becomes values, row by row.
+"""
+
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from afina.data.lines import FREE_BYTES, RATIO
 from afina.data.rows import Row
+from afina.data.worker import READER, Act, Overrun
 from afina.errors import DataError, ResourceError
 from afina.language import _
 
@@ -14,48 +23,117 @@ BATCH_BYTES = 2**22
 BATCH_ROWS = 1024
 FOOTER = 2**24
 """No name or statistic of the footer is longer, and it lists no more parts."""
+CLOSE, BOMB = -1, "bomb"
+"""Asked for instead of a batch: let go of the file. Answered: it grows too much."""
+_OPENED = count()
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
     """The rows in order; `line` is the number of the row. Raises DataError, and ResourceError without pyarrow."""
     try:
-        import pyarrow
-        from pyarrow import parquet
+        from pyarrow import ipc
     except ImportError as error:
         raise ResourceError(
             _("The package pyarrow is needed to read Parquet files."),
             hint=_('Run: pip install "afina[parquet]", or convert the file to JSON Lines.'),
         ) from error
-    limits = {"thrift_string_size_limit": FOOTER, "thrift_container_size_limit": FOOTER, "pre_buffer": False}
-    made, number = 0, 0
+    opened = json.dumps([str(path.absolute()), next(_OPENED)])
+    made, number, packed = 0, 0, path.stat().st_size
     try:
-        packed = path.stat().st_size
+        for place in count():
+            text = _batch(path, opened, place, number + 1)
+            if text == BOMB:
+                raise _bomb(path)
+            if not text:
+                return
+            with ipc.open_stream(b64decode(text)) as stream:
+                batch = stream.read_next_batch()
+            for value in (batch.slice(row, 1).to_pylist()[0] for row in range(batch.num_rows)):
+                number += 1
+                made += _size(value)
+                if made > FREE_BYTES and made > RATIO * packed:
+                    raise _bomb(path)
+                yield Row(value, number)
+    finally:
+        if READER.running:
+            with suppress(Overrun):
+                READER.ask("parquet", opened, [CLOSE])
+
+
+def _batch(path: Path, opened: str, place: int, line: int) -> str:
+    try:
+        status, text = READER.ask("parquet", opened, [place])[0]
+    except Overrun as error:
+        status, text = "refused", error.message
+    if status != "made":
+        raise DataError(
+            _("The Parquet file cannot be read: {reason}.").format(reason=text.split("\n")[0].rstrip(".")),
+            file=path,
+            line=line,
+            hint=_("Fetch it again, or convert it to JSON Lines."),
+        )
+    return text
+
+
+def prepare() -> None:
+    """What the process needs before its memory is counted. Raises ImportError without pyarrow."""
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the others ask for gigabytes ahead
+    pyarrow.set_cpu_count(1)
+    pyarrow.set_io_thread_count(1)
+
+
+def batches(definition: str) -> Act:
+    """In the process: the file of a definition, [path, number], as an act that makes a text of its n-th batch.
+
+    Batches are asked for in order, from 0. "" is said after the last; BOMB of what no data set is like.
+    """
+    source = _batches(json.loads(definition)[0])
+    expected = count()
+
+    def batch(place: Any) -> str:
+        if place == CLOSE:
+            source.close()
+        elif place != next(expected):
+            raise ValueError(f"batch {place} is not the next one: the process was begun anew")
+        return next(source, "")
+
+    return batch
+
+
+def _batches(path: str) -> Generator[str, None, None]:
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    limits = {"thrift_string_size_limit": FOOTER, "thrift_container_size_limit": FOOTER, "pre_buffer": False}
+    try:
         with parquet.ParquetFile(path, **limits) as file:
             texts = [file.schema.column(n).path for n in range(len(file.schema)) if _is_text(file.schema.column(n))]
-            size = _batch_rows(file.metadata, path)
+            size = _batch_rows(file.metadata)
+        if not size:
+            yield BOMB
+            return
         with parquet.ParquetFile(path, read_dictionary=texts, buffer_size=2**16, **limits) as file:
             for batch in file.iter_batches(batch_size=size, use_threads=False):
-                for value in (batch.slice(place, 1).to_pylist()[0] for place in range(batch.num_rows)):
-                    number += 1
-                    made += _size(value)
-                    if made > FREE_BYTES and made > RATIO * packed:
-                        raise _bomb(path)
-                    yield Row(value, number)
-    except (pyarrow.ArrowException, OSError, MemoryError) as error:
-        raise DataError(
-            _("The Parquet file cannot be read: {reason}.").format(reason=str(error).split("\n")[0].rstrip(".")),
-            file=path,
-            line=number + 1,
-            hint=_("Fetch it again, or convert it to JSON Lines."),
-        ) from error
+                batch.validate(full=True)
+                sink = pyarrow.BufferOutputStream()
+                with ipc.new_stream(sink, batch.schema) as stream:
+                    stream.write_batch(batch)
+                yield b64encode(sink.getvalue()).decode("ascii")
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, MemoryError):
+            raise
+        raise ValueError(str(error)) from error
 
 
 def _is_text(column: Any) -> bool:
     return str(column.physical_type) == "BYTE_ARRAY"
 
 
-def _batch_rows(metadata: Any, path: Path) -> int:
-    """Rows to a batch, by what the footer says of their size. Raises DataError for what no data set is like."""
+def _batch_rows(metadata: Any) -> int:
+    """Rows to a batch, by what the footer says of their size; 0 for what no data set is like."""
     made = packed = 0
     for group in range(metadata.num_row_groups):
         part = metadata.row_group(group)
@@ -63,7 +141,7 @@ def _batch_rows(metadata: Any, path: Path) -> int:
             chunk = part.column(column)
             made, packed = made + chunk.total_uncompressed_size, packed + chunk.total_compressed_size
     if made > FREE_BYTES and made > RATIO * packed:
-        raise _bomb(path)
+        return 0
     return int(max(1, min(BATCH_ROWS, BATCH_BYTES * max(metadata.num_rows, 1) // max(made, 1))))
 
 

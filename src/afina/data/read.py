@@ -9,7 +9,7 @@ from pathlib import Path
 
 from afina.data.audit.chat import class_of
 from afina.data.conversation import Sample
-from afina.data.dialects import Make, checked, dialect_of, maker
+from afina.data.dialects import Make, Mapped, checked, dialect_of, maker
 from afina.data.files import find
 from afina.data.messages import effort_from, tools_from
 from afina.data.problem import BadRows, Problem
@@ -24,16 +24,25 @@ MOST_PROBLEMS = 10_000
 
 @dataclass
 class Reading:
-    """What was read and how. `dialects`, `forms`: of every file. `encodings`: the files of each."""
+    """What was read and how. `spoken`: the dialect of each file; `forms`: of all; `encodings`: the files of each.
+
+    `rows`: what the samples were made of, where it was asked for.
+    """
 
     samples: list[Sample] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
-    dialects: set[str] = field(default_factory=set)
+    spoken: dict[Path, str] = field(default_factory=dict)
     forms: set[str] = field(default_factory=set)
     encodings: dict[str, list[Path]] = field(default_factory=dict)
 
+    @property
+    def dialects(self) -> set[str]:
+        """Of every file."""
+        return set(self.spoken.values())
 
-def read(sources: Sources, data: Data, folder: Path) -> Reading:
+
+def read(sources: Sources, data: Data, folder: Path, *, with_rows: bool = False) -> Reading:
     """Read every sample of `sources`; relative paths start at `folder`, else at the working directory.
 
     Raises DataError: a source is missing or empty, a file is named twice, or rows are bad (BadRows names all of them).
@@ -43,6 +52,8 @@ def read(sources: Sources, data: Data, folder: Path) -> Reading:
     for file, row, found in samples(sources, data, folder, reading):
         if isinstance(found, Sample):
             reading.samples.append(found)
+            if with_rows:
+                reading.rows.append(row)
         else:
             problems.append(Problem(file, row.line, found, class_of(row, reading.dialects)))
         if len(problems) == MOST_PROBLEMS:
@@ -85,17 +96,18 @@ def _of_file(file: Path, data: Data, told: Reading) -> Iterator[tuple[Path, Row,
     form = format_of(file, shape)
     told.encodings.setdefault(encoding, []).append(file)
     told.forms.add(form)
+    mapped = Mapped(data.mapping) if data.mapping is not None else None
     make: Make | None = None
     empty = True
-    for row in rows(file, shape, form):
+    for row in mapped.over(rows(file, shape, form)) if mapped else rows(file, shape, form):
         empty = False
         try:
             if row.fault:
                 raise BadRow(row.fault)
             if make is None:
                 dialect = dialect_of(row.value, data)
-                make = maker(dialect, data.mapping, passages=form == "text")
-                told.dialects.add(dialect)
+                make = mapped or maker(dialect, passages=form == "text")
+                told.spoken[file] = dialect
             messages = checked(make(row), data.system)
             talks = dialect in ("messages", "sharegpt")
             beside = (tools_from(row.value), effort_from(row.value)) if talks else ()

@@ -1,12 +1,12 @@
 """Foreign Jinja in a sandbox: chat templates as transformers runs them, and the mapping templates of a recipe.
 
 A template sees nothing but what it is given, cannot change it, and reaches neither Python's internals nor files. It
-can still loop for long, and while it is compiled too: worker.py runs chat templates where that harms nobody.
+can still loop for long, and while it is compiled too: worker.py runs them where that harms nobody.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any
 
@@ -33,7 +33,8 @@ FAILURES = (
 )
 """What rendering a foreign template on foreign data can raise."""
 
-Render = Callable[..., str]
+MOST = 2**20
+"""Characters that a rendering may have beside four times those it was given."""
 
 
 class _Generation(Extension):
@@ -59,8 +60,8 @@ class TooLong(Exception):
     """A rendering has more characters than it may."""
 
 
-def templated(text: str, most: int) -> Callable[[Any], str]:
-    """A chat template as what it makes of [messages, prompt, given]; `most`: see worker.OUTPUT. Raises TemplateError.
+def templated(text: str, most: int = MOST) -> Callable[[Any], str]:
+    """A chat template as what it makes of [messages, prompt, given]; `most`: see MOST. Raises TemplateError.
 
     Rendering raises one of FAILURES, or TooLong.
     """
@@ -73,24 +74,38 @@ def templated(text: str, most: int) -> Callable[[Any], str]:
 
     def render(item: Any) -> str:
         messages, prompt, given = item
-        parts: list[str] = []
-        count = 0
-        for part in template.generate(messages=messages, add_generation_prompt=prompt, **given):
-            parts.append(part)
-            count += len(part)
-            if count > most and count > most + 4 * len(json.dumps(item)):
-                raise TooLong
-        return "".join(parts)
+        return _joined(template.generate(messages=messages, add_generation_prompt=prompt, **given), item, most)
 
     return render
 
 
-def mapping_template(text: str) -> Render:
-    """Compile a template of data.mapping: what is not there is an error, never an empty text."""
+def mapped(text: str, most: int = MOST) -> Callable[[Any], str]:
+    """A template of data.mapping as what it makes of [row, keys]: what is not there is an error, never an empty text.
+
+    Raises as `templated`.
+    """
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = _to_json
     environment.globals["namespace"] = _Namespace
-    return environment.from_string(text).render
+    template = environment.from_string(text)
+
+    def render(item: Any) -> str:
+        row, keys = item
+        return _joined(template.generate(row=row, keys=keys), item, most)
+
+    return render
+
+
+def _joined(parts: Iterable[str], item: Any, most: int) -> str:
+    """The parts of a rendering. Raises TooLong beyond `most` characters and four times those of what was given."""
+    kept: list[str] = []
+    count = 0
+    for part in parts:
+        kept.append(part)
+        count += len(part)
+        if count > most and count > most + 4 * len(json.dumps(item)):
+            raise TooLong
+    return "".join(kept)
 
 
 def without_clock(text: str) -> str:

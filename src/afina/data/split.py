@@ -8,7 +8,9 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from afina.data.audit.chat import KEYS, unread
 from afina.data.classes import classes_of
 from afina.data.conversation import Sample, row_of
 from afina.data.near import groups
@@ -144,6 +146,19 @@ def _quotas(counts: dict[str, int], wanted: int) -> dict[str, int]:
     return quotas
 
 
-def written(sample: Sample) -> str:
-    """A sample as a line of a file of messages."""
-    return json.dumps(row_of(sample), ensure_ascii=False) + "\n"
+def written(sample: Sample, value: Any, dialect: str) -> str:
+    """A row as a line that reads back as the same sample, with all it has besides: ids, sources, notes.
+
+    Messages stay as they are; rows of other dialects become messages, or a text, and keep what was not read. A row
+    that a mapping read is kept whole beside them, under `row`.
+    """
+    row = value if isinstance(value, dict) else {}
+    if dialect == "messages":
+        if len(row["messages"]) < len(sample.messages):  # the recipe's system message stands before them
+            row = {**row, "messages": [*row_of(sample)["messages"][:1], *row["messages"]]}
+    else:
+        beside = {key: row[key] for key in row if key in unread(row, dialect)}
+        if dialect not in KEYS or any(key in beside for keys in KEYS.values() for key in keys):
+            beside = {"row": value}  # spread out, its keys could be taken for those of a dialect
+        row = {"text": sample.answer, **beside} if sample.is_text else {**row_of(sample), **beside}
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"

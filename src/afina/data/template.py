@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from afina.data.audit.kinds import kinds
-from afina.data.conversation import DOCUMENT, PASSAGE, Message, Sample
+from afina.data.conversation import DOCUMENT, Message, Sample
 from afina.data.hiding import Hidden, Hider, any_of, harmless, leaves, stands
 from afina.data.layout import Layout, Rows, Span, laid_out
 from afina.data.problem import BadRows, Problem
@@ -303,8 +302,14 @@ class Renderer:
 
     def _encode(self, conversations: list[list[_Piece]]) -> list[Rendered]:
         """Ids of pieces, all plain texts encoded in one call."""
-        plain = [piece.text for pieces in conversations for piece in pieces if piece.markup is None]
-        encoded = iter(self.tokenizer.encode(plain, tags=False))
+        plain = [
+            (piece.text, before is not None and (before.markup is None or self.tokenizer.begins_once))
+            for pieces in conversations
+            for before, piece in zip([None, *pieces[:-1]], pieces, strict=True)
+            if piece.markup is None
+        ]
+        texts, inside = [text for text, _inside in plain], [goes_on for _text, goes_on in plain]
+        encoded = iter(self.tokenizer.encode(texts, tags=False, inside=inside))
         return [self._joined(pieces, encoded) for pieces in conversations]
 
     def _joined(self, pieces: list[_Piece], encoded: Iterator[list[int]]) -> Rendered:
@@ -366,33 +371,3 @@ def _unclear(row: Mapping[str, Any]) -> DataError:
         _("The chat template drops or repeats the answer “{start}”.").format(start=row["content"].strip()[:40]),
         hint=_("Use another template (model.chat_template)."),
     )
-
-
-def audit(
-    samples: Sequence[Sample], rendered: Sequence[Rendered], tokenizer: Tokenizer, max_length: int
-) -> list[tuple[Sample, str]]:
-    """What is wrong with the labels, sample by sample, before the first step; empty when all is well.
-
-    Checked: something is learnt; the end of turn is learnt; the sequence fits, so no answer is cut off; one BOS.
-    """
-    problems: list[tuple[Sample, str]] = []
-    for sample, row in zip(samples, rendered, strict=True):
-        ends = sample.messages[0].role != PASSAGE
-        for kind, detail in faults(row, tokenizer, max_length, ends=ends):
-            sentence = kinds()[kind].sentence
-            problems.append((sample, f"{sentence}: {detail}" if detail else sentence))
-    return problems
-
-
-def faults(row: Rendered, tokenizer: Tokenizer, max_length: int, *, ends: bool = True) -> Iterator[tuple[str, str]]:
-    """Class (audit/kinds.py) and detail of what is wrong with the labels of a sample. ends: it has an end to learn."""
-    learnt = np.flatnonzero(row.learnt[1:]) + 1  # the first token is never predicted
-    bos = tokenizer.hf.bos_token_id
-    if learnt.size == 0:
-        yield "nothing-learnt", ""
-    elif ends and int(row.ids[learnt[-1]]) not in tokenizer.end_ids:
-        yield "end-not-learnt", ""
-    if row.ids.size > max_length:
-        yield "over-context", f"{row.ids.size} > {max_length}"
-    if bos is not None and row.ids[:2].tolist() == [bos, bos]:
-        yield "double-bos", ""

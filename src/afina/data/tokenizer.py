@@ -8,9 +8,10 @@ are not special, such as <think> or <tool_call>, come from the template or from 
 tokens. The rest (runs of spaces, words added to the vocabulary) are text like any other.
 """
 
+import copy
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -107,32 +108,56 @@ class Tokenizer:
             choices.append(left + one + right)
         return re.compile("|".join(choices) if choices else r"(?!)")
 
-    def encode(self, texts: list[str], *, tags: bool = True) -> list[list[int]]:
+    def encode(
+        self, texts: Sequence[str], *, tags: bool = True, inside: Sequence[bool] | None = None
+    ) -> list[list[int]]:
         """Ids of each text, with nothing added and no control token taken as such. Raises ModelError.
 
-        tags: those that are not special become tokens, as in every other program. A text whose ids would hold a token
-        that it must not become (a vocabulary may have it as a word too) is spelled out, character by character.
+        tags: those that are not special become tokens, as in every other program. inside: which of the texts go on
+        with one before them, so that SentencePiece's mark of a beginning is not put before them. A text whose ids would
+        hold a token that it must not become (a vocabulary may have it as a word too) is spelled out, character by
+        character.
         """
-        backend, forbidden = (self._with_tags, self._control_ids) if tags else (self._plain, self._markup_ids)
-        different = list(dict.fromkeys(texts))  # a template writes the same few texts around all contents
-        found = dict(zip(different, _ids(backend, different), strict=True))
-        for text, ids in found.items():
-            if not forbidden.isdisjoint(ids):
-                found[text] = [index for one in _ids(backend, list(text)) for index in one]
-        return [found[text] for text in texts]
+        forbidden = self._control_ids if tags else self._markup_ids
+        going_on = [False] * len(texts) if inside is None else inside
+        found: dict[tuple[str, bool], list[int]] = {}
+        for goes_on in (False, True):
+            backend, continued = self._backends(tags=tags, inside=goes_on), self._backends(tags=tags, inside=True)
+            # a template writes the same few texts around all contents
+            different = list(dict.fromkeys(text for text, on in zip(texts, going_on, strict=True) if on == goes_on))
+            for text, ids in zip(different, _ids(backend, different), strict=True):
+                if not forbidden.isdisjoint(ids):
+                    letters = [*_ids(backend, [text[:1]]), *_ids(continued, list(text[1:]))]
+                    ids = [index for one in letters for index in one]
+                found[text, goes_on] = ids
+        return [found[key] for key in zip(texts, going_on, strict=True)]
 
     @cached_property
-    def _with_tags(self) -> Any:
-        """The tokenizer with control tokens taken as ordinary text."""
-        return _backend(self.hf.backend_tokenizer.to_str())
+    def begins_once(self) -> bool:
+        """Whether SentencePiece's mark of a beginning stands before the first text alone, and not after each token."""
+        return any(part.get("prepend_scheme") == "first" for part in _parts(self._definition))
 
     @cached_property
-    def _plain(self) -> Any:
-        """The tokenizer with all markup taken as ordinary text."""
-        definition = json.loads(self.hf.backend_tokenizer.to_str())
-        for token in definition["added_tokens"]:
-            token["special"] = token["special"] or token["content"] in self.markup
-        return _backend(json.dumps(definition))
+    def _definition(self) -> dict[str, Any]:
+        return dict(json.loads(self.hf.backend_tokenizer.to_str()))
+
+    @cached_property
+    def _known_backends(self) -> dict[tuple[bool, bool], Any]:
+        return {}
+
+    def _backends(self, *, tags: bool, inside: bool) -> Any:
+        """The tokenizer with control tokens, and all other markup unless `tags`, taken as ordinary text."""
+        if (tags, inside) not in self._known_backends:
+            definition = copy.deepcopy(self._definition)
+            for token in definition["added_tokens"]:
+                token["special"] = token["special"] or (not tags and token["content"] in self.markup)
+            if inside:
+                _begin_nothing(definition)
+            same = inside and definition == self._definition
+            self._known_backends[tags, inside] = (
+                self._backends(tags=tags, inside=False) if same else _backend(json.dumps(definition))
+            )
+        return self._known_backends[tags, inside]
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
@@ -308,6 +333,24 @@ def _add_tokens(hf: Any, turn_tokens: Sequence[str], template: str | None, sourc
     if fresh:
         hf.add_tokens(fresh, special_tokens=True)
     return {int(hf.convert_tokens_to_ids(text)): ids for text, ids in pieces.items()}
+
+
+def _parts(definition: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The normalizers and pre-tokenizers of a tokenizer.json, those in sequences too."""
+    for key, below in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        part = definition.get(key)
+        yield from (part.get(below) or [part]) if part else ()
+
+
+def _begin_nothing(definition: dict[str, Any]) -> None:
+    """Take out what marks the beginning of a text: SentencePiece's sign for a space, or a space."""
+    for part in _parts(definition):
+        if part["type"] == "Prepend":
+            part["prepend"] = ""
+        elif part["type"] == "Metaspace":
+            part["prepend_scheme"] = "never"
+        elif part["type"] == "ByteLevel":
+            part["add_prefix_space"] = False
 
 
 def _refusal(reason: str) -> Refusal:

@@ -1,9 +1,10 @@
-"""Foreign templates and patterns run in a process of their own, which the system ends when it takes too much.
+"""Foreign templates, patterns and Parquet files are run and read in processes of their own, which the system ends when
+they take too much.
 
-The process gets `SECONDS` of processor time for each thing it is asked, `MEMORY` bytes beyond what it began with, and
-may answer with so many characters; a thing that takes more ends it, and nobody else. One process serves all templates
-of this one; it is begun with the first and ends with us. It is told everything by a pipe and has no other task: what
-runs in it (sandbox.py) reaches neither files nor Python's internals either.
+A process gets `SECONDS` of processor time for each thing it is asked, and `MEMORY` bytes beyond what it began with; a
+template may answer with so many characters. A thing that takes more ends it, and nobody else. One process serves all
+templates and patterns of this one, another all Parquet files; each is begun when it is first asked and ends with us. It
+is told everything by a pipe and has no other task: templates (sandbox.py) reach neither files nor Python's internals.
 """
 
 import atexit
@@ -14,7 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from select import select
@@ -26,13 +27,11 @@ from afina.language import _
 SECONDS = 1.0
 """Processor time for one rendering; templates of real models take 20 to 60 µs."""
 MEMORY = 256 * 2**20
-OUTPUT = 2**20
-"""Characters that a rendering may have beside four times those it was given."""
 PATIENCE = 60.0
 """Seconds without an answer after which a process counts as lost, however busy the machine is."""
-AT_ONCE = 256
-"""Items asked in one go: enough that the way there and back costs little."""
-_BEGIN = "import sys; sys.path[:] = sys.argv[1:]; from afina.data.worker import serve; serve()"
+AT_ONCE, AT_ONCE_BYTES = 256, 2**24
+"""Items asked in one go, and how long they may be: enough that the way there and back costs little."""
+_BEGIN = "import sys; sys.path[:] = sys.argv[2:]; from afina.data.worker import serve; serve(sys.argv[1])"
 _SIZE = struct.Struct("<I")
 _READ = 2**16
 
@@ -45,9 +44,10 @@ class Overrun(ModelError):
 
 
 class Worker:
-    """The process from outside."""
+    """The process from outside. `reads_parquet`: it has what that needs from the beginning."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reads_parquet: bool = False) -> None:
+        self._task = "parquet" if reads_parquet else ""
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
@@ -57,17 +57,22 @@ class Worker:
     def ask(self, kind: str, definition: str, items: Sequence[Any]) -> list[tuple[str, str]]:
         """What `definition` makes of each item: ("made", text), ("refused", reason) or ("invalid", reason).
 
-        kind: "template" or "pattern"; invalid is a definition that is none. Raises Overrun when an item, or taking in
-        the definition, takes too much.
+        kind: template, mapping, pattern or parquet; invalid is a definition that is none. Raises Overrun when an item,
+        or taking in the definition, takes too much.
         """
         answers: list[tuple[str, str]] = []
         with self._lock:
-            for start in range(0, len(items), AT_ONCE):
-                answers += self._asked(kind, definition, items[start : start + AT_ONCE])
+            for group in _groups(items):
+                answers += self._asked(kind, definition, group)
         for status, text in answers:
             if status == "overrun":
                 raise Overrun(text)
         return answers
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a process of ours."""
+        return self._process is not None and self._owner == os.getpid() and self._process.poll() is None
 
     def close(self) -> None:
         """End the process. One that a fork brought along is its parent's to end."""
@@ -81,12 +86,13 @@ class Worker:
             if pipe is not None:
                 pipe.close()
 
-    def _asked(self, kind: str, definition: str, group: Sequence[Any]) -> list[tuple[str, str]]:
+    def _asked(self, kind: str, definition: str, group: Sequence[str]) -> list[tuple[str, str]]:
         process = self._started()
         place = self._told.get(definition)
         number = self._told.setdefault(definition, len(self._told))
         try:
-            _send(_fileno(process.stdin), [kind, number, definition if place is None else None, list(group)])
+            head = json.dumps([kind, number, definition if place is None else None])
+            _send(_fileno(process.stdin), f"{head[:-1]}, [{', '.join(group)}]]")
             return [self._answer(process) for _item in group]
         except (OSError, EOFError) as error:
             raise self._ended() from error
@@ -95,14 +101,14 @@ class Worker:
             raise
 
     def _started(self) -> "subprocess.Popen[bytes]":
-        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
+        if self._process is not None and self.running:
             return self._process
         self.close()
         self._told.clear()
         self._unread.clear()
         self._owner = os.getpid()
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-X", "utf8", "-c", _BEGIN, *sys.path],
+            [sys.executable, "-I", "-X", "utf8", "-c", _BEGIN, self._task, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -129,13 +135,33 @@ class Worker:
         return Overrun(too_much_memory())
 
 
-WORKER = Worker()
-"""The one of this process."""
+WORKER, READER = Worker(), Worker(reads_parquet=True)
+"""The ones of this process."""
 atexit.register(WORKER.close)
+atexit.register(READER.close)
 
 
-def serve() -> None:
+def _groups(items: Sequence[Any]) -> Iterator[list[str]]:
+    """Items as JSON, as many together as are asked in one go. What JSON does not have is told by its text."""
+    group: list[str] = []
+    size = 0
+    for item in items:
+        text = json.dumps(item, default=str)
+        if group and (len(group) == AT_ONCE or size + len(text) > AT_ONCE_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    if group:
+        yield group
+
+
+def serve(task: str) -> None:
     """The process from inside: take in requests until the pipe is closed."""
+    if task == "parquet":
+        from afina.data.parquet import prepare
+
+        prepare()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # it ends us
     known: dict[int, Act] = {}
     unread = bytearray()
@@ -146,16 +172,30 @@ def serve() -> None:
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             status, text = _answered(known, kind, number, definition, item)
             signal.setitimer(signal.ITIMER_PROF, 0)
-            _send(1, [status, text])
+            _send(1, json.dumps([status, text]))
+
+
+def _maker(kind: str) -> Callable[[str], Act]:
+    """What takes in definitions of this kind: only the process itself needs it."""
+    if kind == "parquet":
+        from afina.data.parquet import batches
+
+        return batches
+    if kind == "pattern":
+        from afina.data.patterns import cutter
+
+        return cutter
+    from afina.data import sandbox
+
+    return sandbox.mapped if kind == "mapping" else sandbox.templated
 
 
 def _answered(known: dict[int, Act], kind: str, number: int, definition: str | None, item: Any) -> tuple[str, str]:
-    from afina.data.patterns import cutter
-    from afina.data.sandbox import FAILURES, TooLong, templated  # what only the process itself needs
+    from afina.data.sandbox import FAILURES, MOST, TooLong
 
     try:
         if number not in known:
-            known[number] = templated(definition or "", OUTPUT) if kind == "template" else cutter(definition or "")
+            known[number] = _maker(kind)(definition or "")
     except MemoryError:
         return "overrun", too_much_memory()
     except FAILURES as error:
@@ -165,7 +205,7 @@ def _answered(known: dict[int, Act], kind: str, number: int, definition: str | N
     except MemoryError:
         return "overrun", too_much_memory()
     except TooLong:
-        return "overrun", _("it wrote more than {size} characters").format(size=OUTPUT)
+        return "overrun", _("it wrote more than {size} characters").format(size=MOST)
     except FAILURES as error:
         return "refused", str(error) or type(error).__name__
 
@@ -184,8 +224,8 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
 
 
-def _send(pipe: int, value: Any) -> None:
-    content = json.dumps(value).encode()
+def _send(pipe: int, text: str) -> None:
+    content = text.encode()
     left = memoryview(_SIZE.pack(len(content)) + content)
     while left:
         left = left[os.write(pipe, left) :]

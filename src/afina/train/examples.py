@@ -7,13 +7,14 @@ from typing import Any
 
 from afina.artifact import parent, sha256
 from afina.console import Console
+from afina.data.audit.labels import audit
 from afina.data.cache import Stopwatch, keep, kept, key_of
 from afina.data.conversation import Sample
 from afina.data.files import find
 from afina.data.read import read
 from afina.data.split import split
 from afina.data.targets import check_targets, read_schema
-from afina.data.template import Rendered, Renderer, audit
+from afina.data.template import Rendered, Renderer
 from afina.errors import DataError
 from afina.language import _
 from afina.recipe.schema import Recipe

@@ -206,3 +206,13 @@ def test_forms_of_many_answers_are_those_of_each(texts: list[str]):
     joined = join(texts)
     if joined.codes.size:
         assert forms(joined, np.arange(len(texts))).tolist() == [form(text) for text in texts]
+
+
+def test_code_has_no_language():
+    """Names of variables may be words of some language; prose with a few figures in it is prose all the same."""
+    texts = [
+        "def joined(tup1, tup2):\n  return tuple(ele1 + ele2 for ele1, ele2 in zip(tup1, tup2))",
+        "de, la, el, en, x, y, z, w, v, u, t = values\n" + "result = compute(alpha, beta, gamma)\n" * 12,
+        "The 12 hens of the farm lay 3 eggs each, so that is 12 * 3 = <<12*3=36>>36 eggs for the market.",
+    ]
+    assert [LANGUAGES[code] for code in languages(join(texts))] == ["", "", "en"]

@@ -9,7 +9,7 @@ import pytest
 from data.audit.faulty import FAULTY, row, sound
 
 from afina import dataset
-from afina.artifact import sha256
+from afina.artifact import open_artifact, sha256
 from afina.console import console
 from afina.data.audit.finding import Report
 from afina.data.audit.page import page
@@ -73,10 +73,46 @@ def test_a_repaired_copy(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (report.rows, report.counts.total()) == (28, 0)
     reasons = [json.loads(line) for line in aside.read_text("utf-8").splitlines()]
     assert [(one["line"], one["class"]) for one in reasons] == [(11, "cut-row"), (21, "duplicate")]
+    made = open_artifact(tmp_path / "mended", "repaired data")
+    made.verify()
+    assert made.manifest["rows"] == {"in": 30, "kept": 28, "of_these_repaired": 3, "duplicates": 1, "rejected": 1}
+    assert made.manifest["changes"] == {
+        "repaired": {"mojibake": 1, "invisible": 1, "not-utf8": 1},
+        "set_aside": {"cut-row": 1, "duplicate": 1},
+    }
+    assert made.manifest["copies"] == [{"from": str(rows), "to": "rows.jsonl", "rows": 30, "kept": 28}]
+    assert [one["sha256"] for one in made.manifest["parents"]] == [before]
+
     assert "canción" in (tmp_path / "mended" / "changes.diff").read_text("utf-8")
     kept = copy.read_bytes().splitlines()
     untouched = [line for at, line in enumerate(rows.read_bytes().split(b"\r\n")) if at not in (3, 10, 12, 20, 25)]
     assert [line for line in kept if line in untouched] == untouched, "a row with nothing wrong is kept byte for byte"
+
+
+def test_copies_of_files_of_one_name_do_not_meet(tmp_path: Path):
+    rng = random.Random(2)
+    sources = [tmp_path / name for name in ("a/rows.jsonl", "b/rows.jsonl", "rejected.jsonl", "row.jsonl")]
+    for source in sources:
+        source.parent.mkdir(exist_ok=True)
+        source.write_bytes(b"\n".join(sound(rng) for _ in range(5)))
+    names = json.dumps([str(source) for source in sources])
+    dataset.check(str(sources[0]), [f"data.train={names}"], fix=tmp_path / "mended")
+    made = open_artifact(tmp_path / "mended").manifest["copies"]
+    assert [one["to"] for one in made] == ["rows.jsonl", "rows-2.jsonl", "rejected-2.jsonl", "row.jsonl"]
+    for one in made:
+        assert (tmp_path / "mended" / one["to"]).read_bytes().strip() == Path(one["from"]).read_bytes()
+
+
+def test_rows_of_a_document_on_one_line_are_mended_each_by_itself(tmp_path: Path):
+    rng = random.Random(5)
+    rows = [json.loads(sound(rng)) for _ in range(8)]
+    rows[2], rows[5] = rows[1], json.loads(FAULTY["invisible"](rng))
+    (tmp_path / "rows.json").write_text(json.dumps(rows), "utf-8")
+    dataset.check(str(tmp_path / "rows.json"), fix=tmp_path / "mended")
+    made = open_artifact(tmp_path / "mended").manifest
+    assert made["rows"] == {"in": 8, "kept": 7, "of_these_repaired": 1, "duplicates": 1, "rejected": 0}
+    kept = [json.loads(line) for line in (tmp_path / "mended" / "rows.jsonl").read_text("utf-8").splitlines()]
+    assert [row for row in kept if row in rows] == [rows[0], rows[1], rows[3], rows[4], rows[6], rows[7]]
 
 
 def test_the_page_is_one_file_and_escapes_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -124,3 +160,27 @@ def test_what_is_known_of_real_sets(real_data: Path):
 )
 def test_of_the_bundled_sets_nothing_is_said(name: str):
     assert not dataset.check(f"afina/{name}/train").counts
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_said_before_training(tmp_path: Path, capsys):
+    """Where GGUF files are to be written; then the finding names what is not known."""
+    from data.byte_level import build
+
+    tokenizer = build(special=["<|im_start|>", "<|im_end|>"], eos="<|im_end|>")
+    tokenizer.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "tokenizer.json"
+    definition = json.loads(file.read_bytes())
+    regex = {"type": "Split", "pattern": {"Regex": r" ?\p{L}{1,3}|\s+"}, "behavior": "Isolated", "invert": False}
+    definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [regex, definition["pre_tokenizer"]]}
+    file.write_text(json.dumps(definition), "utf-8")
+    (tmp_path / "train.jsonl").write_bytes(b"\n".join(row(f"how many is {n}", f"It is {n}.") for n in range(9)))
+    recipe = tmp_path / "recipe.yaml"
+    for formats, said in (("[]", False), ("[merged]", False), ("[f16]", True)):
+        recipe.write_text(
+            "name: x\nmodel: {base: base, chat_template: afina/chatml, max_length: 256}\n"
+            f"data: {{train: train.jsonl, validation: 0}}\nexport: {{formats: {formats}}}\n",
+            "utf-8",
+        )
+        report = dataset.check(str(recipe))
+        assert ("unknown-splitter" in report.counts) is said
+    assert "{1,3}" in capsys.readouterr().out

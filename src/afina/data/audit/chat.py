@@ -25,12 +25,17 @@ KEYS = {
 """What the rows of a dialect cannot be without."""
 
 
-BESIDE = {"alpaca": {"input", "system", "history"}, "sharegpt": {"system"}, **{name: {"system"} for name in PAIRS}}
+BESIDE = {
+    "messages": {"tools", "reasoning_effort", "effort"},
+    "sharegpt": {"system", "tools", "reasoning_effort", "effort"},
+    "alpaca": {"input", "system", "history"},
+    **{name: {"system"} for name in PAIRS},
+}
 """What the rows of a dialect may have besides."""
 
 
 def unread(value: Any, dialect: str) -> set[str]:
-    """Keys of a row that nobody reads."""
+    """Keys of a row that nobody reads; what data.mapping reads, only its templates know."""
     if not isinstance(value, dict) or dialect not in KEYS:
         return set()
     return value.keys() - set(KEYS[dialect]) - BESIDE.get(dialect, set())

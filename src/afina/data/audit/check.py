@@ -6,7 +6,7 @@ row that the fast parser takes, whose roles are known to be sound and whose quot
 need, has no fault of syntax or shape; its texts are looked at by scan.py together with those of the whole block.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import compress, repeat
@@ -28,7 +28,7 @@ from afina.data.audit.syntax import quotes
 from afina.data.audit.text import ALL, faults
 from afina.data.audit.tongue import languages
 from afina.data.conversation import ROLES, Message, Sample
-from afina.data.dialects import Make, checked, dialect_of, maker
+from afina.data.dialects import Make, Mapped, checked, dialect_of, maker
 from afina.data.near import Near
 from afina.data.rows import BadRow, Row, Shape
 from afina.recipe.schema import Data
@@ -197,6 +197,10 @@ class _Reader:
     _look: Look | None = None
     _decode: Callable[[bytes], Any] = field(default_factory=lambda: msgspec.json.Decoder().decode)
 
+    def __post_init__(self) -> None:
+        if self.data.mapping is not None:
+            self.dialect, self._make = "mapping", Mapped(self.data.mapping)
+
     def read(self, block: Block, taken: Taken) -> dict[int, list[Fault]]:
         """Take up the conversations of a block; returns what is wrong with its rows, in bytes of each."""
         found: dict[int, list[Fault]] = {}
@@ -206,18 +210,18 @@ class _Reader:
         elif block.rows is None:
             self._lines(block, taken, found)
         else:
-            self._rows(block, block.rows, taken, found)
+            self._rows(block.rows, taken, found)
         return found
 
     def _lines(self, block: Block, taken: Taken, found: dict[int, list[Fault]]) -> None:
         blank, at, count = self.blank, 0, len(block.raws)
         while self._look is None and at < count:  # until a row says what they are
-            self._line(at, block, taken, found)
-            at += 1
+            end = count if isinstance(self._make, Mapped) else at + 1
+            self._slowly(range(at, end), block, taken, found)
+            at = end
         if at < count and self._look is not None:
             rest = self._plain(block, at, self._look, taken)
-            for place in rest:
-                self._line(place, block, taken, found)
+            self._slowly(rest, block, taken, found)
             if len(rest) * 2 > count > ENOUGH:
                 self._look = loose(self.dialect)
         self.seen = count - (self.blank - blank)
@@ -255,29 +259,37 @@ class _Reader:
         taken.counts += plain.counts[good].tolist()
         return sorted([*(start + at for at in rest), *places[~good].tolist()])
 
-    def _line(self, at: int, block: Block, taken: Taken, found: dict[int, list[Fault]]) -> None:
-        """One line by itself."""
-        raw = block.raws[at]
-        try:
-            value = self._decode(raw)
-        except NOT_PLAIN:
-            if not raw.strip(b" \t\r\n"):
-                self.blank += 1
-                return
-            value, wrong = syntax.unreadable(raw)
-            if wrong:
-                found[at] = wrong
-                return
-        self._careful(at, Row(value, block.lines[at], int(block.begins[at]), raw), taken, found)
+    def _slowly(self, places: Iterable[int], block: Block, taken: Taken, found: dict[int, list[Fault]]) -> None:
+        """The lines at these places, each by itself."""
+        for row in self._ahead(self._parsed(places, block, found)):
+            self._careful(row.line - block.lines[0], row, taken, found)
 
-    def _rows(self, block: Block, rows: list[Row], taken: Taken, found: dict[int, list[Fault]]) -> None:
-        for at, row in enumerate(rows):
+    def _parsed(self, places: Iterable[int], block: Block, found: dict[int, list[Fault]]) -> Iterator[Row]:
+        for at in places:
+            raw = block.raws[at]
+            try:
+                value = self._decode(raw)
+            except NOT_PLAIN:
+                if not raw.strip(b" \t\r\n"):
+                    self.blank += 1
+                    continue
+                value, wrong = syntax.unreadable(raw)
+                if wrong:
+                    found[at] = wrong
+                    continue
+            yield Row(value, block.lines[at], int(block.begins[at]), raw)
+
+    def _rows(self, rows: list[Row], taken: Taken, found: dict[int, list[Fault]]) -> None:
+        for at, row in enumerate(self._ahead(rows)):
             if row.fault:
                 wrong = syntax.unreadable(row.raw)[1] if row.raw else []
                 found[at] = wrong or [Fault("not-json", 0, len(row.raw), row.fault)]
             else:
                 self._careful(at, row, taken, found)
         self.seen = len(rows)
+
+    def _ahead(self, rows: Iterable[Row]) -> Iterable[Row]:
+        return self._make.over(rows) if isinstance(self._make, Mapped) else rows
 
     def _careful(self, at: int, row: Row, taken: Taken, found: dict[int, list[Fault]]) -> None:
         """The slow way of one row: as the reader reads it, and everything that is odd about it."""
@@ -289,7 +301,7 @@ class _Reader:
         try:
             if self._make is None:
                 self.dialect = dialect_of(row.value, self.data)
-                self._make = maker(self.dialect, self.data.mapping, passages=self.passages)
+                self._make = maker(self.dialect, passages=self.passages)
                 self._look = TYPED[self.dialect]() if self.dialect in TYPED and not self.plain else None
             messages = checked(self._make(row), None)
         except BadRow as reason:

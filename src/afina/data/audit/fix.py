@@ -2,6 +2,7 @@
 its reason, and each change is told. The files themselves are never touched.
 """
 
+import itertools
 import json
 import unicodedata
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from afina import durable
+from afina.artifact import parent, seal, sha256
 from afina.data.audit import syntax
 from afina.data.audit.blocks import Block, line_blocks, row_blocks
 from afina.data.audit.finding import Finding, Report
@@ -24,6 +26,7 @@ from afina.recipe.schema import Data
 REMOVED = frozenset({"nul", "control-character", "invisible", "direction", "noncharacter"})
 TEXTUAL = REMOVED | {"mojibake", "mojibake-twice", "line-separator", "decomposed"}
 """Classes that are repaired inside a text."""
+ASIDE = "rejected.jsonl"
 DROPPED = frozenset({"duplicate"})
 ROUNDS = 1000
 """Of repairing a text: each takes out the first run of every class."""
@@ -45,20 +48,25 @@ class Change(NamedTuple):
 class Mend:
     """Remembers which rows need a hand while the audit passes, and writes the copy afterwards."""
 
-    rows: dict[Path, dict[int, set[str]]] = field(default_factory=dict)
+    rows: dict[Path, dict[int, list[tuple[int, str]]]] = field(default_factory=dict)
+    """File and line to bytes and classes of what is wrong there."""
     kept: int = 0
+    repaired: int = 0
+    """Of those kept."""
     dropped: int = 0
     rejected: int = 0
+    copies: list[dict[str, Any]] = field(default_factory=list)
+    """Of each file: what it was copied to, and its rows."""
 
     def note(self, found: Finding) -> None:
         """Take up a finding, as the audit tells it."""
         table = kinds()
         if found.line and (found.kind in TEXTUAL | DROPPED or table[found.kind].severity is Severity.ERROR):
-            self.rows.setdefault(found.file, {}).setdefault(found.line, set()).add(found.kind)
+            self.rows.setdefault(found.file, {}).setdefault(found.line, []).append((found.byte, found.kind))
 
     def write(self, folder: Path, report: Report, data: Data) -> list[Change]:
-        """Write copies of all files of `report` into the new `folder`; returns every change. Raises OutputError, and
-        ProofError when the rows do not add up."""
+        """Write copies of all files of `report` into the new `folder`, and a manifest of what became of their rows;
+        returns every change. Raises OutputError, and ProofError when the rows do not add up."""
         if folder.exists():
             raise OutputError(
                 _("{path} exists already.").format(path=folder), hint=_("Choose another name, or remove it first.")
@@ -69,8 +77,9 @@ class Mend:
                 if facts["form"]:
                     self._copy(new, file, facts, data, changes)
             aside = [change for change in changes if not change.after]
-            durable.write_text(new / "rejected.jsonl", "".join(_line(change) for change in aside))
+            durable.write_text(new / ASIDE, "".join(_line(change) for change in aside))
             durable.write_text(new / "changes.diff", "".join(diff(change) for change in changes))
+            self._seal(new, report, changes)
         if self.kept + self.dropped + self.rejected != report.rows:
             raise ProofError(
                 _("{rows} rows came in, but {kept} were kept and {aside} set aside.").format(
@@ -80,18 +89,41 @@ class Mend:
             )
         return changes
 
+    def _seal(self, new: Path, report: Report, changes: list[Change]) -> None:
+        by_class: dict[str, dict[str, int]] = {"repaired": {}, "set_aside": {}}
+        for change in changes:
+            counts = by_class["repaired" if change.after else "set_aside"]
+            counts[change.kind] = counts.get(change.kind, 0) + 1
+        seal(
+            new,
+            "repaired data",
+            parents=[parent(Path(copy["from"]), sha256(Path(copy["from"])), "data") for copy in self.copies],
+            rows={
+                "in": report.rows,
+                "kept": self.kept,
+                "of_these_repaired": self.repaired,
+                "duplicates": self.dropped,
+                "rejected": self.rejected,
+            },
+            changes=by_class,
+            copies=self.copies,
+        )
+
     def _copy(self, new: Path, file: Path, facts: dict[str, Any], data: Data, changes: list[Change]) -> None:
         path, name = data.mapping.rows if data.mapping else "", file.name.partition(".")[0]
         shape = Shape(path, tuple(data.columns or ()), facts["encoding"])
         quick = facts["form"] == "jsonl" and not path
         blocks = line_blocks(file, facts["encoding"]) if quick else row_blocks(file, shape, facts["form"])
-        number = sum(1 for other in new.glob(f"{name}*.jsonl"))
-        with (new / (f"{name}-{number + 1}.jsonl" if number else f"{name}.jsonl")).open("wb") as copy:
+        names = (f"{name}-{number}.jsonl" if number > 1 else f"{name}.jsonl" for number in itertools.count(1))
+        made = next(one for one in names if one != ASIDE and not (new / one).exists())
+        before = self.kept
+        with (new / made).open("wb") as copy:
             for block in blocks:
-                for line in self._mended(file, block, changes):
+                for line in self._mended(file, block, changes, one_by_one=facts["form"] == "json"):
                     copy.write(line + b"\n")
+        self.copies.append({"from": str(file), "to": made, "rows": facts["rows"], "kept": self.kept - before})
 
-    def _mended(self, file: Path, block: Block, changes: list[Change]) -> Iterator[bytes]:
+    def _mended(self, file: Path, block: Block, changes: list[Change], *, one_by_one: bool) -> Iterator[bytes]:
         """The rows of a block that are kept, as lines; one with nothing wrong byte for byte."""
         marked = self.rows.get(file, {})
         for at, raw in enumerate(block.raws):
@@ -99,9 +131,12 @@ class Mend:
             raw = raw.removesuffix(b"\r")
             if row is None and not raw.strip(b" \t"):
                 continue
-            line, wrong = block.lines[at], marked.get(block.lines[at], set())
+            line, begin = block.lines[at], int(block.begins[at])
+            # many rows of a JSON document may stand on one line
+            inside = range(begin, begin + max(len(raw), 1)) if one_by_one else None
+            wrong = {kind for byte, kind in marked.get(line, ()) if inside is None or byte in inside}
             bad = wrong - TEXTUAL - DROPPED
-            value = row.value if row is not None else None
+            value, before = row.value if row is not None else None, len(changes)
             if bad == {"not-utf8"} and row is None and (value := _reread(raw)) is not None:
                 changes.append(Change(file, line, "not-utf8", _shown(raw), json.dumps(value, ensure_ascii=False)))
                 bad = set()
@@ -121,6 +156,7 @@ class Mend:
             repaired = mended(value) if wrong & TEXTUAL else value
             for old, text in differences(value, repaired):
                 changes.append(Change(file, line, min(wrong & TEXTUAL), old, text))
+            self.repaired += len(changes) > before
             yield json.dumps(repaired, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 

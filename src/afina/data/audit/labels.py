@@ -1,6 +1,6 @@
 """What the tokenizer and the chat template make of the rows: is an answer learnt, with its end, whole, and once begun?
 
-Renders every conversation as training will; the same function judges there (data/template.py).
+Renders every conversation as training will, which asks the same function before its first step (`audit`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from afina.data.audit.kinds import kinds
 from afina.data.audit.letters import Fault
 from afina.data.conversation import PASSAGE, Sample
 from afina.data.problem import BadRows
-from afina.data.template import Rendered, Renderer, faults
+from afina.data.template import Rendered, Renderer
 from afina.data.tokenizer import Refusal, Tokenizer
 from afina.errors import DataError
 
@@ -76,3 +77,33 @@ def of_tokenizer(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     if pad is not None and pad in tokenizer.end_ids:
         return [("pad-is-end", str(tokenizer.hf.pad_token))]
     return []
+
+
+def audit(
+    samples: Sequence[Sample], rendered: Sequence[Rendered], tokenizer: Tokenizer, max_length: int
+) -> list[tuple[Sample, str]]:
+    """What is wrong with the labels, sample by sample, before the first step; empty when all is well.
+
+    Checked: something is learnt; the end of turn is learnt; the sequence fits, so no answer is cut off; one BOS.
+    """
+    problems: list[tuple[Sample, str]] = []
+    for sample, row in zip(samples, rendered, strict=True):
+        ends = sample.messages[0].role != PASSAGE
+        for kind, detail in faults(row, tokenizer, max_length, ends=ends):
+            sentence = kinds()[kind].sentence
+            problems.append((sample, f"{sentence}: {detail}" if detail else sentence))
+    return problems
+
+
+def faults(row: Rendered, tokenizer: Tokenizer, max_length: int, *, ends: bool = True) -> Iterator[tuple[str, str]]:
+    """Class (audit/kinds.py) and detail of what is wrong with the labels of a sample. ends: it has an end to learn."""
+    learnt = np.flatnonzero(row.learnt[1:]) + 1  # the first token is never predicted
+    bos = tokenizer.hf.bos_token_id
+    if learnt.size == 0:
+        yield "nothing-learnt", ""
+    elif ends and int(row.ids[learnt[-1]]) not in tokenizer.end_ids:
+        yield "end-not-learnt", ""
+    if row.ids.size > max_length:
+        yield "over-context", f"{row.ids.size} > {max_length}"
+    if bos is not None and row.ids[:2].tolist() == [bos, bos]:
+        yield "double-bos", ""

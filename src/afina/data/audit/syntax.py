@@ -97,12 +97,13 @@ def _decoder(found: list[Fault], text: str, raw: bytes) -> Callable[[str], Any]:
 
 def _second(raw: bytes, name: str) -> tuple[int, int]:
     """Where a key stands again: a string of this value before a colon."""
-    places = [
+    places = (
         match.span()
         for match in _PAIR.finditer(raw)
-        if raw[match.end() :].lstrip()[:1] == b":" and _decoded(match.group()) == name
-    ]
-    return places[1] if len(places) > 1 else (0, len(raw))
+        if raw[match.end() : match.end() + 99].lstrip()[:1] == b":" and _decoded(match.group()) == name
+    )
+    _first, second = next(places, None), next(places, None)
+    return second or (0, len(raw))
 
 
 def _decoded(token: bytes) -> str | None:

@@ -46,6 +46,8 @@ LANGUAGES = ("", *LATIN, *SCRIPTS)
 """The code of a language is its place here; 0 is none."""
 LEAST = 4
 """Little words, at least, that tell a language: twice as many as those of the next one, or nearly so many more."""
+SPARSE = 10
+"""A text in which fewer than one word of so many is such a word is code, or a list of names."""
 SHORT = 5
 """Letters of the longest word that is looked up."""
 LETTERS = 8
@@ -56,8 +58,10 @@ MOST = 255
 
 @cache
 def _lower() -> bytes:
-    """Letters of Latin-1 made small, everything else 0."""
+    """Letters of Latin-1 made small, digits and the underscore as they are (`ele1` is no word), everything else 0."""
     table = bytearray(256)
+    table[ord("_")] = ord("_")
+    table[ord("0") : ord("9") + 1] = b"0123456789"
     for code in range(256):
         small = chr(code).lower()
         if chr(code).isalpha() and len(small) == 1 and ord(small) < 256:
@@ -111,6 +115,7 @@ def languages(joined: Joined) -> np.ndarray:
     edges = np.flatnonzero(inside[1:] != inside[:-1])
     starts = edges[::2]
     lengths = edges[1::2] - starts
+    words = np.diff(np.searchsorted(starts, np.append(joined.starts, codes.size)))
     short = np.flatnonzero(lengths <= SHORT)
     starts, lengths = starts[short], lengths[short]
     eights = np.ndarray((low.size - LETTERS + 1,), np.uint64, low.data, strides=(1,))
@@ -125,10 +130,12 @@ def languages(joined: Joined) -> np.ndarray:
     sums[bounds == ends] = 0  # of an empty range reduceat gives the element it begins with
     scores = sums.astype("<u8").view(np.uint8).reshape(count, 8)[:, : len(LATIN)].copy()
     best = scores.argmax(1)
-    top = scores[np.arange(count), best]
+    top = scores[np.arange(count), best].astype(np.int64)
     scores[np.arange(count), best] = 0
-    second = scores.max(1).astype(np.int16)
-    told = (top >= LEAST) & ((top >= 2 * second) | (top - second >= LEAST - 1))
+    second = scores.max(1).astype(np.int64)
+    told = (
+        (top >= LEAST) & (top * SPARSE >= np.minimum(words, MOST)) & ((top >= 2 * second) | (top - second >= LEAST - 1))
+    )
     language = np.where(told, best + 1, 0).astype(np.uint8)
     if codes.dtype != np.uint8:
         _by_script(joined, language)
