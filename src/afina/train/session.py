@@ -150,7 +150,7 @@ class Session(Follower):
             return False
         lowest = tally.lowest
         if lowest is None or criterion.prefers(value, lowest["value"]):
-            tally.lowest = {"step": state.step, "value": value, "sums": measured.sums if measured else ()}
+            tally.lowest = {"step": state.step, "value": value, "sums": list(measured.sums) if measured else []}
         elif measured is None or abs(value - lowest["value"]) > BEYOND * measured.chance(lowest["sums"]):
             return False
         held_out = tally.validation[-1] if tally.validation else None
