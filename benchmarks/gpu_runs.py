@@ -244,11 +244,11 @@ def time_exactness(folder: Path) -> dict[str, Any]:
     from afina.data.batch import micro_batches
     from afina.data.template import Renderer
     from afina.data.tokenizer import load_tokenizer
-    from afina.engine.attention import packed_attention
     from afina.engine.engine import Engine
-    from afina.engine.exact import exact
     from afina.model.attach import attach
     from afina.model.load import choose_hardware, load_model
+    from afina.model.packed import packed_attention
+    from afina.model.repeatable import exact
     from afina.recipe.load import load
     from afina.train.examples import prepare
 

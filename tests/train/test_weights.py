@@ -12,11 +12,11 @@ from train.test_loop import CUTS, rows
 
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered
-from afina.engine.attention import packed_attention
 from afina.engine.engine import Engine
 from afina.engine.proof import prove
 from afina.model.attach import attach, learning
 from afina.model.loss import summed_loss
+from afina.model.packed import packed_attention
 from afina.recipe.schema import Lora
 from afina.train.loop import accumulate, measure
 

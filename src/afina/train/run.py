@@ -4,6 +4,7 @@ Knows nothing of evaluation, export or where the folder will finally lie.
 """
 
 import heapq
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import closing
@@ -23,16 +24,18 @@ from afina.data.cache import FOLDER
 from afina.data.order import order_of
 from afina.data.template import Rendered, Renderer
 from afina.data.tokenizer import load_tokenizer
-from afina.engine.attention import covers, packed_attention
+from afina.engine.eight_gate import try_eight_bits
 from afina.engine.engine import Engine
-from afina.engine.exact import exact
 from afina.engine.families import why_not
+from afina.engine.plan import room_to_hold
 from afina.engine.proof import prove
 from afina.errors import Interrupted, ResourceError
 from afina.language import _
 from afina.model.attach import save_adapter
 from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.loss import summed_loss
+from afina.model.packed import covers, packed_attention
+from afina.model.repeatable import exact
 from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe, Training
@@ -249,14 +252,25 @@ def _choose_engine(
         return plain, _("reference (transformers + PEFT) with packed attention: {reason}").format(
             reason=reason.format(loss=proof.loss, gradient=proof.gradient)
         )
+    said = _("exact products")
+    if recipe.training.products != "exact":
+        hold = room_to_hold(engine, room.tokens, _free_bytes(engine, hardware))
+        said = try_eight_bits(engine, batch, recipe.training.products, hold=hold)
     if hardware.device.type == "cuda":
-        torch.cuda.empty_cache()
-        learnt = sum(parameter.numel() * parameter.element_size() for parameter in engine.parameters)
-        free = int(torch.cuda.mem_get_info(hardware.device)[0] * USABLE) - STANDING * learnt
-        room.tokens = engine.plan(room.tokens, recipe.model.max_length, free).tokens
+        room.tokens = engine.plan(room.tokens, recipe.model.max_length, _free_bytes(engine, hardware)).tokens
     return engine.summed_loss, _(
-        "fused blocks; on the first batch loss and gradients are the reference's to {loss:.0e} and {gradient:.0e}"
-    ).format(loss=proof.loss, gradient=proof.gradient)
+        "fused blocks; on the first batch loss and gradients are the reference's to {loss:.0e} and {gradient:.0e}; "
+        "{products}"
+    ).format(loss=proof.loss, gradient=proof.gradient, products=said)
+
+
+def _free_bytes(engine: Engine, hardware: Hardware) -> int:
+    """Of the GPU's memory, beside the optimiser's moments that are still to come; off a GPU nothing runs short."""
+    if hardware.device.type != "cuda":
+        return sys.maxsize
+    torch.cuda.empty_cache()
+    learnt = sum(parameter.numel() * parameter.element_size() for parameter in engine.parameters)
+    return int(torch.cuda.mem_get_info(hardware.device)[0] * USABLE) - STANDING * learnt
 
 
 def _longest(rows: Sequence[Rendered], training: Training) -> list[int]:

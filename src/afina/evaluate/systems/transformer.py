@@ -13,7 +13,6 @@ from torch import nn
 
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered, Renderer
-from afina.engine.attention import covers, packed_attention
 from afina.errors import DataError, ModelError
 from afina.evaluate.systems.asking import (
     Answer,
@@ -32,6 +31,7 @@ from afina.language import _
 from afina.model.decode import Continuation, write_all
 from afina.model.load import Hardware, limit_of
 from afina.model.loss import judged
+from afina.model.packed import covers, packed_attention
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
 

@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from afina.engine.exact import in_order
 from afina.model.attention import attending
+from afina.model.repeatable import in_order
 from afina.model.virtual import is_prefix
 
 NAME = "afina_packed"
