@@ -167,16 +167,6 @@ class Tokenizer:
     def _markup_ids(self) -> frozenset[int]:
         return frozenset(self.markup.values()) - {self.hf.unk_token_id}
 
-    def bare(self, text: str, *, start: bool = True) -> list[int]:
-        """Ids of a text as the library itself makes them, control tokens in it taken as such; `start`: with the start
-        token where this tokenizer puts one. For benchmarks, whose texts are no conversation."""
-        return [int(index) for index in self.hf.encode(text, add_special_tokens=start)]
-
-    @property
-    def first_id(self) -> int:
-        """What stands before a text that has nothing before it: the start token, or else an end."""
-        return next(index for index in (self.bos_id, self.hf.eos_token_id, self.pad_id) if index is not None)
-
     def decode(self, ids: list[int]) -> str:
         """The text of ids, control tokens left out."""
         return str(self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

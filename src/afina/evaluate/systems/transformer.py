@@ -13,6 +13,7 @@ from torch import nn
 
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered, Renderer
+from afina.data.tokenizer import Tokenizer
 from afina.errors import DataError, ModelError
 from afina.evaluate.systems.asking import (
     Answer,
@@ -62,7 +63,7 @@ class ModelAnswering:
     def _prompt(self, request: Write | Continue) -> list[int]:
         if isinstance(request, Write):
             return self.renderer.prompt(request.messages)
-        return self.renderer.tokenizer.bare(request.text)
+        return bare_ids(self.renderer.tokenizer, request.text)
 
     def _write(self, asked: list[tuple[int, Write | Continue]], sink: Sink) -> None:
         tokenizer, first = self.renderer.tokenizer, asked[0][1]
@@ -155,9 +156,9 @@ class ModelAnswering:
         text, continuation = request.text, request.continuation
         if text:
             kept = text.rstrip()
-            whole, known = tokenizer.bare(text + continuation), len(tokenizer.bare(kept))
+            whole, known = bare_ids(tokenizer, text + continuation), len(bare_ids(tokenizer, kept))
         else:
-            whole, known = [tokenizer.first_id, *tokenizer.bare(continuation, start=False)], 1
+            whole, known = [_first_id(tokenizer), *bare_ids(tokenizer, continuation, start=False)], 1
         ids = np.array(whole, dtype=np.int32)
         return Rendered(ids, np.arange(ids.size) >= known)
 
@@ -204,6 +205,18 @@ class ModelAnswering:
         except (DataError, ModelError) as error:
             sink(place, Answer(error=error.message))
             return None
+
+
+def bare_ids(tokenizer: Tokenizer, text: str, *, start: bool = True) -> list[int]:
+    """Ids of a text that is no conversation, as the library itself makes them, control tokens in it taken as such;
+    `start`: with the start token where this tokenizer puts one."""
+    return [int(index) for index in tokenizer.hf.encode(text, add_special_tokens=start)]
+
+
+def _first_id(tokenizer: Tokenizer) -> int:
+    """What stands before a text that has nothing before it: the start token, or else an end."""
+    known = (tokenizer.bos_id, tokenizer.hf.eos_token_id, tokenizer.pad_id)
+    return int(next(index for index in known if index is not None))
 
 
 def _too_long(length: int, limit: int) -> str:
