@@ -11,9 +11,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from small import llama, perturb_adapters
 
+from afina.data.conversation import Message, Sample
 from afina.errors import ModelError, ProofError
 from afina.export import folding, weights
+from afina.export.certificate import Question, distributions
 from afina.export.folding import can_fold, fold, read_adapter
+from afina.export.merge import apart
 from afina.export.merging import expected_changes, prove_merge
 from afina.export.weights import Held, Source
 from afina.model.attach import attach, load_adapter, merged, save_adapter
@@ -162,3 +165,14 @@ def test_a_quantised_base_is_merged_a_layer_at_a_time(
     for key, tensor in found.items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-6)
     prove_merge(changes, tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "merged")
+
+
+def test_a_model_that_thinks_all_tokens_alike_is_compared_too() -> None:
+    """Of 128,000 equally likely tokens each has a log-probability below -11."""
+    model = llama(vocab_size=60_000, hidden_size=16, intermediate_size=16)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    asked = [([3, 4], [5])]
+    sample = Sample((Message("user", "a"), Message("assistant", "b")), Path("a"), 1)
+    question = Question(sample, *asked[0], distributions(model, asked)[0])
+    assert apart(model.eval(), [question]) == (0.0, 0.0)

@@ -154,13 +154,14 @@ def _keep_packing(base: Path, folder: Path) -> None:
 
 def apart(model: nn.Module, questions: Sequence[Question]) -> tuple[float, float]:
     """Mean KL(adapter beside base || merged) over all positions, in nats, and the largest difference of a log-
-    probability that is not negligible."""
+    probability that is not negligible beside the likeliest."""
     found, largest = [], 0.0
     noted = distributions(model, [(question.prompt, question.answer) for question in questions])
     for question, theirs in zip(questions, noted, strict=True):
         ours = question.logprobs
         found += (np.exp(ours) * (ours - theirs)).sum(-1).tolist()
-        largest = max(largest, float(np.abs(ours - theirs)[ours > -10].max()))
+        likely = ours > ours.max(-1, keepdims=True) - 10
+        largest = max(largest, float(np.abs(ours - theirs)[likely].max()))
     return max(0.0, float(np.mean(found))), largest
 
 
