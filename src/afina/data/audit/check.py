@@ -30,7 +30,7 @@ from afina.data.audit.tongue import languages
 from afina.data.conversation import ROLES, Message, Sample
 from afina.data.dialects import Make, Mapped, checked, dialect_of, maker
 from afina.data.near import Near
-from afina.data.rows import BadRow, Row, Shape
+from afina.data.rows import BadRow, Row, Shape, uncollected
 from afina.recipe.schema import Data
 
 KEYS_TOLD = 20
@@ -79,7 +79,7 @@ class Pass:
         before = self.report.rows, self.report.rejected
         lines = returns = 0
         for block in line_blocks(path, encoding) if quick_lines else row_blocks(path, shape, form):
-            self._block(path, block, reader)
+            uncollected(self._block, path, block, reader)
             self.report.size += block.size
             lines, returns = lines + len(block.raws), returns + block.returns
             advance(block.size)
@@ -161,13 +161,14 @@ class Pass:
         return looks, lengths, form, tongues
 
     def _tell(self, path: Path, block: Block, found: dict[int, list[Fault]]) -> None:
+        table = kinds()
         for row in sorted(found):
             begin, line = int(block.begins[row]), block.lines[row]
             rejected = False
             for fault in sorted(found[row], key=lambda fault: fault.begin):
                 finding = Finding(fault.kind, path, line, begin + fault.begin, begin + fault.end, fault.detail)
                 self.report.add(finding)
-                if not rejected and kinds()[fault.kind].severity is Severity.ERROR:
+                if not rejected and table[fault.kind].severity is Severity.ERROR:
                     rejected = True
                     self.report.reject(finding)
 
