@@ -1,22 +1,36 @@
-"""Real trainings of the bundled base, engine beside reference, some seeds each: do they differ by more than seeds do?
+"""Real trainings of the bundled base, two ways or more, some seeds each: do they differ by more than seeds do?
 
-    AFINA_REAL_DATA=../shared python benchmarks/curves.py --steps 300 --seeds 1,2,3
+    AFINA_REAL_DATA=../shared python benchmarks/curves.py --steps 300 --seeds 1,2,3     engine beside reference
+    AFINA_REAL_DATA=../shared python benchmarks/curves.py --compare products            8-bit products beside exact
+    python benchmarks/curves.py --compare products --draw                               the recorded results again
 
-Writes benchmarks/results/curves.json and docs/curves.png. The base is a small pretrained model, the data GSM8K's
-training set, the method LoRA in the precision that the device has (bf16 on a GPU).
+Writes benchmarks/results/curves.json and docs/curves.png, or eight-bit.json and eight-bit.png. The base is a small
+pretrained model, the data GSM8K's training set, the method LoRA in the precision that the device has (bf16 on a GPU).
 """
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SMOOTHED = 20
+COMPARED: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "engines": ("curves", {"engine": {"training.engine": "auto"}, "reference": {"training.engine": "reference"}}),
+    "products": (
+        "eight-bit",
+        {
+            "e4m3 products": {"training.products": "fp8"},
+            "INT8 products": {"training.products": "int8"},
+            "exact products": {"training.products": "exact"},
+        },
+    ),
+}
+"""File name, and overrides of each way; the last is what the others are held to."""
 
 
 def recipe(data: Path, method: str) -> str:
@@ -35,11 +49,13 @@ export: {{formats: []}}
 
 
 def trained(folder: Path, text: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """One run in a process of its own: the losses of its steps, the last validation loss, and which engine it was."""
-    file, out = folder / "recipe.yaml", folder / "-".join(str(value) for value in overrides.values())
+    """One run: the losses of its steps, the last validation loss, and which engine it was."""
+    from afina import pipeline
+
+    name = "-".join(str(value) for value in overrides.values())
+    file, out = folder / f"{name}.yaml", folder / name
     file.write_text(text)
-    command = [sys.executable, "-m", "afina", "train", str(file), "--out", str(out)]
-    subprocess.run([*command, *(f"{key}={value}" for key, value in overrides.items())], check=True, capture_output=True)
+    pipeline.train(file, out, [f"{key}={value}" for key, value in overrides.items()])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if line]
     manifest = json.loads((out / "manifest.json").read_text())
     of = {kind: [line["loss"] for line in lines if line["kind"] == kind] for kind in ("step", "validation")}
@@ -74,38 +90,70 @@ def draw(runs: dict[str, list[dict[str, Any]]], to: Path) -> None:
     figure.savefig(to, dpi=120)
 
 
+def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """How far the ways lie from the last of them, beside how far its seeds lie from each other."""
+    finals = {name: [run["validation"] for run in several] for name, several in runs.items()}
+    *ways, plain = runs
+    return {
+        "final validation": finals,
+        "between seeds": max(finals[plain]) - min(finals[plain]),
+        "same seed, from the last": {
+            way: max(abs(a - b) for a, b in zip(finals[way], finals[plain], strict=True)) for way in ways
+        },
+        "largest difference of a step": {
+            way: max(
+                abs(a - b)
+                for ours, theirs in zip(runs[way], runs[plain], strict=True)
+                for a, b in zip(ours["losses"], theirs["losses"], strict=True)
+            )
+            for way in ways
+        },
+    }
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--compare", choices=COMPARED, default="engines")
     options.add_argument("--steps", type=int, default=300)
     options.add_argument("--seeds", default="1,2,3")
     options.add_argument("--method", default="{rank: 16, alpha: 32.0}")
+    options.add_argument("--at-once", type=int, default=1, help="processes; on a GPU of its own many runs fit")
+    options.add_argument("--draw", action="store_true", help="only draw what is recorded")
     options.add_argument("--out", type=Path, default=ROOT)
     chosen = options.parse_args()
+    name, ways = COMPARED[chosen.compare]
+    results, picture = chosen.out / "benchmarks" / "results" / f"{name}.json", chosen.out / "docs" / f"{name}.png"
+    if chosen.draw:
+        draw(json.loads(results.read_text())["runs"], picture)
+        return
     data = Path(os.environ["AFINA_REAL_DATA"]).resolve() / "data" / "gsm8k" / "train.jsonl"
-    runs: dict[str, list[dict[str, Any]]] = {"engine": [], "reference": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, engine in (("engine", "auto"), ("reference", "reference")):
-            for seed in chosen.seeds.split(","):
-                overrides = {"seed": seed, "training.engine": engine, "training.steps": chosen.steps}
-                found = trained(Path(folder), recipe(data, chosen.method), overrides)
-                runs[name].append({"seed": int(seed), **found})
-                print(name, seed, f"{found['losses'][-1]:.4f} {found['validation']:.4f} {found['engine']}", flush=True)
-    finals = {name: [run["validation"] for run in several] for name, several in runs.items()}
-    between_seeds = max(finals["reference"]) - min(finals["reference"])
-    between_engines = max(abs(a - b) for a, b in zip(finals["engine"], finals["reference"], strict=True))
-    steps = zip(runs["engine"], runs["reference"], strict=True)
-    apart = max(abs(a - b) for ours, theirs in steps for a, b in zip(ours["losses"], theirs["losses"], strict=True))
-    summary = {
-        "final validation": finals,
-        "between seeds": between_seeds,
-        "same seed, between engines": between_engines,
-    }
-    print(json.dumps(summary | {"largest difference of a step": apart}, indent=1))
-    (chosen.out / "benchmarks" / "results").mkdir(parents=True, exist_ok=True)
-    (chosen.out / "docs").mkdir(parents=True, exist_ok=True)
-    text = json.dumps(summary | {"largest difference of a step": apart, "runs": runs})
-    (chosen.out / "benchmarks" / "results" / "curves.json").write_text(text + "\n")
-    draw(runs, chosen.out / "docs" / "curves.png")
+    seeds = [int(seed) for seed in chosen.seeds.split(",")]
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for place in (results, picture):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    text = recipe(data, chosen.method)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(chosen.at_once, multiprocessing.get_context("spawn")) as several,
+    ):
+        jobs = {
+            several.submit(trained, Path(folder), text, {"seed": seed, **given, "training.steps": chosen.steps}): (
+                way,
+                seed,
+            )
+            for seed in seeds
+            for way, given in ways.items()
+        }
+        for job in as_completed(jobs):
+            (way, seed), found = jobs[job], job.result()
+            runs[way].append({"seed": seed, **found})
+            runs[way].sort(key=lambda run: run["seed"])
+            print(way, seed, f"{found['losses'][-1]:.4f} {found['validation']:.4f} {found['engine']}", flush=True)
+            results.write_text(json.dumps({"runs": runs}) + "\n")
+    said = summary(runs)
+    print(json.dumps(said, indent=1))
+    results.write_text(json.dumps(said | {"runs": runs}) + "\n")
+    draw(runs, picture)
 
 
 if __name__ == "__main__":

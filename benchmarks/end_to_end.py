@@ -28,7 +28,7 @@ data:
   validation: 0
   mapping: {{user: "Q", assistant: "### Question:\\n{{{{ row.question }}}}\\n\\n### Answer:\\n{{{{ row.answer }}}}"}}
 method: {{rank: 16, alpha: 16}}
-training: {{epochs: 1, batch_size: 101, micro_batch_tokens: 18500, learning_rate: 2e-4}}
+training: {{epochs: 1, batch_size: 101, micro_batch_tokens: 9500, learning_rate: 2e-4}}
 export: {{formats: []}}
 """
 
@@ -62,8 +62,11 @@ def run(folder: Path, number: int, overrides: list[str], profile: bool) -> dict[
     if profile:
         command += ["-m", "cProfile", "-o", str(folder / "profile")]
     command += ["-m", "afina", "train", str(folder / "recipe.yaml"), "--out", str(out), *overrides]
+    environment = {key: value for key, value in os.environ.items() if key != "TOKENIZERS_PARALLELISM"}
     began, said = time.perf_counter(), list[tuple[float, str]]()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
         for line in process.stdout or ():
             said.append((round(time.perf_counter() - began, 1), line.rstrip()[:160]))
     total = time.perf_counter() - began
@@ -77,7 +80,9 @@ def run(folder: Path, number: int, overrides: list[str], profile: bool) -> dict[
     if profile:
         import pstats
 
-        pstats.Stats(str(folder / "profile")).sort_stats("cumulative").print_stats(90)
+        found = pstats.Stats(str(folder / "profile"))
+        found.sort_stats("cumulative").print_stats(110)
+        found.sort_stats("tottime").print_stats(40)
     return {
         "total_s": round(total, 1), "loop_s": round(loop, 1), "steps": len(steps), "real_tokens": training["tokens"],
         "tokens_per_second": round(training["tokens"] / loop), "losses": [steps[0]["loss"], steps[-1]["loss"]],

@@ -20,12 +20,12 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from afina.artifact import versions
 from afina.data.batch import Batch
-from afina.engine.attention import packed_attention
 from afina.engine.engine import Engine
 from afina.model.attach import attach, learning, recompute
 from afina.model.attention import NAME as CAREFUL
 from afina.model.loss import summed_loss
 from afina.model.mxfp4 import pack_experts
+from afina.model.packed import packed_attention
 from afina.recipe.schema import Lora
 
 SHAPES = {"20b": {"num_hidden_layers": 24, "num_local_experts": 32}, "120b": {}, "tiny": {"num_hidden_layers": 2}}
@@ -86,9 +86,6 @@ def batch_of(length: int, vocabulary: int, device: str) -> Batch:
 
 def measure(name: str, length: int, gib: float, lora: Lora, device: str, fused: bool) -> dict[str, Any]:
     cuda = device == "cuda"
-    if cuda:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
     model = attach(packed_model(name, device), lora, seed=0).train()
     parameters = [parameter for _name, parameter in learning(model)]
     held, planned = account(model), None
@@ -105,7 +102,10 @@ def measure(name: str, length: int, gib: float, lora: Lora, device: str, fused: 
         recompute(model)
         model.enable_input_require_grads()
     optimizer = torch.optim.AdamW(parameters, lr=2e-4)
-    if cuda:
+    if cuda:  # from here on: the ends of the model may have left the GPU
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
         torch.cuda.reset_peak_memory_stats()
     seconds, losses = [], []
     for turn in range(WARM_UP + TIMED):

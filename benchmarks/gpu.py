@@ -11,6 +11,7 @@ and the median counts. Memory is what tensors held at most (max_memory_allocated
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,9 @@ GPT_OSS_20B = dict(
 WORKLOADS: dict[str, dict[str, Any]] = {
     "W1": dict(shape=LLAMA_8B, samples=4, length=2048, gib=36.0, goal=18700),
     "W10": dict(shape=LLAMA_8B, samples=2, length=4096, gib=36.0, goal=17200),
+    "W2": dict(shape=LLAMA_8B, samples=4, length=2048, eight="fp8", gib=36.0, goal=27000),
+    "W2i": dict(shape=LLAMA_8B, samples=4, length=2048, eight="int8", gib=36.0, goal=0),
+    "W3e": dict(shape=LLAMA_8B, samples=4, length=2048, four_bits=True, eight="fp8", hold=False, gib=30.0, goal=25000),
     "W3": dict(shape=LLAMA_8B, samples=4, length=2048, four_bits=True, gib=30.0, goal=18000),
     "W4": dict(shape=LLAMA_8B, samples=1, length=2048, four_bits=True, gib=5.0, goal=7500),
     "W5": dict(shape=LLAMA_8B, samples=4, length=2048, gib=17.7, goal=14000),
@@ -48,12 +52,19 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "W7": dict(shape=LLAMA_1B, samples=8, length=2048, full=True, gib=20.0, goal=75000),
     "W8": dict(shape=PHI_2, samples=1, length=2048, four_bits=True, gib=2.4, goal=15000),
     "W9": dict(shape=GPT_OSS_20B, samples=2, length=2048, packed=True, gib=40.0, goal=18000),
-    "W9 bf16": dict(shape=GPT_OSS_20B, samples=2, length=2048, gib=48.0, goal=0),
-    "W9 experts": dict(shape=GPT_OSS_20B, samples=2, length=2048, packed=True, experts=True, gib=40.0, goal=0),
-    "G13": dict(shape=GPT_OSS_20B, samples=1, length=2048, packed=True, gib=13.0, goal=1),
+    "W9-bf16": dict(shape=GPT_OSS_20B, samples=2, length=2048, gib=48.0, goal=0),
+    "W9-least": dict(shape=GPT_OSS_20B, samples=1, length=2048, packed=True, gib=13.0, goal=0),
+    "W9-experts": dict(shape=GPT_OSS_20B, samples=2, length=2048, packed=True, experts=True, gib=40.0, goal=0),
+    "W9-short": dict(
+        shape=GPT_OSS_20B, samples=1, length=8192, packed=True, experts=True, short=True, gib=40.0, goal=0
+    ),
     "S1": dict(shape=LLAMA_1B, samples=8, length=2048, gib=16.0, goal=0),
 }
-"""shape, samples a micro-batch and tokens each; the memory and the tokens/s to reach (docs/log.md says why)."""
+"""shape, samples a micro-batch and tokens each; the memory and the tokens/s to reach (docs/log.md says why).
+
+packed: experts in MXFP4, as published, and unpacked where there is room; peers read the same shape in bf16. experts:
+adapters on every expert and router too. short: the tokens are samples of GSM8K's lengths, packed.
+"""
 STEPS = 3, 6
 """To warm up, and timed."""
 
@@ -62,6 +73,8 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     import torch
 
     work = WORKLOADS[workload]
+    if "layers" in options:  # to look at a few of them
+        work = work | dict(shape=work["shape"] | dict(num_hidden_layers=options["layers"]))
     if tool == "floor":
         return floor(workload, work)
     if tool == "afina":
@@ -94,6 +107,8 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
         losses.append(round(loss.item(), 4))
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        print(f"step {turn + 1}: {seconds[-1]:.3f} s, {peak:.2f} GiB, loss {losses[-1]}", file=sys.stderr, flush=True)
         if turn == 0:
             first = time.perf_counter() - STARTED
         if not norm.item() > 0:
@@ -197,12 +212,16 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
 
     from afina.data.batch import Batch
     from afina.engine import products
+    from afina.engine.eight import FP8, INT8
     from afina.engine.engine import Engine
     from afina.engine.plan import Plan, choose, count_up, ladder, measure, spread
 
     products.ALIGN["cuda"] = options.get("align", products.ALIGN["cuda"])
     model, parameters = learner(work)
     engine = Engine(model, torch.bfloat16)
+    if work.get("eight"):
+        form = {"fp8": FP8, "int8": INT8}[work["eight"]]
+        engine.into_eight_bits(form, hold=options.get("hold", work.get("hold", True)))
     torch.cuda.empty_cache()
     samples, length = work["samples"], work["length"]
     count = samples * length
@@ -224,16 +243,28 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
         "planned_ms": round(plan.microseconds / 1000, 1), "standing_gib": round(standing / 2**30, 2),
     }  # fmt: skip
 
+    lengths = like_gsm8k(count) if work.get("short") else (length,) * samples
+    positions = torch.cat([torch.arange(part, device="cuda") for part in lengths])
+    predicting = (positions.roll(-1) > 0).nonzero().flatten()  # all but the last of each sample
+
     def step(ids: Any) -> Any:
-        places = torch.arange(count, device="cuda").view(samples, length)
         batch = Batch(
-            input_ids=ids.view(1, -1), position_ids=torch.arange(length, device="cuda").repeat(samples)[None],
-            attention_mask=None, lengths=(length,) * samples, predicting=places[:, :-1].flatten(),
-            targets=ids[:, 1:].flatten(), owner=places[:, 1:].flatten(), samples=tuple(range(samples)), tokens=count,
+            input_ids=ids.view(1, -1), position_ids=positions[None], attention_mask=None, lengths=lengths,
+            predicting=predicting, targets=ids.flatten()[predicting + 1], owner=predicting,
+            samples=tuple(range(len(lengths))), tokens=count,
         )  # fmt: skip
-        return engine.summed_loss(model, batch) / (count - samples)
+        return engine.summed_loss(model, batch) / predicting.numel()
 
     return step, parameters, {"engine": "fused", **about, **options}
+
+
+def like_gsm8k(tokens: int) -> tuple[int, ...]:
+    """Lengths of samples that fill so many tokens, 161 on average."""
+    draw = random.Random(0)
+    lengths: list[int] = []
+    while sum(lengths) < tokens:
+        lengths.append(min(round(draw.lognormvariate(5.0, 0.4)), tokens - sum(lengths)))
+    return tuple(lengths)
 
 
 def floor(workload: str, work: dict[str, Any]) -> dict[str, Any]:
@@ -247,7 +278,8 @@ def floor(workload: str, work: dict[str, Any]) -> dict[str, Any]:
     width = shape.get("head_dim", hidden // heads)
     columns = (heads + 2 * kv_heads) * width
     mlp = [(columns + wide, hidden), (hidden, wide)] if shape is PHI_2 else [(2 * wide, hidden), (hidden, wide)]
-    products = [*([] if shape is PHI_2 else [(columns, hidden)]), (hidden, heads * width), *mlp]
+    products = [*([] if shape is PHI_2 else [(columns, hidden)]), (hidden, heads * width)]
+    each = shape.get("num_experts_per_tok", 1)  # a mixture's rows, as if all went to one expert
 
     def seconds(call: Any) -> float:
         for _turn in range(3):
@@ -259,7 +291,7 @@ def floor(workload: str, work: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.synchronize()
         return (time.perf_counter() - started) / 10
 
-    def of(n: int, k: int) -> float:
+    def of(n: int, k: int, rows: int = rows) -> float:
         weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
         x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
         dy = torch.randn(rows, n, device="cuda", dtype=torch.bfloat16)
@@ -276,8 +308,10 @@ def floor(workload: str, work: dict[str, Any]) -> dict[str, Any]:
             F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).backward(torch.ones_like(q))
 
     layers = shape["num_hidden_layers"]
-    of_products = layers * sum(of(*product) for product in products) + of(shape["vocab_size"], hidden)
-    of_attention = layers * seconds(attend)
+    of_layer = sum(of(*product) for product in products) + sum(of(*product, each * rows) for product in mlp)
+    of_products = layers * of_layer + of(shape["vocab_size"], hidden)
+    attending = layers // 2 if shape is GPT_OSS_20B else layers  # half of gpt-oss's have short windows
+    of_attention = attending * seconds(attend)
     result = dict(
         workload=workload, tool="floor", engine="floor", tokens_per_second=round(rows / (of_products + of_attention)),
         products_ms=round(1000 * of_products, 1), attention_ms=round(1000 * of_attention, 1),

@@ -35,6 +35,9 @@ TINY = dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=8192, max_position_embeddings=4096, tie_word_embeddings=True,
 )  # fmt: skip
+THIN = {**LLAMA_1B, "num_hidden_layers": 2, "vocab_size": 32768}
+SHAPES = {"1b": LLAMA_1B, "thin": THIN, "tiny": TINY}
+"""thin: the widths of 1b and two of its layers, for runs that are stopped dozens of times."""
 STEPS, WARM = 30, 8
 SAMPLES, WORDS = 256, 500
 OFTEN = "training.checkpoint_minutes=1e-6"
@@ -85,15 +88,13 @@ def prepare(folder: Path, shape: dict[str, Any], device: str) -> None:
     (folder / "recipe.yaml").write_text(recipe, "utf-8")
 
 
-def train(folder: Path, out: Path, overrides: list[str], deterministic: bool, fraction: float | None) -> int:
+def train(folder: Path, out: Path, overrides: list[str], fraction: float | None = None) -> int:
     """One sitting in this process; the exit status that `afina train` would have."""
     import torch
 
     from afina import pipeline
     from afina.errors import AfinaError
 
-    if deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
     if fraction is not None:
         torch.cuda.set_per_process_memory_fraction(fraction)
     try:
@@ -138,14 +139,14 @@ def forked(work: Callable[[], int | None], said: Path, after: float | None = Non
 class Runs:
     """All attempts on one base. `wrong`: the promises that did not hold."""
 
-    def __init__(self, folder: Path, device: str) -> None:
-        self.folder, self.device, self.wrong = folder, device, list[str]()
+    def __init__(self, folder: Path, device: str, budget: float, seed: int) -> None:
+        self.folder, self.device, self.budget, self.seed, self.wrong = folder, device, budget, seed, list[str]()
         self.said = folder / "said.txt"
 
-    def whole(self, name: str, *overrides: str, deterministic: bool = False, fraction: float | None = None) -> Path:
+    def whole(self, name: str, *overrides: str, fraction: float | None = None) -> Path:
         """A run that nobody stops."""
         out = self.folder / name
-        ended = forked(lambda: train(self.folder, out, list(overrides), deterministic, fraction), self.said)
+        ended = forked(lambda: train(self.folder, out, list(overrides), fraction), self.said)
         if ended.status:
             raise SystemExit(f"{name} ended with {ended.status}:\n{self.said.read_text('utf-8')[-3000:]}")
         self.seconds = ended.seconds
@@ -159,36 +160,46 @@ class Runs:
         return not different
 
     def exact(self) -> dict[str, Any]:
-        """The same 30 steps in two processes, as they are and with deterministic algorithms; what that costs."""
-        plain = [self.whole(f"plain-{number}") for number in (1, 2)]
-        strict = [self.whole(f"strict-{number}", deterministic=True) for number in (1, 2)]
-        self.alone = self.seconds
-        speeds = {name: min(step_ms(run) for run in runs) for name, runs in (("plain", plain), ("strict", strict))}
-        equal = digests(plain[0]) == digests(plain[1])
+        """The same 30 steps in two processes, one of which saves as often as it can; how long its loop waits for that.
+
+        Beside them two processes without exactness.
+        """
+        runs = [self.whole("exact-1"), self.whole("exact-2", OFTEN)]
+        training = json.loads((runs[1] / "manifest.json").read_text("utf-8"))["training"]
+        wait = 1000 * training["checkpoint_seconds"] / max(1, training["checkpoints"])
         return {
-            "equal": equal, "equal_deterministic": self.compare("two processes", *strict),
-            "step_ms": speeds["plain"], "step_ms_deterministic": speeds["strict"],
-            "cost": round(speeds["strict"] / speeds["plain"] - 1, 4), **about(plain[0]),
+            "equal": self.compare("two processes", *runs), "differs_from_step": parting(*runs),
+            "step_ms": step_ms(runs[0]), "checkpoints": training["checkpoints"], "wait_ms": round(wait, 2),
+            "share_of_a_step": round(wait / step_ms(runs[0]), 4), **about(runs[0]),
         }  # fmt: skip
 
-    def checkpoints(self) -> dict[str, Any]:
-        """How long the loop waits for a checkpoint, as a share of a step."""
-        run = self.whole("often", OFTEN)
-        training = json.loads((run / "manifest.json").read_text("utf-8"))["training"]
-        wait = 1000 * training["checkpoint_seconds"] / max(1, training["checkpoints"])
-        size = max((run / "adapter").glob("*.safetensors"), key=lambda file: file.stat().st_size).stat().st_size
-        return {"checkpoints": training["checkpoints"], "wait_ms": round(wait, 2),
-                "share_of_a_step": round(wait / step_ms(run), 4), "adapter_mib": round(size / 2**20, 1)}  # fmt: skip
+    def loose(self) -> dict[str, Any]:
+        """The same without exactness: whether they are equal nevertheless, and from which step on they are not."""
+        runs = [self.whole(f"loose-{number}", "training.exact=false") for number in (1, 2)]
+        return {"equal": digests(runs[0]) == digests(runs[1]), "differs_from_step": parting(*runs),
+                "step_ms": step_ms(runs[0]), **about(runs[0])}  # fmt: skip
+
+    def cost(self) -> dict[str, Any]:
+        """Steps of one model in one process, exactly and without in turns, on samples of the recipe's lengths."""
+        forked(lambda: (self.folder / "cost.json").write_text(json.dumps(time_exactness(self.folder))) and 0, self.said)
+        found: dict[str, Any] = json.loads((self.folder / "cost.json").read_text())
+        return found
 
     def stopped(self, times: int, number: int) -> dict[str, Any]:
-        """Signals at random instants until each run is done; the results beside that of the run left alone."""
-        plain, chance = self.whole(f"alone-{number}", deterministic=True), random.Random(number)
-        alone, hits, runs, closings, attempts = self.seconds, 0, 0, list[float](), 0
-        while hits < times:
+        """Signals at random instants until each run is done; the results beside that of the run left alone.
+
+        After `budget` seconds no more are sent: what is left of the run that is under way is done in peace.
+        """
+        began, chance = time.monotonic(), random.Random(f"{number} {self.seed}")
+        plain = self.whole(f"alone-{number}")
+        alone, hits, runs, attempts, closings = self.seconds, 0, 0, 0, list[float]()
+        late = lambda: time.monotonic() - began > self.budget  # noqa: E731
+        while hits < times and not (late() and runs):
             out, first = self.folder / f"stopped-{number}-{runs}", attempts
             while not (out / "manifest.json").exists():
-                work = lambda out=out: train(self.folder, out, [OFTEN], True, None)  # noqa: E731
-                ended = forked(work, self.said, chance.uniform(0.3, 1.05) * alone, number)
+                work = lambda out=out: train(self.folder, out, [OFTEN])  # noqa: E731
+                after = None if late() or hits >= times else chance.uniform(0.3, 1.05) * alone
+                ended = forked(work, self.said, after, number)
                 attempts += 1
                 if ended.closing:
                     hits += 1
@@ -225,6 +236,50 @@ class Runs:
         }  # fmt: skip
 
 
+def time_exactness(folder: Path) -> dict[str, Any]:
+    """Milliseconds of a forward and backward pass, exactly and without, in turns; medians."""
+    import torch
+
+    from afina.console import Console
+    from afina.data.batch import micro_batches
+    from afina.data.template import Renderer
+    from afina.data.tokenizer import load_tokenizer
+    from afina.engine.engine import Engine
+    from afina.model.attach import attach
+    from afina.model.load import choose_hardware, load_model
+    from afina.model.packed import packed_attention
+    from afina.model.repeatable import exact
+    from afina.recipe.load import load
+    from afina.train.examples import prepare
+
+    recipe = load(folder / "recipe.yaml", [])
+    hardware = choose_hardware(recipe.model)
+    renderer = Renderer(load_tokenizer(str(folder / "base")), recipe.data.learn)
+    rows = prepare(recipe, folder, renderer, Console()).train
+    model = attach(load_model(str(folder / "base"), hardware), recipe.method, seed=0).train()
+    engine = Engine(model, hardware.dtype)
+    lengths = {}
+    for name, chosen in (
+        ("samples", range(8)),
+        ("one long sample", [max(range(len(rows)), key=lambda n: rows[n].ids.size)]),
+    ):
+        (batch,) = micro_batches(rows, chosen, budget=2**20, packing=True, pad_id=0)
+        batch, seconds = batch.to(hardware.device), {True: list[float](), False: list[float]()}
+        with packed_attention(model):
+            for turn in range(40):
+                with exact(turn % 2 == 0):
+                    torch.cuda.synchronize()
+                    began = time.perf_counter()
+                    engine.summed_loss(model, batch).backward()
+                    torch.cuda.synchronize()
+                if turn >= WARM:
+                    seconds[turn % 2 == 0].append(time.perf_counter() - began)
+        ms = {on: round(1000 * statistics.median(taken), 2) for on, taken in seconds.items()}
+        lengths[name] = {"tokens": batch.tokens, "ms_exact": ms[True], "ms_without": ms[False],
+                         "cost": round(ms[True] / ms[False] - 1, 4)}  # fmt: skip
+    return lengths
+
+
 def forked_total(runs: Runs) -> int:
     """Bytes of the GPU, asked in a process of its own."""
     place = runs.folder / "total"
@@ -245,6 +300,15 @@ def step_ms(run: Path) -> float:
     return round(1000 * statistics.median(seconds), 2)
 
 
+def parting(one: Path, two: Path) -> list[Any] | None:
+    """Step and figures at which two runs first differ, None where they never do."""
+    for first, second in zip(*((run / "metrics.jsonl").read_bytes().splitlines() for run in (one, two)), strict=True):
+        here, there = json.loads(first), json.loads(second)
+        if different := [key for key in here if key != "seconds" and here[key] != there[key]]:
+            return [here["step"], *different]
+    return None
+
+
 def about(run: Path) -> dict[str, Any]:
     """What ran, as its manifest says."""
     manifest = json.loads((run / "manifest.json").read_text("utf-8"))
@@ -254,15 +318,17 @@ def about(run: Path) -> dict[str, Any]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--shape", choices=["1b", "tiny"], default="1b")
-    options.add_argument("--parts", default="exact,checkpoints,memory,terms,kills")
+    options.add_argument("--shape", choices=SHAPES, default="1b")
+    options.add_argument("--parts", default="exact,loose,cost,memory,terms,kills")
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--terms", type=int, default=6)
+    options.add_argument("--seed", type=int, default=0, help="of the instants at which signals are sent")
+    options.add_argument("--budget", type=float, default=600.0, help="seconds in which signals are sent")
     options.add_argument("--results", type=Path, default=HERE / "results" / "gpu_runs.jsonl")
     options.add_argument("--commit", default="", help="where the tree has no git")
     chosen = options.parse_args()
-    device = "cuda" if chosen.shape == "1b" else "cpu"
-    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "4" if device == "cuda" else "1"}
+    device = "cpu" if chosen.shape == "tiny" else "cuda"
+    os.environ["OMP_NUM_THREADS"] = "4" if device == "cuda" else "1"
     # A forked process cannot open the GPU once its parent has: bitsandbytes would when imported, and asking whether
     # there is one may go through NVML.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
@@ -278,11 +344,11 @@ def main() -> None:
         raise SystemExit("something that was imported has opened the GPU already; its import must wait for the forks")
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE)
     with tempfile.TemporaryDirectory(prefix="gpu-runs-") as name:
-        runs, shape = Runs(Path(name), device), LLAMA_1B if device == "cuda" else TINY
+        runs, shape = Runs(Path(name), device, chosen.budget, chosen.seed), SHAPES[chosen.shape]
         if forked(lambda: prepare(runs.folder, shape, device), runs.said).status:
             raise SystemExit(runs.said.read_text("utf-8")[-3000:])
         parts: dict[str, Callable[[], dict[str, Any]]] = {
-            "exact": runs.exact, "checkpoints": runs.checkpoints, "memory": runs.memory,
+            "exact": runs.exact, "loose": runs.loose, "cost": runs.cost, "memory": runs.memory,
             "terms": lambda: runs.stopped(chosen.terms, signal.SIGTERM),
             "kills": lambda: runs.stopped(chosen.kills, signal.SIGKILL),
         }  # fmt: skip
@@ -290,7 +356,7 @@ def main() -> None:
             began = time.monotonic()
             line = {"part": part, "shape": chosen.shape, **parts[part](), "took_s": round(time.monotonic() - began, 1)}
             print(json.dumps(line), flush=True)
-            line |= {"commit": git.stdout.strip() or chosen.commit, "versions": versions(),
+            line |= {"commit": chosen.commit or git.stdout.strip(), "versions": versions(),
                      "date": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
             with chosen.results.open("a", encoding="utf-8") as results:
                 results.write(json.dumps(line) + "\n")

@@ -10,8 +10,9 @@ from typing import Any
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
+    "gpt_oss": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
-CHECKPOINTING = {"W4": "unsloth", "W5": "unsloth", "W6": "unsloth", "W8": "unsloth"}
+CHECKPOINTING = {"W4": "unsloth", "W5": "unsloth", "W6": "unsloth", "W8": "unsloth", "W9": "unsloth"}
 """Where a peer needs it for the memory: its own way of keeping less; elsewhere nothing is made again."""
 
 
@@ -75,7 +76,8 @@ def plain_model(work: dict[str, Any], tool: str, folder: Path, checkpointing: st
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     model = loader.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa",
+        folder, dtype=torch.bfloat16, device_map={"": 0},
+        attn_implementation="eager" if work["shape"].get("num_local_experts") else "sdpa",
         **({"quantization_config": four_bits} if work.get("four_bits") else {}),
     )  # fmt: skip
     if not work.get("full"):

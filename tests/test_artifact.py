@@ -1,10 +1,11 @@
 """Artifacts: sealing, verifying, and manifests that lie."""
 
+import hashlib
 import json
 
 import pytest
 
-from afina import durable
+from afina import artifact, durable
 from afina.artifact import FORMAT, MANIFEST, folder_digest, open_artifact, parent, seal, sha256
 from afina.errors import AfinaError, OutputError
 
@@ -149,3 +150,10 @@ def test_facts_that_are_no_json_are_refused_before_anything_is_written(tmp_path)
     with pytest.raises(ValueError, match="JSON"):
         seal(tmp_path, "run", loss=float("nan"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 12288, 20001])
+def test_a_file_is_hashed_in_parts(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(artifact, "AT_ONCE", 4096)
+    (tmp_path / "file").write_bytes(bytes(number % 251 for number in range(size)))
+    assert sha256(tmp_path / "file") == hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()

@@ -32,7 +32,7 @@ DOORS = {
         "model/generate.py",
         "model/decode.py",
         "model/fixed.py",
-        "engine/attention.py",
+        "model/packed.py",
         "data/tokenizer.py",
         "model/translator.py",
     ),
@@ -123,7 +123,7 @@ PARAMETERS = 9
 MANY_PARAMETERS = {
     "cli/data/translate.py:command": 13,  # options of a command line
     "cli/chat.py:command": 11,  # each option of the command line is one
-    "engine/attention.py:_attend": 10,  # what transformers gives an attention
+    "model/packed.py:_attend": 10,  # what transformers gives an attention
     "train/loop.py:train": 10,  # the loop: everything it touches is named at its door
 }
 HOSTS = {

@@ -305,9 +305,9 @@ def test_four_bit_weights_are_bitsandbytes_own(nested):
     assert out[:, 128:].isnan().all()
 
 
-def test_a_four_bit_base_gives_the_references_loss_and_gradients():
+def four_bits(model):
+    """Its linear layers but the head as bitsandbytes' NF4."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = llama(hidden_size=64, intermediate_size=128)
     for layer in model.model.layers:
         for part in (layer.self_attn, layer.mlp):
             for name, linear in list(part.named_children()):
@@ -321,6 +321,11 @@ def test_a_four_bit_base_gives_the_references_loss_and_gradients():
                     )
                     four.load_state_dict(linear.state_dict())
                     setattr(part, name, four.to("cpu"))
+    return model
+
+
+def test_a_four_bit_base_gives_the_references_loss_and_gradients():
+    model = four_bits(llama(hidden_size=64, intermediate_size=128))
     (loss, found), (expected, plain), names = both(perturbed(model), [20, 9, 31], torch.float32)
     assert loss == pytest.approx(expected, rel=1e-5)
     for name, gradient, truth in zip(names, found, plain, strict=True):

@@ -9,8 +9,8 @@ from small import llama
 
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered
-from afina.engine.attention import packed_attention
 from afina.model.loss import summed_loss, target_logits, token_losses
+from afina.model.packed import packed_attention
 
 
 def rows(seed: int = 0) -> list[Rendered]:

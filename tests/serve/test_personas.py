@@ -1,6 +1,7 @@
 """Personalities in a chat: who is chosen answers as alone; loading, choosing and dropping by command."""
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from small import loud_llama, perturb_adapters
 
+from afina.artifact import parent, seal, source_digest
 from afina.console import Console
 from afina.data.conversation import Message
 from afina.errors import ModelError, RecipeError
 from afina.model.attach import load_adapter, save_adapter
-from afina.recipe.schema import Chat
+from afina.recipe.schema import Chat, Recipe
 from afina.serve.opening import speakers_of
 from afina.serve.personas import open_cast
 from afina.serve.session import Session
@@ -115,3 +117,20 @@ def test_a_chat_without_personalities_says_so(place, renderer, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("/persona poet\n"))
     with pytest.raises(RecipeError, match="one personality"):
         chat(Session([ModelSpeaker("x", loud_llama(), renderer)], COLD), Console())
+
+
+def test_an_adapter_of_a_run_on_another_base_is_refused_by_its_hash(place, tmp_path):
+    """Named by its run or by the folder inside; of the same base it answers, whatever the base was called then."""
+    digests = {"right": source_digest(place / "base"), "wrong": "0" * 64}
+    for name, digest in digests.items():
+        run = tmp_path / name
+        shutil.copytree(place / "pirate", run / "adapter")
+        recipe = Recipe.model_validate({"name": name, "data": {"train": "x"}, "model": {"base": "elsewhere"}})
+        base = parent("elsewhere", str(digest), "base")
+        seal(run, "run", parents=[base], recipe=recipe.resolved(), recipe_folder=str(tmp_path))
+        for given in (run, run / "adapter"):
+            if name == "right":
+                open_cast(str(place / "base"), [f"me={given}"])
+            else:
+                with pytest.raises(ModelError, match="another base, elsewhere"):
+                    open_cast(str(place / "base"), [f"me={given}"])

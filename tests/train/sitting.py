@@ -16,7 +16,7 @@ from afina.data.order import Order
 from afina.model.attach import attach
 from afina.model.loss import summed_loss
 from afina.recipe.schema import Lora, Training
-from afina.train.best import weights_of
+from afina.train.best import Measured, weights_of
 from afina.train.checkpoint import snapshot
 from afina.train.keeper import Keeper
 from afina.train.looking import Asking
@@ -58,6 +58,7 @@ def sit(
     training=None,
     measured=None,
     criterion=None,
+    exact=True,
     fault_in_validation=lambda step, batches: None,
     prepare=lambda model, state: None,
     ask=None,
@@ -65,7 +66,8 @@ def sit(
 ):
     """Train, or go on; returns what must not depend on where it was stopped. `fault(step, batch, loss)` may spoil.
 
-    `measured`: the validation loss after each step of it. `ask(step)`: what the tasks say after steps of `ask_after`.
+    `measured`: the validation loss after each step of it, or those of four groups of samples. `ask(step)`: what the
+    tasks say after steps of `ask_after`.
     """
     order, room = Order(len(SAMPLES), 4, 100.0, 7), Room(80)
     training = training or Training(learning_rate=1e-2, warmup=0, schedule="constant", checkpoint_minutes=1e-9)
@@ -83,18 +85,29 @@ def sit(
         return fault(state.step, batch, loss) if fault else loss
 
     measured = measured or {8: 1.0}
+
+    def validated(groups):
+        fault_in_validation(state.step, [batch for batches in groups for batch in batches])
+        counts = tuple(sum(batch.weight for batch in batches) for batches in groups)
+        losses = measured[state.step] if isinstance(measured[state.step], list) else [measured[state.step]] * 4
+        return Measured(tuple(loss * count for loss, count in zip(losses, counts, strict=True)), counts)
+
     plan = Plan(
         steps,
         hardware,
         order.epoch,
         lambda step: 1,
-        lambda: micro_batches(SAMPLES[:8], range(8), budget=room.tokens, packing=False, pad_id=0),
-        lambda batches: fault_in_validation(state.step, batches) or measured[state.step],
+        lambda: [
+            micro_batches(SAMPLES[:8], [place, place + 4], budget=room.tokens, packing=False, pad_id=0)
+            for place in range(4)
+        ],
+        validated,
         1,
         frozenset(measured),
         str,
         {},
-        criterion,
+        exact=exact,
+        criterion=criterion,
         held_out_samples=20,
         asking=Asking(lambda: ask(state.step), 3, frozenset(ask_after)),
     )

@@ -1,6 +1,8 @@
 """The best weights of a run are what it holds at the end, wherever it was stopped and whatever the disk did."""
 
 import math
+import random
+import statistics
 
 import pytest
 from train.sitting import Killed, sit
@@ -8,10 +10,12 @@ from train.sitting import Killed, sit
 from afina.errors import OutputError
 from afina.train import keeper as keepers
 from afina.train import session as sessions
-from afina.train.best import Criterion
+from afina.train.best import Criterion, Measured
 
-MEASURED = {3: 2.0, 6: 1.0, 9: 1.0, 11: math.nan, 12: 1.5}
-"""Best after step 6: a later equal one is none better, and what is no number never is."""
+MEASURED = {3: 2.0, 6: 1.0, 9: 1.25, 11: math.nan, 12: 1.5}
+"""Best after step 6: a later one is worse, and what is no number is never better."""
+SCATTERED = {3: [2.0] * 4, 6: [1.0, 1.0, 1.0, 1.0], 9: [0.9, 1.9, 0.9, 1.5], 12: [1.5, 1.5, 1.4, 1.6]}
+"""After step 9 worse by chance, for some are better; after step 12 worse beyond it, for none is."""
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,48 @@ def test_the_best_weights_are_held_at_the_end(tmp_path, until_six):
     assert found["kept"] == {"step": 6, "validation_loss": 1.0} and found["held"] == until_six["held"]
     assert found["tally"]["best"] == {"step": 6, "figure": "validation_loss", "value": 1.0, "validation_loss": 1.0}
     assert [path.name for path in (tmp_path / "c" / "best").iterdir()] == ["000002-step-6"]
+
+
+def test_what_is_worse_by_chance_is_as_good_and_the_later_is_held(tmp_path):
+    found = sit(tmp_path, measured=SCATTERED, criterion=Criterion(), save_after=(0, 8))
+    assert found["kept"]["step"] == 9 and found["tally"]["lowest"]["step"] == 6
+    folder = tmp_path / "nine"
+    folder.mkdir()
+    last = sit(folder, steps=9, measured=SCATTERED, criterion=Criterion())
+    assert last["kept"]["step"] == 9 and last["held"] == found["held"]
+
+
+def test_a_forgotten_lowest_shows(tmp_path, monkeypatch):
+    """The mutant: against what a later loss is compared, left out of the checkpoint."""
+    for name in ("right", "mutant"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(Killed):
+            sit(tmp_path / name, measured=SCATTERED, criterion=Criterion(), kill_at=11, save_after=(0, 10))
+    assert sit(tmp_path / "right", measured=SCATTERED, criterion=Criterion())["kept"]["step"] == 9
+    real = sessions.Session._restore
+
+    def forgetful(self, state, checkpoint):
+        real(self, state, checkpoint)
+        self.tally.lowest = None
+
+    monkeypatch.setattr(sessions.Session, "_restore", forgetful)
+    assert sit(tmp_path / "mutant", measured=SCATTERED, criterion=Criterion())["kept"]["step"] == 12
+
+
+def test_chance_is_the_scatter_of_a_difference_on_the_same_samples():
+    """Of groups of unequal size, against what drawing samples anew gives; large common differences are no scatter."""
+    chance, groups, drawn, told = random.Random(1), 24, [], []
+    for _turn in range(2000):
+        counts = tuple(float(chance.randint(5, 60)) for _group in range(groups))
+        hard = [chance.uniform(1, 5) for _group in range(groups)]
+        before = [count * level for count, level in zip(counts, hard, strict=True)]
+        after = [count * (level + 0.3 + chance.gauss(0, 0.2)) for count, level in zip(counts, hard, strict=True)]
+        measured = Measured(tuple(after), counts)
+        drawn.append(measured.loss - Measured(tuple(before), counts).loss)
+        told.append(measured.chance(before))
+    assert statistics.mean(drawn) == pytest.approx(0.3, abs=0.01)
+    assert statistics.stdev(drawn) == pytest.approx(statistics.mean(told), rel=0.1)
+    assert Measured((1.0,), (2.0,)).chance([3.0]) == math.inf
 
 
 def test_without_a_criterion_the_last_weights_are_held(tmp_path, until_six):

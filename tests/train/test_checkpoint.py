@@ -1,6 +1,7 @@
 """P2, P3, P7: a checkpoint is complete and verified or not there, after any crash, corruption or full disk."""
 
 import itertools
+import json
 import os
 import random
 import resource
@@ -13,11 +14,25 @@ import torch
 from small import CPU, llama
 
 from afina import durable
+from afina.artifact import sha256
+from afina.errors import OutputError
 from afina.model.attach import attach
-from afina.recipe.schema import Lora, Training
+from afina.recipe.schema import Lora, Recipe, Training
 from afina.train import checkpoint
-from afina.train.checkpoint import FACTS, TENSORS, facts_of, newest, prune, read, snapshot, write
+from afina.train.checkpoint import (
+    FACTS,
+    TENSORS,
+    Damaged,
+    facts_of,
+    newest,
+    prune,
+    read,
+    restore,
+    snapshot,
+    write,
+)
 from afina.train.keeper import Keeper
+from afina.train.resume import begin as enter
 from afina.train.state import begin
 
 
@@ -87,6 +102,41 @@ def test_a_renamed_or_foreign_folder_is_not_taken(tmp_path, state):
     said: list[Path] = []
     assert newest(tmp_path, "run", lambda place, reason: said.append(place)) == saved and len(said) == 3
     assert newest(tmp_path, "another run", lambda place, reason: None) is None
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path, state, monkeypatch):
+    old = write(tmp_path, "run", 1, snapshot(state), facts_of(state))
+    with monkeypatch.context() as newer:
+        newer.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+        write(tmp_path, "run", 2, snapshot(state), {**facts_of(state), "what is not known yet": [1]})
+    said: list[str] = []
+    assert newest(tmp_path, "run", lambda place, reason: said.append(reason)) == old
+    assert said == ["it was written by another version of afina"]
+
+
+@pytest.mark.parametrize("lie", [(2**62).to_bytes(8, "little") + b"{}", b"", b"\x08" + b"\0" * 7 + b'{"a":{}}'])
+def test_a_checkpoint_whose_hashes_hold_and_whose_tensors_lie_changes_nothing(tmp_path, state, lie):
+    """Made by hand, with lengths beyond the file, and hashes that are right."""
+    good = write(tmp_path, "run", 1, snapshot(state), facts_of(state))
+    (good.place / TENSORS).write_bytes(lie)
+    body = {**good.facts, "sha256": sha256(good.place / TENSORS)}
+    (good.place / FACTS).write_text(json.dumps({"sha256": checkpoint._digest(body), "body": body}))
+    before = snapshot(state)
+    with pytest.raises(Damaged):
+        restore(state, read(good.place, "run"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in snapshot(state).items())
+
+
+def test_a_run_may_move_to_a_machine_with_other_paths(tmp_path):
+    """What was read is known by its hash; a name in state.json is shown, never followed."""
+    recipe = Recipe.model_validate({"name": "x", "data": {"train": "x"}})
+    here, there = (
+        [{"role": "data", "name": f"{folder}/train.jsonl", "sha256": "5" * 64}] for folder in ("/here", "/there")
+    )
+    run = enter(tmp_path, recipe, here, [])
+    assert enter(tmp_path, recipe, there, []) == run
+    with pytest.raises(OutputError, match=r"/there/train\.jsonl has changed"):
+        enter(tmp_path, recipe, [{**there[0], "sha256": "6" * 64}], [])
 
 
 class Disk:

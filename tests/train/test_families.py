@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered
-from afina.engine.attention import covers, packed_attention
 from afina.errors import AfinaError
 from afina.model.attach import attach, learning, load_adapter, merged, save_adapter, save_whole
 from afina.model.generate import generate
 from afina.model.load import load_model
 from afina.model.loss import summed_loss
+from afina.model.packed import covers, packed_attention
 from afina.recipe.schema import Lora
 from afina.train.loop import accumulate
 

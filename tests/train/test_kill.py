@@ -8,8 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from journey.tiny import lay_out
+from journey.tiny import lay_out, save_base, write_rows
 from train.torture import VARIANTS
 
 TORTURED = int(os.environ.get("AFINA_TORTURE", "0"))
@@ -79,3 +80,38 @@ def test_a_signal_closes_in_good_order(world, tmp_path, twice):
     print(f"closed in {taken:.2f} s")
     assert process.returncode in ((130, -2) if twice else (130,))  # 2 s are aimed at; a time decides no test
     assert not list(tmp_path.glob("**/checkpoints/0*")) or (tmp_path / "run" / "state.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def slow_world(tmp_path_factory) -> Path:
+    """A base whose forward and backward of one step are each one call of some ten seconds of processor."""
+    folder = tmp_path_factory.mktemp("slow")
+    lay_out(folder)
+    save_base(folder / "base", hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
+    write_rows(folder / "train.jsonl", [(f"Number {number} is fine.", "good") for number in range(3000)])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_in_a_long_step_costs_little(slow_world, tmp_path, name):
+    """What the process still computes after the signal, in seconds of the processor: the step has dozens of them."""
+    overrides = ["training.engine=reference", "training.batch_size=2500", "training.micro_batch_tokens=65536"]
+    asked = [sys.executable, "-m", "afina", "train", "recipe.yaml", "tasks=[]", "export.formats=[]", *overrides]
+    with (tmp_path / "said").open("w") as said:
+        process = psutil.Popen([*asked, "--out", str(tmp_path / "run")], cwd=slow_world, stdout=said, stderr=said)
+        while not (tmp_path / "run" / "state.json").is_file():
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.01)
+        begun = sum(process.cpu_times()[:2])
+        while (before := sum(process.cpu_times()[:2])) < begun + 2:
+            time.sleep(0.01)
+        started = time.monotonic()
+        process.send_signal(getattr(signal, name))
+        _ended, status, used = os.wait4(process.pid, 0)
+        taken = time.monotonic() - started
+    after = used.ru_utime + used.ru_stime - before
+    print(f"closed in {taken:.2f} s, {after:.2f} s of processor")
+    assert os.waitstatus_to_exitcode(status) == 128 + getattr(signal, name), (tmp_path / "said").read_text()
+    assert after < 3
+    assert (tmp_path / "run" / "state.json").is_file() and not list(tmp_path.rglob("*.partial*"))

@@ -5,9 +5,9 @@ from small import CPU, llama, perturb_adapters
 
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered
-from afina.engine.attention import covers, packed_attention
 from afina.model.attach import attach, learning
 from afina.model.loss import summed_loss
+from afina.model.packed import covers, packed_attention
 from afina.recipe.schema import Full, Lora, PrefixTuning, PromptTuning, Training
 from afina.train.loop import accumulate, train
 from afina.train.state import Follower, StepReport, begin

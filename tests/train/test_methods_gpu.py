@@ -5,20 +5,21 @@ python -m pytest -n 0 -s tests/train/test_methods_gpu.py
 
 import pytest
 import torch
-from small import llama, spread
+from small import llama
 from torch import nn
 from train.test_loop import rows
 from transformers import AutoModelForCausalLM, PhiConfig
 
 from afina.data.batch import micro_batches
-from afina.engine.attention import covers, packed_attention
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
 from afina.engine.proof import prove
 from afina.model.attach import attach, learning, load_adapter, recompute, save_adapter
 from afina.model.load import Hardware, load_model
 from afina.model.loss import summed_loss
+from afina.model.packed import attend, attend_backward, covers, packed_attention
 from afina.model.quantize import quantisation
+from afina.model.repeatable import exact
 from afina.model.virtual import virtual_tokens
 from afina.recipe.schema import Full, Lora, Model, PrefixTuning, PromptTuning, Training
 from afina.train import checkpoint
@@ -123,10 +124,13 @@ def test_the_engine_is_the_reference_on_four_bits(folder, kind, double):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-8bit", "paged-adamw-8bit", "adafactor", "lion"])
-def test_moments_are_taken_up_to_the_bit(folder, tmp_path, name):
+def test_moments_are_taken_up_to_the_bit(tmp_path, name):
+    place = tmp_path / "base"
+    llama(hidden_size=1024, intermediate_size=1024, vocab_size=128).save_pretrained(place)
+
     def started() -> tuple[nn.Module, Training, State]:
-        method = Lora(rank=32)  # 4,096 weights and more, from which bitsandbytes holds moments in eight bits
-        model = attach(load_model(str(folder), CUDA, Model(quantization="nf4")), method, seed=0)
+        method = Lora(rank=128)  # 100,000 weights and more, from which bitsandbytes pages its moments
+        model = attach(load_model(str(place), CUDA, Model(quantization="nf4")), method, seed=0)
         training = Training(optimizer=name, learning_rate=1e-3)
         return model, training, begin(model, training, CUDA, method)
 
@@ -147,6 +151,31 @@ def test_moments_are_taken_up_to_the_bit(folder, tmp_path, name):
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
+@pytest.mark.parametrize("width", [64, 80, 128])
+@pytest.mark.parametrize("lengths", [(700, 1, 1300), (512,) * 4, (3000,), (1,), (4096, 4096)], ids=str)
+def test_attention_has_the_same_bits_each_time(lengths, width):
+    """Of cuDNN (samples of one length) and of flash attention (the others), in `exact` alone; and both are right."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(sum(lengths), heads, width) for heads in (8, 2, 2, 8)]
+    q, k, v, d = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator) for shape in shapes
+    )  # fmt: skip
+
+    def once() -> list[torch.Tensor]:
+        attended = attend(q, k, v, lengths, 0.1)
+        found = attend_backward(attended, d, q, k, v, lengths, 0.1)
+        return [attended.out, *(part.flatten(0, 1) for part in found)]
+
+    with exact():
+        first = once()
+        assert all(torch.equal(one, two) for _turn in range(8) for one, two in zip(first, once(), strict=True))
+    assert not torch.are_deterministic_algorithms_enabled()
+    leaves = [part.float().requires_grad_() for part in (q, k, v)]
+    plain = attend(*leaves, lengths, 0.1)  # in fp32 the samples are gathered, and PyTorch's own attention computes
+    for found, right in zip(first, [plain.out, *attend_backward(plain, d.float(), *leaves, lengths, 0.1)], strict=True):
+        assert (found - right.reshape(found.shape)).abs().max() <= 0.03 * right.abs().max()
+
+
 @pytest.mark.slow
 def test_phi_2_of_true_shape_trains_in_six_gib(tmp_path):
     """M30: NF4, double quantisation, a paged optimiser, 1 x 2,048 tokens; the peak is printed. Writes 5.6 GB."""
@@ -156,7 +185,12 @@ def test_phi_2_of_true_shape_trains_in_six_gib(tmp_path):
     )  # fmt: skip
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    spread(empty.to_empty(device="cpu"), scale=0.02).save_pretrained(tmp_path)
+    base = empty.to_empty(device="cuda")
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(float(name.endswith("weight")))
+    base.save_pretrained(tmp_path)
+    del base, empty
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

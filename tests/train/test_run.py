@@ -53,6 +53,22 @@ def test_the_engine_trains_as_the_reference_does(place, tmp_path):
     assert error <= 1e-2 * torch.stack([value.norm() for value in weights[1].values()]).norm()
 
 
+@pytest.mark.parametrize("products", ["fp8", "int8", "8bit"])
+def test_products_in_eight_bits_train_or_say_why_not(place, tmp_path, products):
+    few = ["training.steps=12", "training.validations=2"]
+    eight = run(place, tmp_path / "eight", *few, f"training.products={products}")
+    exact = run(place, tmp_path / "exact", *few)
+    losses = [[step["loss"] for step in steps(tmp_path / name)] for name in ("eight", "exact")]
+    assert "exact products" in exact["engine"]
+    if products != "int8":  # a CPU multiplies so only where it is named; and this model is too loud for e4m3
+        assert {"8bit": "this device", "fp8": "cosines"}[products] in eight["engine"] and losses[0] == losses[1]
+        return
+    assert "products in eight bits" in eight["engine"], eight["engine"]
+    assert losses[0] == pytest.approx(losses[1], rel=0.15) and losses[0] != losses[1]
+    found = load_file(tmp_path / "eight" / "adapter" / "adapter_model.safetensors")
+    assert all(value.isfinite().all() and value.norm() > 0 for value in found.values())
+
+
 def test_a_mixture_trains_in_the_engine_with_its_experts_packed(place, tmp_path):
     """gpt-oss as published, adapters on attention, experts and router: packed rows, as the padded reference trains."""
     base = shutil.copytree(place / "base", tmp_path / "base")

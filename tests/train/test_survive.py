@@ -4,9 +4,12 @@ import pytest
 import torch
 from train.sitting import Killed, sit
 
+from afina.data.order import Order
 from afina.errors import Interrupted, ResourceError
 from afina.model.load import Hardware
+from afina.recipe.schema import Training
 from afina.train import keeper as keepers
+from afina.train import loop as loops
 from afina.train import session as sessions
 from afina.train.watch import Diverged
 
@@ -63,6 +66,7 @@ MUTANTS = {
     "learnt": lambda state, session: setattr(session.tally, "learnt", 0),
     "validation": lambda state, session: session.tally.validation.clear(),
     "ledger": lambda state, session: setattr(session.tally, "ledger", ""),
+    "training losses": lambda state, session: session.tally.trained.clear(),
 }
 
 
@@ -79,6 +83,28 @@ def test_each_part_of_the_state_is_needed(tmp_path, whole, monkeypatch, mutant):
 
     monkeypatch.setattr(sessions.Session, "_restore", forgetful)
     assert (sit(tmp_path, fault=trouble) == whole) == (mutant is None)
+
+
+DERIVED = {
+    "dropout's seeds": (loops, "derived_seed", lambda real: lambda seed, what, step, m: real(seed, what, step - 8, m)),
+    "order": (Order, "step", lambda real: lambda self, step: real(self, step - 8)),
+    "schedule": (loops, "learning_rate", lambda real: lambda training, step, steps: real(training, step - 8, steps)),
+}
+"""What no checkpoint holds, as it follows from the number of the step; the mutants count from where they went on."""
+
+
+@pytest.mark.parametrize("mutant", [None, *DERIVED])
+def test_what_follows_from_the_step_is_counted_from_the_beginning(tmp_path, monkeypatch, mutant):
+    training = Training(learning_rate=1e-2, warmup=3, schedule="cosine", checkpoint_minutes=1e-9)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = sit(tmp_path / "whole", training=training)
+    with pytest.raises(Killed):
+        sit(tmp_path / "killed", training=training, kill_at=10, save_after=(0, 8))
+    if mutant:
+        home, name, forgetful = DERIVED[mutant]
+        monkeypatch.setattr(home, name, forgetful(getattr(home, name)))
+    assert (sit(tmp_path / "killed", training=training) == whole) == (mutant is None)
 
 
 def test_the_log_is_cut_back(tmp_path, whole, monkeypatch):
@@ -179,6 +205,15 @@ def test_another_error_is_not_taken_for_memory(tmp_path):
 
     with pytest.raises(RuntimeError, match="size mismatch"):
         sit(tmp_path, fault=wrong)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_run_that_is_not_exact_says_so_when_it_goes_on(tmp_path, exact):
+    with pytest.raises(Killed):
+        sit(tmp_path, kill_at=9)
+    said: list[str] = []
+    sit(tmp_path, said=said, exact=exact)
+    assert any("training.exact is false" in line for line in said) != exact
 
 
 def test_a_signal_in_the_middle_of_a_step_is_raised_there_and_loses_no_step(tmp_path):

@@ -4,11 +4,15 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from journey.tiny import lay_out, write_rows
 from train.test_run import run
 
-from afina.train.trend import ENOUGH, judge
+from afina.data.template import Rendered
+from afina.train.best import Measured
+from afina.train.repeats import Repeated, notice, repeated
+from afina.train.trend import ENOUGH, judge, memorised, stands_still
 
 COLOURS = ("red", "blue", "old", "new", "big", "odd", "wet", "dry")
 THINGS = [f"{colour} {thing}" for colour in COLOURS for thing in ("cup", "hat", "car", "door", "soup", "film", "lamp")]
@@ -29,7 +33,9 @@ def place(tmp_path_factory) -> Path:
     random_rows = [(question, chance.choice(["good", "bad"])) for question, _answer in ruled]
     for name, rows in {"ruled": ruled[:192], "random": random_rows[:32]}.items():
         write_rows(folder / f"{name}.jsonl", rows)
-    for name, rows in {"ruled": ruled, "random": random_rows}.items():
+    tale = [("Tell me a tale.", "old blue cup and wet red door, odd car")]
+    write_rows(folder / "again.jsonl", [*random_rows[:192], *tale * 60])
+    for name, rows in {"ruled": ruled, "random": random_rows, "again": random_rows}.items():
         write_rows(folder / f"{name}-held-out.jsonl", rows[192:])
     return folder
 
@@ -72,6 +78,36 @@ def test_a_run_that_diverges_is_told_which_knob_to_turn(place, tmp_path):
     found = trained(place, tmp_path / "run", "ruled", *more)
     text = next(finding["text"] for finding in found["findings"] if finding["kind"] == "diverges")
     assert "training.learning_rate" in text and "lower" in text
+
+
+def test_a_sample_that_repeats_and_is_learnt_by_heart_is_named(place, tmp_path):
+    found = trained(place, tmp_path / "run", "again", "training.learning_rate=5e-3")
+    text = next(finding["text"] for finding in found["findings"] if finding["kind"] == "memorised")
+    assert "again.jsonl:" in text and "60 times" in text and "training.epochs" in text
+    assert not any(finding["ended"] for finding in found["findings"] if finding["kind"] == "memorised")
+
+
+def test_samples_that_repeat_are_counted():
+    def row(*ids: int) -> Rendered:
+        return Rendered(np.array(ids, np.int32), np.array([False] + [True] * (len(ids) - 1)))
+
+    rows = [row(1, 2), row(3, 4), row(1, 2), row(5, 6), row(3, 4), row(1, 2)]
+    assert repeated(rows) == [Repeated(0, 3), Repeated(1, 2)]
+    other = Rendered(rows[0].ids, np.array([True, True]))
+    assert repeated([rows[0], other, row(7, 8)]) == []  # the same tokens, but not the same learnt
+    assert notice([], 6, 100, str) is None and notice([Repeated(0, 2)], 1000, 3, str) is None
+    assert notice(repeated(rows), 6, 2, str).startswith("3 of 6 training samples repeat others; 0 stands there 3 times")
+    assert "seen 10 times" in notice([Repeated(0, 2)], 1000, 5, str)
+
+
+def test_what_repeats_and_is_known_while_the_validation_still_falls_is_no_finding():
+    losses = Measured((0.02, 9.0), (2.0, 3.0))
+    again = [Repeated(4, 7), Repeated(2, 2)]
+    assert memorised(again, losses, [1.0, 0.99], 2.0, str).text.startswith("4, which stands 7 times")
+    assert memorised(again, losses, [1.0, 0.05], 2.0, str) is None
+    assert memorised(again, losses, [1.0, None], 2.0, str) is None
+    assert stands_still([1.0, 0.99]) and not stands_still([1.0, 0.9]) and not stands_still([1.0, None])
+    assert not stands_still([1.0])
 
 
 def test_a_run_that_hardly_moves_is_told_and_never_ended(place, tmp_path):

@@ -12,13 +12,13 @@ from train.test_loop import CUTS, rows
 
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered
-from afina.engine.attention import packed_attention
 from afina.engine.engine import Engine
 from afina.engine.proof import prove
 from afina.model.attach import attach, learning
 from afina.model.loss import summed_loss
+from afina.model.packed import packed_attention
 from afina.recipe.schema import Lora
-from afina.train.loop import accumulate, mean_loss
+from afina.train.loop import accumulate, measure
 
 
 def weighted(count: int = 8) -> list[Rendered]:
@@ -95,7 +95,7 @@ def test_a_head_that_waits_in_the_computers_memory_weighs_the_same():
 def test_validation_is_weighted_too():
     model = made(torch.float32).eval()
     batches = micro_batches(weighted(), range(8), budget=100, packing=False, pad_id=0)
-    assert mean_loss(model, batches, CPU, summed_loss) == pytest.approx(plain_loss(model, weighted()), rel=1e-5)
+    assert measure(model, [batches], CPU, summed_loss).loss == pytest.approx(plain_loss(model, weighted()), rel=1e-5)
 
 
 @settings(deadline=None, max_examples=40)
@@ -108,5 +108,5 @@ def test_equal_weights_are_no_weights(weights, packing):
     loss = []
     for chosen in (samples, once):
         batches = micro_batches(chosen, range(4), budget=100, packing=packing, pad_id=0)
-        loss.append(mean_loss(model, batches, CPU, summed_loss))
+        loss.append(measure(model, [batches], CPU, summed_loss).loss)
     assert loss[0] == pytest.approx(loss[1], rel=1e-5)

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from afina.engine.attention import Attended, attend, attend_backward
 from afina.engine.elementwise import (
     Norm,
     gather_rotated,
@@ -24,6 +23,7 @@ from afina.engine.elementwise import (
 )
 from afina.engine.offload import Offload, Parked
 from afina.engine.products import Product
+from afina.model.packed import Attended, attend, attend_backward
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,17 @@ class Attention:
         """Causal attention inside each sample, over what `turned` made."""
         return attend(*self.split(turned), at.lengths, self.scaling, self.window, self.sinks)
 
+    def d_heads(
+        self, attended: Attended, d_out: torch.Tensor, turned: torch.Tensor, at: Positions
+    ) -> tuple[torch.Tensor, ...]:
+        """Gradients of what `turned` made: of queries, keys and values, as attend_backward returns them."""
+        d_out = d_out.view(attended.out.shape)
+        return attend_backward(attended, d_out, *self.split(turned), at.lengths, self.scaling, self.window)
+
     def backward(self, attended: Attended, d_out: torch.Tensor, qkv: torch.Tensor, at: Positions) -> None:
         """Turn qkv (tokens, columns), as saved, before its norms if it has any, into its gradient in place."""
         turned = self.turned(qkv, at) if self.norms is not None else qkv
-        d_out = d_out.view(attended.out.shape)
-        d_heads = attend_backward(attended, d_out, *self.split(turned), at.lengths, self.scaling, self.window)
-        gather_rotated(d_heads, at.cos, at.sin, turned)
+        gather_rotated(self.d_heads(attended, d_out, turned, at), at.cos, at.sin, turned)
         if self.norms is not None:
             head_norms_backward(turned, qkv, self.norms, self.heads)
 

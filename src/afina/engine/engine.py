@@ -4,12 +4,15 @@ It knows families, not models. What it does not know is left to the reference, w
 the first step it proves itself on the user's own batch (proof.py), and steps aside on a mismatch.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
 from afina.engine.block import Block, Placement, Positions, Saved
+from afina.engine.eight import Format
+from afina.engine.eight_sequential import in_eight_bits
 from afina.engine.families import final_norm, make_block, turned_half
 from afina.engine.head import Ends, Host
 from afina.engine.offload import Offload
@@ -30,6 +33,7 @@ class Engine:
         inside, head = whole.model, whole.lm_head
         self.dtype = dtype or inside.embed_tokens.weight.dtype
         self._scratch = Scratch()
+        self._turned: tuple[Scratch, ...] = ()
         layers = enumerate(inside.layers)
         self.blocks: list[Block] = [make_block(layer, config, n, self._scratch, self.dtype) for n, layer in layers]
         self.ends = _ends(inside.embed_tokens.weight, head, final_norm(inside, config, self.dtype), self.dtype)
@@ -48,7 +52,7 @@ class Engine:
     @property
     def to_come(self) -> int:
         """Bytes that the first step takes for good, beside what is planned."""
-        return self._scratch.to_come * self.dtype.itemsize
+        return self._scratch.to_come * self.dtype.itemsize + sum(buffer.to_come for buffer in self._turned)
 
     def summed_loss(self, _model: nn.Module, batch: Targeted) -> torch.Tensor:
         """Sum of the loss over the batch's targets, differentiable in what learns."""
@@ -83,12 +87,27 @@ class Engine:
         self.ends.leave(host)
 
     @torch.no_grad()
+    def into_eight_bits(self, form: Format, *, exact: Collection[str] = (), hold: bool = True) -> None:
+        """Multiply in eight bits from now on. Frozen weights are held so too, layer by layer, so that what is freed
+        makes room: the transformers model has none of these layers' any more. Weights of four bits may stay as they
+        are, to be unpacked for each use, unless `hold`. exact: names of the layers' products that stay as they are.
+        """
+        straight, turned = Scratch(), Scratch()
+        self.blocks = [in_eight_bits(block, form, straight, turned, exact=exact, hold=hold) for block in self.blocks]
+        self._products = [product for block in self.blocks for product in block.products]
+        self._turned, self._copies = (straight, turned), None
+        if not exact:
+            self._scratch.let_go()
+
+    @torch.no_grad()
     def _refresh(self) -> None:
         """Take over what learns as it is now: always, as a fused optimiser does not tell that it changed it."""
         if self._copies is None:
-            self._copies = Copies([c for p in self._products if p.wide is not None for c in p.copies(p.wide)])
+            self._copies = Copies([copy for product in self._products for copy in product.placed()])
         self._copies.run()
         self._scratch.forget()
+        for buffer in self._turned:
+            buffer.forget()
         if self.ends.learnt:
             for product in self._products:
                 product.refresh_bias()

@@ -41,8 +41,9 @@ class Ends:
 
     @property
     def logits_at_once(self) -> int:
-        """Elements of a chunk of logits: a head that learns sums a gradient as large as itself chunk by chunk."""
-        return LOGITS_AT_ONCE * (4 if self.learnt else 1)
+        """Elements of a chunk of logits: a head that learns sums a gradient as large as itself chunk by chunk, one that
+        waits in the computer's memory passes by twice for each."""
+        return LOGITS_AT_ONCE * (4 if self.learnt or self.passes_by else 1)
 
     @property
     def tied(self) -> bool:
@@ -106,11 +107,15 @@ class Ends:
         """In the order of `parameters`. found: what `loss` left, times d_loss here; d_embedded: (tokens, hidden)."""
         if not self.learnt or d_embedded is None:
             return []
-        found = [part.mul_(d_loss) for part in found]
-        of_norm, of_head = found[: len(self.norm.learnt)], found[len(self.norm.learnt) :]
+        parameters, count = self.parameters(), len(self.norm.learnt)
         rows = torch.ops.aten.embedding_dense_backward(d_embedded.contiguous(), ids, self.embedding.shape[0], -1, False)
-        ends = [of_head[0].add_(rows), *of_head[1:]] if self.tied else [rows, *of_head]
-        return [part.to(parameter.dtype) for part, parameter in zip([*of_norm, *ends], self.parameters(), strict=True)]
+        if self.tied:  # a head's gradient is as large as the head, and fp32: it is read once
+            head = torch.addcmul(rows, found[count], d_loss, out=torch.empty_like(parameters[count]))
+            ends = [head, *(part.mul_(d_loss) for part in found[count + 1 :])]
+        else:
+            ends = [rows, *(part.mul_(d_loss) for part in found[count:])]
+        found = [*(part.mul_(d_loss) for part in found[:count]), *ends]
+        return [part.to(parameter.dtype) for part, parameter in zip(found, parameters, strict=True)]
 
     def _summed(
         self, rows: torch.Tensor, batch: Targeted, d_rows: torch.Tensor | None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from afina.engine.block import HERE, Placement
-from afina.engine.head import VOCABULARY_AT_ONCE, Host
+from afina.engine.head import LOGITS_AT_ONCE, VOCABULARY_AT_ONCE, Host
 
 if TYPE_CHECKING:
     from afina.engine.block import Block
@@ -27,6 +27,8 @@ ROWS_AT_ONCE = 4096
 """Tokens that go through the widest products together where their output is not kept."""
 MEANWHILE = 0.12
 """A copy slows what computes meanwhile: beyond the computation its time counts in full, within it so much."""
+PASSED = frozenset({"gate_up", "h"})
+"""Gone from the GPU when a layer's backward has come to its attention."""
 LAST = 3
 """Layers that keep the most, where some do: what they fetch or make again would lie beside all that is saved."""
 WORKSPACE = 96 * 2**20
@@ -141,7 +143,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
     of_head = 4 * vocabulary * hidden if ends.learnt else 0
     at_once = min(tokens * vocabulary, ends.logits_at_once)
     if plan.host == "both":
-        at_once = min(tokens * VOCABULARY_AT_ONCE, ends.logits_at_once) * 2 + 2 * VOCABULARY_AT_ONCE * hidden
+        at_once = min(tokens * VOCABULARY_AT_ONCE, 4 * LOGITS_AT_ONCE) * 2 + 2 * VOCABULARY_AT_ONCE * hidden
     standing = sum(rung.kept for rung in rungs) * element
     needed = standing + of_head + at_once * 4 + 4 * tokens * hidden * element
     for number in range(layers - 1, -1, -1):
@@ -156,7 +158,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
     again = sum(rung.again for rung in rungs) / rates.products
     microseconds = max(base, copying) + max((passes - 1) * base + again, copying) + MEANWHILE * 2 * copying
     if plan.host == "both":
-        times = -(-tokens * VOCABULARY_AT_ONCE // ends.logits_at_once)
+        times = -(-tokens * VOCABULARY_AT_ONCE // (4 * LOGITS_AT_ONCE))
         microseconds += vocabulary * hidden * (2 * times * element / rates.copies + tokens / rates.products)
     launching = LAYER_US * layers
     microseconds = max(microseconds, launching) + OVERHEAD * launching
@@ -184,12 +186,19 @@ def _weigh(block: "Block", rung: Placement, tokens: int, rows: int) -> _Weight:
     of_mlp = block.at_work(rows) + sum(made[name] for name in rung.again)
     repeated = 3 if attention.heads[0] == attention.heads[1] else 5  # sums in fp32, gradients of each query's own key
     of_attention = tokens * (attention.columns * (1 if attention.norms is None else 2) + repeated * wide)
-    of_attention += sum(made[name] for name in rung.again - {"gate_up"})
-    if "gate_up" not in rung.again:  # its gradient has gone by then
-        of_attention -= sizes.get("gate_up", 0)
+    of_attention += sum(made[name] for name in rung.again - PASSED)
+    of_attention -= sum(size for name, size in sizes.items() if name in PASSED - rung.again)
     work = 2 * tokens * (hidden + block.extra) + max(of_mlp, of_attention)
     multiplied = sum(block.multiply_adds(name) for name in rung.again) * tokens
     return _Weight(sum(sizes.values()) + lows - away - again, away, work, multiplied)
+
+
+def room_to_hold(engine: "Engine", tokens: int, free_bytes: int) -> bool:
+    """Whether four-bit weights may be held in eight bits: that everything saved stays on the GPU nevertheless."""
+    products = [product for block in engine.blocks for product in block.products if product.packed]
+    packed = sum(weight.packed.numel() for product in products for _rows, weight in product.packed)
+    whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0), Rates(1.0, 1.0))
+    return whole.bytes + sum(product.n * product.k for product in products) - packed <= free_bytes
 
 
 def measure(engine: "Engine") -> Rates:
@@ -197,8 +206,6 @@ def measure(engine: "Engine") -> Rates:
     if engine.device.type != "cuda":
         return Rates(1.0, 1.0)
     widest = max(engine.blocks[0].products, key=lambda product: product.n * product.k)
-    weight = torch.zeros(widest.n, widest.k, dtype=engine.dtype, device=engine.device)
-    x = torch.zeros(2048, widest.k, dtype=engine.dtype, device=engine.device)
     host = torch.empty(2**25, dtype=torch.uint8, pin_memory=True)
     here = torch.empty(2**25, dtype=torch.uint8, device=engine.device)
 
@@ -211,5 +218,5 @@ def measure(engine: "Engine") -> Rates:
         torch.cuda.synchronize()
         return (time.perf_counter() - started) / 3 * 1e6
 
-    products = x.shape[0] * weight.numel() / microseconds(lambda: torch.mm(x, weight.t()))
+    products = 2048 * widest.n * widest.k / microseconds(widest.trial(2048))
     return Rates(products, here.numel() / microseconds(lambda: host.copy_(here, non_blocking=True)))

@@ -79,6 +79,10 @@ class Scratch:
         """What learns has changed."""
         self._holder = None
 
+    def let_go(self) -> None:
+        """Free the buffer: nobody uses it any more."""
+        self._needed, self._holder, self._flat = 0, None, None
+
 
 @dataclass(eq=False)
 class Product:
@@ -86,7 +90,8 @@ class Product:
 
     `n`, `k`, `r` are the parts of the buffer drawn above. It is `wide` for weights as they are; weights of four bits
     (`packed`, one a layer, with its rows) are turned into that of `scratch`, or `hold` one of their own. scales: (r,)
-    s of each extra column. bias: (N,) or None. dropout: of the adapters' input, while training.
+    s of each extra column. bases: the linear layers, whose weights these are. bias: (N,) or None.
+    dropout: of the adapters' input, while training.
     """
 
     n: int
@@ -101,6 +106,7 @@ class Product:
     learnt: list[Learnt] = field(default_factory=list)
     scales: torch.Tensor = field(default_factory=lambda: torch.ones(()))
     dropout: float = 0.0
+    bases: list[Any] = field(default_factory=list)
     _fill: "Replayed | None" = None
 
     def copies(self, wide: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
@@ -114,6 +120,10 @@ class Product:
                 found.append((learnt.weight.detach(), wide[learnt.rows, : self.k], 1.0))
         return found
 
+    def placed(self) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        """What must be copied whenever what learns has changed."""
+        return [] if self.wide is None else self.copies(self.wide)
+
     def refresh_bias(self) -> None:
         """Take over the biases that learn."""
         for learnt in self.learnt:
@@ -126,6 +136,11 @@ class Product:
             self.wide = torch.zeros(self.n + self.r, self.k + self.r, dtype=self.like.dtype, device=self.like.device)
             for rows, weight in self.packed:
                 weight.fill(self.wide[rows, : self.k])
+
+    def trial(self, tokens: int) -> Callable[[], object]:
+        """A product as wide as this one, to be timed."""
+        x, weight = self.like.new_zeros(tokens, self.k), self.like.new_zeros(self.n, self.k)
+        return lambda: torch.mm(x, weight.t())
 
     def parameters(self) -> list[nn.Parameter]:
         """What learns, in the order in which `gradients` returns gradients."""
@@ -329,7 +344,7 @@ def make_product(linears: Sequence[nn.Module], scratch: Scratch, dtype: torch.dt
     else:
         product.packed = [(place, weight) for place, weight in zip(rows, packed, strict=True) if weight is not None]
         scratch.ask((n + r) * (k + r))
-    product.scales = torch.ones(r, dtype=dtype, device=device)
+    product.scales, product.bases = torch.ones(r, dtype=dtype, device=device), layers
     for linear, place, column, rank in zip(linears, rows, columns, ranks, strict=True):
         if rank:
             product.adapters.append(_adapter(linear, place, column))

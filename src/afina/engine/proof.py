@@ -29,7 +29,7 @@ class Proof:
     def holds(self) -> bool:
         """Whether engine and reference agree to the rounding of their arithmetic."""
         alike = self.loss <= self.tolerance and self.gradient <= 20 * self.tolerance
-        return alike and self.missed <= 20 * self.tolerance
+        return alike and self.missed <= min(0.25, 1000 * self.tolerance)  # at random it would be 0.87 of gpt-oss's
 
 
 def prove(
@@ -40,30 +40,38 @@ def prove(
     Nothing is dropped meanwhile; the adapters are as before afterwards. The experts of a mixture are the
     reference's: in 16 bits near ties fall one way or the other, and what follows differs by more than rounding.
     """
-    adapters = [adapter for block in engine.blocks for adapter in block.adapters]
-    kept = [adapter.b.detach().clone() for adapter in adapters]
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    with torch.no_grad():
-        for adapter in adapters:
-            adapter.b.add_((torch.randn(adapter.b.shape, generator=generator) * 0.02).to(adapter.b))
     found, trains = [], model.training
     model.eval()
-    with routed_alike(engine, model) as told:
+    with perturbed(engine), routed_alike(engine, model) as told:
         for loss_fn in (summed_loss, engine.summed_loss):
             with autocast:
                 loss = loss_fn(model, batch)
             found.append((loss.item(), torch.autograd.grad(loss, list(parameters))))
         missed = max((float(router.missed) for router in told if router.missed is not None), default=0.0)
     model.train(trains)
-    with torch.no_grad():
-        for adapter, value in zip(adapters, kept, strict=True):
-            adapter.b.copy_(value)
     (theirs, their_gradients), (ours, our_gradients) = found
     pairs = [(a.float(), b.float()) for a, b in zip(our_gradients, their_gradients, strict=True)]
     error = sum((a - b).square().sum().item() for a, b in pairs) ** 0.5
     norm = sum(b.square().sum().item() for _a, b in pairs) ** 0.5
     tolerance = 1e-5 if engine.dtype in (torch.float32, torch.float64) else 5e-3
     return Proof(abs(ours - theirs) / max(abs(theirs), 1e-9), error / max(norm, 1e-12), tolerance, missed)
+
+
+@contextmanager
+def perturbed(engine: Engine) -> Iterator[None]:
+    """Every B is another within: where it is zero, as at the start, nothing comes through it."""
+    adapters = [adapter for block in engine.blocks for adapter in block.adapters]
+    kept = [adapter.b.detach().clone() for adapter in adapters]
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    with torch.no_grad():
+        for adapter in adapters:
+            adapter.b.add_((torch.randn(adapter.b.shape, generator=generator) * 0.02).to(adapter.b))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for adapter, value in zip(adapters, kept, strict=True):
+                adapter.b.copy_(value)
 
 
 @contextmanager

@@ -140,9 +140,11 @@ def _pair(text: str) -> tuple[str, Path]:
 
 
 def _adapter_in(place: Path, base: str) -> Path:
-    """The adapter of a run folder, or the folder itself. Raises ModelError for a run of another base."""
+    """The adapter of a run folder, or the folder itself. Raises ModelError for one of a run of another base."""
     from afina.train.reopen import recipe_of
 
+    if (place / "adapter_config.json").is_file() and (place.parent / MANIFEST).is_file():
+        place = place.parent
     if not (place / MANIFEST).is_file():
         return place
     run = open_artifact(place, "run")

@@ -1,10 +1,13 @@
 """The best weights of a run so far, by one figure: what the finished run holds.
 
-They are copied when they are measured, and written by the keeper before the next checkpoint, so that whatever a
-checkpoint says is best lies on the disk already. Knows nothing of where the figure comes from.
+A validation of few samples scatters: on six of them the lowest loss comes by chance as often as not. So later weights
+are given up for earlier ones only where they are worse beyond that chance, judged on the same samples (the rule of one
+standard error, Breiman et al., 1984, with two). They are copied when they are measured, and written by the keeper
+before the next checkpoint, so that whatever a checkpoint says is best lies on the disk already.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,36 @@ import torch
 from afina.train.state import State
 
 VALIDATION = "validation_loss"
+GROUPS = 32
+"""Into so many groups the validation samples are dealt, or one each where there are fewer."""
+BEYOND = 2.0
+"""Standard errors by which later weights must be worse."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One validation: the sum of the loss over the targets of each group of samples, and what these targets count."""
+
+    sums: tuple[float, ...]
+    counts: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean over all targets, in nats per token."""
+        return sum(self.sums) / sum(self.counts)
+
+    def chance(self, before: Sequence[float]) -> float:
+        """The standard error of the difference to the mean of `before`, sums of the same groups; of one, infinite.
+
+        That of a ratio: the groups' own differences, less what the mean difference gives each.
+        """
+        if len(self.sums) < 2:
+            return math.inf
+        differences = [now - then for now, then in zip(self.sums, before, strict=True)]
+        whole, groups = sum(self.counts), len(self.counts)
+        mean = sum(differences) / whole
+        rest = sum((found - mean * count) ** 2 for found, count in zip(differences, self.counts, strict=True))
+        return math.sqrt(rest * groups / (groups - 1)) / whole
 
 
 def figure_of(task: str) -> str:

@@ -56,31 +56,51 @@ class Checkpoint:
 class Snapshot:
     """Copies of tensors as they are between two steps: the loop may go on at once.
 
-    On a GPU with room for it they are made there, which takes as long as its memory is read and written once, and
-    `fetch`, in the thread that writes, brings them to main memory beside the computation.
+    On a GPU with room for it they are made there, laid end to end so that hundreds take a handful of launches, and
+    `fetch`, in the thread that writes, brings them to main memory beside the computation. `finite`, after it: whether
+    all are numbers; only such a state is good to go back to.
     """
 
+    finite = True
+
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        on_gpu = [tensor for tensor in tensors.values() if tensor.is_cuda]
-        size = sum(tensor.nbytes for tensor in on_gpu)
+        on_gpu = {name: tensor for name, tensor in tensors.items() if tensor.is_cuda}
+        size = sum(tensor.nbytes for tensor in on_gpu.values())
+        self._flat: list[tuple[list[tuple[str, torch.Size]], torch.Tensor]] | None = None
         self._ready: torch.cuda.Event | None = None
-        self._copies = None
-        if on_gpu and torch.cuda.mem_get_info(on_gpu[0].device)[0] > SPARE * size:
-            self._copies = within_memory(lambda: {name: tensor.clone() for name, tensor in tensors.items()})
+        if on_gpu and torch.cuda.mem_get_info(next(iter(on_gpu.values())).device)[0] > SPARE * size:
+            self._flat = within_memory(lambda: _end_to_end(on_gpu))
             self._ready = torch.cuda.Event()
             self._ready.record()
-        if self._copies is None:
-            self._ready = None
-            self._copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        if any(getattr(tensor, "is_paged", False) for tensor in tensors.values()):
+            torch.cuda.synchronize()  # the GPU may still be writing what the computer reads
+        rest = tensors if self._flat is None else {name: t for name, t in tensors.items() if name not in on_gpu}
+        self._copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in rest.items()}
 
     def fetch(self) -> dict[str, torch.Tensor]:
         """All of them in main memory, once."""
-        copies, self._copies = self._copies or {}, None
-        if self._ready is None:
-            return {name: tensor.contiguous() for name, tensor in copies.items()}
-        with torch.cuda.stream(torch.cuda.Stream()):
-            self._ready.wait()
-            return {name: tensor.to("cpu").contiguous() for name, tensor in copies.items()}
+        copies, self._copies, flat, self._flat = self._copies, {}, self._flat or [], None
+        self.finite = all(bool(torch.isfinite(tensor).all()) for tensor in copies.values())
+        if self._ready is not None:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                self._ready.wait()
+                for entries, whole in flat:
+                    here = whole.to("cpu")
+                    self.finite &= bool(torch.isfinite(here).all())
+                    parts = here.split([shape.numel() for _name, shape in entries])
+                    copies |= {name: part.view(shape) for (name, shape), part in zip(entries, parts, strict=True)}
+        return copies
+
+
+def _end_to_end(tensors: dict[str, torch.Tensor]) -> list[tuple[list[tuple[str, torch.Size]], torch.Tensor]]:
+    """Names and shapes of those of one type, and all their values in one new tensor, type by type."""
+    kinds: dict[torch.dtype, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        kinds.setdefault(tensor.dtype, {})[name] = tensor
+    return [
+        ([(name, tensor.shape) for name, tensor in group.items()], torch.cat([t.flatten() for t in group.values()]))
+        for group in kinds.values()
+    ]
 
 
 def everything(state: State) -> dict[str, torch.Tensor]:
@@ -106,11 +126,6 @@ def facts_of(state: State) -> dict[str, Any]:
         "scaler": state.scaler.state_dict(),
         "watch": state.watch.dump(),
     }
-
-
-def is_finite(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether all of them are numbers: only such a state is good to go back to."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
 def write(folder: Path, run: str, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> Checkpoint:

@@ -25,7 +25,6 @@ from afina.train.checkpoint import (
     Snapshot,
     everything,
     facts_of,
-    is_finite,
     listed,
     newest,
     prune,
@@ -146,7 +145,7 @@ class Keeper:
             if best := self._writing:
                 write(self.folder / BEST, self.run, best.step, best.tensors, best.facts)
                 self._writing = None
-            if not is_finite(tensors):
+            if not copy.finite:
                 return
             saved = write(self.folder, self.run, step, tensors, facts)
         except Exception as error:  # noqa: BLE001 - a thread that dies of it would tell nobody

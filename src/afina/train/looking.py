@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -98,8 +99,7 @@ def figures_or_none(
     """What `ask` gives; nothing, with a warning, where that cannot be had: the training goes on. Raises Interrupted."""
     reason = _("the memory does not hold it")
     try:
-        with stop.raising():
-            found = within_memory(ask)
+        found = stop.compute(partial(within_memory, ask))
     except Interrupted:
         raise
     except AfinaError as error:

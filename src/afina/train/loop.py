@@ -10,6 +10,7 @@ micro-batches of a step, and a Follower to report to.
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from afina.data.batch import Batch
 from afina.data.order import derived_seed
 from afina.model.load import Hardware
 from afina.recipe.schema import Training
+from afina.train.best import Measured
 from afina.train.memory import within_memory
 from afina.train.schedule import learning_rate
 from afina.train.state import Follower, State, StepReport
@@ -92,12 +94,8 @@ def _compute(
         batches = [batch.to(hardware.device) for batch in made]
         learnt = sum(batch.weight for batch in made)
         state.optimizer.zero_grad(set_to_none=True)
-        with follower.computing():
-            loss = within_memory(
-                lambda batches=batches, learnt=learnt: accumulate(  # type: ignore[misc]
-                    model, batches, learnt, seed, state.step, hardware, loss_fn, state.scaler
-                )
-            )
+        work = partial(accumulate, model, batches, learnt, seed, state.step, hardware, loss_fn, state.scaler)
+        loss = follower.compute(partial(within_memory, work))
         if loss is not None:
             return batches, loss
         follower.on_out_of_memory(state.step, made)
@@ -156,10 +154,14 @@ def accumulate(
 
 
 @torch.no_grad()  # not inference_mode: what attention remembers of a layout must serve the training too
-def mean_loss(model: nn.Module, batches: Sequence[Batch], hardware: Hardware, loss_fn: LossFunction) -> float:
-    """Mean loss over all targets of `batches`, in nats per token, without learning from them."""
-    total = torch.zeros((), dtype=torch.float64, device=hardware.device)
-    for batch in batches:
-        with hardware.autocast():
-            total += loss_fn(model, batch.to(hardware.device)).double()
-    return float(total) / sum(batch.weight for batch in batches)
+def measure(model: nn.Module, groups: Sequence[Sequence[Batch]], hardware: Hardware, loss_fn: LossFunction) -> Measured:
+    """The loss on each group of micro-batches, without learning from them."""
+    sums = []
+    for batches in groups:
+        total = torch.zeros((), dtype=torch.float64, device=hardware.device)
+        for batch in batches:
+            with hardware.autocast():
+                total += loss_fn(model, batch.to(hardware.device)).double()
+        sums.append(total)
+    counts = tuple(sum(batch.weight for batch in batches) for batches in groups)
+    return Measured(tuple(torch.stack(sums).tolist()), counts)

@@ -20,7 +20,8 @@ class Tally:
     """Figures gathered over all sessions of a run.
 
     `checkpoint_seconds`: how long the loop waited for so many `checkpoints`. `best`: the step after which the figure
-    that decides was best, its name and value, and the validation loss then. `ledger` is a hash chain over step and
+    that decides was best, its name and value, and the validation loss then; `lowest`: the step, value and sums by group
+    of the best value itself, from which `best` differs by chance at most. `ledger` is a hash chain over step and
     sample ids: two runs with the same one learnt the same samples in the same steps. `trained`: mean training losses
     between the validations; `since`: sum and number since the last. `findings`: what these curves showed (trend.py).
     `evaluations`: what was measured of each task asked while it trained, with the step; `asked`: how often they were.
@@ -38,6 +39,7 @@ class Tally:
     ledger: str = ""
     resumed_after: list[int] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    lowest: dict[str, Any] | None = None
     trained: list[float] = field(default_factory=list)
     since: list[float] = field(default_factory=lambda: [0.0, 0])
     findings: list[dict[str, Any]] = field(default_factory=list)

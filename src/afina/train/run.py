@@ -4,6 +4,7 @@ Knows nothing of evaluation, export or where the folder will finally lie.
 """
 
 import heapq
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import closing
@@ -23,25 +24,30 @@ from afina.data.cache import FOLDER
 from afina.data.order import order_of
 from afina.data.template import Rendered, Renderer
 from afina.data.tokenizer import load_tokenizer
-from afina.engine.attention import covers, packed_attention
+from afina.engine.eight_gate import try_eight_bits
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
+from afina.engine.plan import room_to_hold
 from afina.engine.proof import prove
-from afina.errors import Interrupted
+from afina.errors import Interrupted, ResourceError
 from afina.language import _
 from afina.model.attach import save_adapter
 from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.loss import summed_loss
+from afina.model.packed import covers, packed_attention
+from afina.model.repeatable import exact
 from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe, Training
+from afina.train.best import GROUPS
 from afina.train.examples import Examples, places, prepare_once, say_examples
 from afina.train.keeper import Keeper
 from afina.train.looking import Looking, OnEvaluate
-from afina.train.loop import LossFunction, accumulate, mean_loss, train
-from afina.train.memory import Room
+from afina.train.loop import LossFunction, accumulate, measure, train
+from afina.train.memory import Room, within_memory
 from afina.train.opening import adapter_of, open_model, why_padded, why_reference
 from afina.train.record import Record
+from afina.train.repeats import WATCHED, notice, repeated
 from afina.train.resume import CHECKPOINTS
 from afina.train.resume import begin as enter
 from afina.train.session import Plan, Session
@@ -89,13 +95,14 @@ def train_run(
     examples = prepare_once(recipe, folder, renderer, console, place.parent / FOLDER)
     say_examples(examples, console)
     adapter = adapter_of(recipe, folder, base.result() if base and recipe.model.adapter else None)
-    model, counts = open_model(recipe, reading.result(), source, hardware, tokenizer, console, adapter)
-    if adapter is not None:
-        examples.files.append(parent(adapter, sha256(adapter / "adapter_model.safetensors"), "adapter"))
-    parents = [*([base.result()] if base else []), *examples.files]
-    run = enter(place, recipe, parents, examples.train + examples.validation)
-    looking = Looking(model, renderer, hardware, on_evaluate)
-    measured = _run_loop(looking, recipe, examples, tokenizer.pad_id, place, run, console)
+    with exact(recipe.training.exact and hardware.device.type == "cuda"):
+        model, counts = open_model(recipe, reading.result(), source, hardware, tokenizer, console, adapter)
+        if adapter is not None:
+            examples.files.append(parent(adapter, sha256(adapter / "adapter_model.safetensors"), "adapter"))
+        parents = [*([base.result()] if base else []), *examples.files]
+        run = enter(place, recipe, parents, examples.train + examples.validation)
+        looking = Looking(model, renderer, hardware, on_evaluate)
+        measured = _run_loop(looking, recipe, examples, tokenizer.pad_id, place, run, console)
     durable.remove(place / "adapter")  # of a sitting that was killed before the manifest stood
     with durable.new_folder(place / "adapter") as adapter:
         save_adapter(model, adapter, base=recipe.model.base)
@@ -146,9 +153,6 @@ def _run_loop(
     def work(step: int) -> int:
         return BACKWARD_WORK * sum(examples.train[index].ids.size for index in order.step(step))
 
-    def measure(batches: Sequence[Batch]) -> float:
-        return mean_loss(model, batches, hardware, loss_fn)
-
     def once(batch: Batch) -> None:
         on_device = batch.to(hardware.device)
         accumulate(model.train(), [on_device], batch.weight, recipe.seed, 0, hardware, loss_fn)
@@ -157,6 +161,9 @@ def _run_loop(
     with packed_attention(model, packing):
         loss_fn, engine = _choose_engine(model, recipe, hardware, first if packing else None, room)
     console.line(_("Engine    {engine}").format(engine=engine))
+    again = repeated(examples.train)
+    if told := notice(again, len(examples.train), order.epoch(steps), lambda sample: examples.origin[sample].where):
+        console.warn(told)
     held_out = sum(row.ids.size for row in examples.validation)
     validate_after = _validation_steps(steps, training.validations) if held_out else frozenset()
     asking = looking.asking(_validation_steps(steps, training.evaluations))
@@ -166,18 +173,21 @@ def _run_loop(
         hardware=hardware,
         epoch=order.epoch,
         work=work,
-        held_out=lambda: lay_out(examples.validation, range(len(examples.validation))),
-        measure=measure,
+        held_out=lambda: [lay_out(examples.validation, group) for group in _dealt(len(examples.validation))],
+        again=again[:WATCHED],
+        learnt_again=lambda: [lay_out(examples.train, [one.sample]) for one in again[:WATCHED]],
+        measure=lambda groups: measure(model, groups, hardware, loss_fn),
         measure_work=held_out,
         validate_after=validate_after,
         where=lambda sample: examples.origin[sample].where,
         early_stop=training.early_stop,
         held_out_samples=len(examples.validation),
+        exact=training.exact or hardware.device.type != "cuda",
         criterion=looking.criterion(training.best_by) if training.keep == "best" else None,
         surroundings=surroundings(str(hardware), "reference" if isinstance(loss_fn, partial) else "fused"),
         asking=asking,
     )
-    record, stop = Record(place), Stop()
+    record, stop = Record(place), Stop(aside=hardware.device.type == "cpu")
     total = sum(work(step) for step in range(steps)) + held_out * len(validate_after) + asking.work * len(asking.after)
     with (
         stop.handled(),
@@ -228,20 +238,39 @@ def _choose_engine(
         return plain, _("reference (transformers + PEFT) with packed attention: {reason}").format(reason=reason)
     engine, batch = Engine(model, hardware.dtype), first.to(hardware.device)
     model.train()
-    proof = prove(engine, model, batch, hardware.autocast(), engine.parameters)
+    proof = within_memory(partial(prove, engine, model, batch, hardware.autocast(), engine.parameters))
+    if proof is None:
+        raise ResourceError(
+            _("The memory does not hold a forward and backward pass of {tokens} tokens.").format(tokens=batch.tokens),
+            hint=_(
+                "Close other programs that use this device, set model.quantization to nf4, lower model.max_length, or "
+                "take a smaller base model."
+            ),
+        )
     if not proof.holds:
         reason = _("on the first batch the fused loss differs by {loss:.1e}, its gradients by {gradient:.1e}")
         return plain, _("reference (transformers + PEFT) with packed attention: {reason}").format(
             reason=reason.format(loss=proof.loss, gradient=proof.gradient)
         )
+    said = _("exact products")
+    if recipe.training.products != "exact":
+        hold = room_to_hold(engine, room.tokens, _free_bytes(engine, hardware))
+        said = try_eight_bits(engine, batch, recipe.training.products, hold=hold)
     if hardware.device.type == "cuda":
-        torch.cuda.empty_cache()
-        learnt = sum(parameter.numel() * parameter.element_size() for parameter in engine.parameters)
-        free = int(torch.cuda.mem_get_info(hardware.device)[0] * USABLE) - STANDING * learnt
-        room.tokens = engine.plan(room.tokens, recipe.model.max_length, free).tokens
+        room.tokens = engine.plan(room.tokens, recipe.model.max_length, _free_bytes(engine, hardware)).tokens
     return engine.summed_loss, _(
-        "fused blocks; on the first batch loss and gradients are the reference's to {loss:.0e} and {gradient:.0e}"
-    ).format(loss=proof.loss, gradient=proof.gradient)
+        "fused blocks; on the first batch loss and gradients are the reference's to {loss:.0e} and {gradient:.0e}; "
+        "{products}"
+    ).format(loss=proof.loss, gradient=proof.gradient, products=said)
+
+
+def _free_bytes(engine: Engine, hardware: Hardware) -> int:
+    """Of the GPU's memory, beside the optimiser's moments that are still to come; off a GPU nothing runs short."""
+    if hardware.device.type != "cuda":
+        return sys.maxsize
+    torch.cuda.empty_cache()
+    learnt = sum(parameter.numel() * parameter.element_size() for parameter in engine.parameters)
+    return int(torch.cuda.mem_get_info(hardware.device)[0] * USABLE) - STANDING * learnt
 
 
 def _longest(rows: Sequence[Rendered], training: Training) -> list[int]:
@@ -260,6 +289,11 @@ def _few(rows: Sequence[Rendered], samples: Sequence[int]) -> list[int]:
             break
         chosen.append(index)
     return chosen
+
+
+def _dealt(samples: int) -> list[range]:
+    """Validation samples in groups, whose losses show how much they scatter."""
+    return [range(group, samples, GROUPS) for group in range(min(GROUPS, samples))]
 
 
 def _validation_steps(steps: int, times: int) -> frozenset[int]:

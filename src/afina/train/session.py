@@ -3,28 +3,30 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from afina.console import Console, Progress
 from afina.data.batch import Batch
 from afina.errors import Interrupted, OutputError
 from afina.language import _
 from afina.model.load import Hardware
-from afina.train.best import VALIDATION, Criterion, Weights, figure_of, put_back, weights_of
+from afina.train.best import BEYOND, VALIDATION, Criterion, Measured, Weights, figure_of, put_back, weights_of
 from afina.train.checkpoint import Checkpoint, Damaged, restore
 from afina.train.keeper import Keeper
 from afina.train.looking import Asking, figures_or_none, tell
 from afina.train.memory import Room, peak_memory, probe, within_memory
 from afina.train.record import Record, Tally, told
+from afina.train.repeats import Repeated
 from afina.train.state import Follower, State, StepReport
 from afina.train.stop import Stop
 from afina.train.surroundings import differences
-from afina.train.trend import judge
+from afina.train.trend import Finding, judge, memorised, stands_still
 from afina.train.watch import PATIENCE, Diverged, Rejection, in_words
 
+T = TypeVar("T")
 SHOWN = 8
 """Samples of a rejected step that are printed; the log has all."""
 
@@ -33,23 +35,27 @@ SHOWN = 8
 class Plan:
     """What this run is to do. `work(step)`: units of progress of a step (from 0); `epoch(step)`: passes done by then.
 
-    `held_out()`: the validation samples in micro-batches, `measure(batches)` their loss, `measure_work` its units of
-    progress; `where(sample)` names a sample's line. `surroundings`: what the last bits depend on. `criterion`: by which
-    figure the best weights are kept and taken at the end; None: the last ones are. `early_stop`: whether what the
-    curves show may end the run; `held_out_samples`: how many the validation has. `asking`: the tasks that are asked
-    while it trains.
+    `held_out()`: the validation samples in groups of micro-batches, `measure(groups)` their losses, `measure_work` its
+    units of progress; `again`: training samples that repeat, `learnt_again()` the same, each in micro-batches;
+    `where(sample)` names a sample's line. `surroundings`: what the last bits depend on; `exact`: whether, they being
+    the same, the bits are. `criterion`: by which figure the best weights are kept and taken at the end; None: the last
+    ones are. `early_stop`: whether what the curves show may end the run; `held_out_samples`: how many the validation
+    has. `asking`: the tasks that are asked while it trains.
     """
 
     steps: int
     hardware: Hardware
     epoch: Callable[[int], float]
     work: Callable[[int], int]
-    held_out: Callable[[], Sequence[Batch]]
-    measure: Callable[[Sequence[Batch]], float]
+    held_out: Callable[[], Sequence[Sequence[Batch]]]
+    measure: Callable[[Sequence[Sequence[Batch]]], Measured]
     measure_work: int
     validate_after: frozenset[int]
     where: Callable[[int], str]
     surroundings: dict[str, str]
+    again: Sequence[Repeated] = ()
+    learnt_again: Callable[[], Sequence[Sequence[Batch]]] = list
+    exact: bool = True
     criterion: Criterion | None = None
     early_stop: bool = True
     held_out_samples: int = 0
@@ -89,6 +95,13 @@ class Session(Follower):
         self.console.event("resumed", step=state.step, steps=self.plan.steps)
         self._advance(range(state.step))
         self.progress.advance(self._looked())
+        if not self.plan.exact:
+            self.console.warn(
+                _(
+                    "training.exact is false: from here on the numbers may differ in their last bits from those of a "
+                    "run that was not stopped."
+                )
+            )
         if found := differences(checkpoint.facts["surroundings"], self.plan.surroundings):
             self.console.warn(
                 _(
@@ -102,8 +115,7 @@ class Session(Follower):
         if state.step >= self.plan.steps:
             return
         try:
-            with self.stop.raising():
-                lines = probe(self.room, make, compute)
+            lines = self.stop.compute(partial(probe, self.room, make, compute))
         finally:
             state.optimizer.zero_grad(set_to_none=True)
         self._since = time.perf_counter()
@@ -128,16 +140,22 @@ class Session(Follower):
         self._take_best(state)
         return saved.digest if saved is not None and saved.step == state.step else None
 
-    def offer(self, figure: str, value: float, state: State) -> bool:
-        """A figure was measured of these weights: remember them when it is the one that decides and none was better."""
-        criterion, best = self.plan.criterion, self.tally.best
-        if criterion is None or criterion.figure != figure:
+    def offer(self, figure: str, value: float, state: State, measured: Measured | None = None) -> bool:
+        """A figure was measured of these weights: remember them when it is the one that decides and none was better.
+
+        `measured`: on what samples; then what is worse by chance at most is as good, and the later is taken.
+        """
+        criterion, tally = self.plan.criterion, self.tally
+        if criterion is None or criterion.figure != figure or not math.isfinite(value):
             return False
-        if not criterion.prefers(value, best["value"] if best else None):
+        lowest = tally.lowest
+        if lowest is None or criterion.prefers(value, lowest["value"]):
+            tally.lowest = {"step": state.step, "value": value, "sums": measured.sums if measured else ()}
+        elif measured is None or abs(value - lowest["value"]) > BEYOND * measured.chance(lowest["sums"]):
             return False
-        held_out = self.tally.validation[-1] if self.tally.validation else None
-        self.tally.best = {"step": state.step, "figure": figure, "value": value, "validation_loss": held_out}
-        self.keeper.best = Weights(state.step, weights_of(state), {"best": self.tally.best})
+        held_out = tally.validation[-1] if tally.validation else None
+        tally.best = {"step": state.step, "figure": figure, "value": value, "validation_loss": held_out}
+        self.keeper.best = Weights(state.step, weights_of(state), {"best": tally.best})
         return True
 
     def _take_best(self, state: State) -> None:
@@ -147,6 +165,7 @@ class Session(Follower):
             "validation_loss": self.tally.validation[-1] if self.tally.validation else None,
         }
         if best is None or best["step"] == state.step:
+            self._say_kept(state)
             return
         weights = self.keeper.weights(best["step"])
         if weights is None or not put_back(state, weights):
@@ -163,6 +182,18 @@ class Session(Follower):
             )
         )
         self.console.event("best", **best)
+
+    def _say_kept(self, state: State) -> None:
+        """Where the last weights are held though others had a lower loss: why."""
+        best, lowest = self.tally.best, self.tally.lowest
+        if best is None or lowest is None or lowest["step"] == state.step:
+            return
+        self.console.line(
+            _(
+                "Kept      the last weights: {value:.4f} is not worse than {lowest:.4f} after step {step} by more than "
+                "chance, on {count} validation samples"
+            ).format(value=best["value"], lowest=lowest["value"], step=lowest["step"], count=self.plan.held_out_samples)
+        )
 
     def figures(self, state: State, digest: str | None) -> dict[str, Any]:
         """What the manifest says of the training."""
@@ -207,8 +238,8 @@ class Session(Follower):
         hint = _("The run is not finished. Run the same command again to go on from there.")
         return Interrupted(message, signal_number=by.exit_status - 128, hint=hint)
 
-    def computing(self) -> AbstractContextManager[None]:
-        return self.stop.raising()
+    def compute(self, work: Callable[[], T]) -> T:
+        return self.stop.compute(work)
 
     def on_step(self, report: StepReport, samples: Sequence[int]) -> None:
         tally = self.tally
@@ -250,7 +281,7 @@ class Session(Follower):
 
     def on_validation(self, state: State) -> None:
         # Both are measured before either is noted: a run that is stopped in between does both again.
-        measured = self._measured(state) if state.step in self.plan.validate_after else None
+        measured = self._measured(state, self.plan.held_out) if state.step in self.plan.validate_after else None
         asking = self.plan.asking if state.step in self.plan.asking.after else None
         figures = figures_or_none(asking.ask, self.stop, self.console, state.step) if asking else None
         if measured is not None:
@@ -258,26 +289,35 @@ class Session(Follower):
         if figures is not None:
             self._note_figures(figures, state)
 
-    def _note_loss(self, measured: float, state: State) -> None:
-        loss = measured if math.isfinite(measured) else None
+    def _note_loss(self, measured: Measured, state: State) -> None:
+        loss = measured.loss if math.isfinite(measured.loss) else None
         self.tally.validated(loss)
         self._log({"kind": "validation", "step": state.step, "loss": loss})
         self.progress.advance(self.plan.measure_work)
         self.console.event("validation", step=state.step, loss=loss)
         if loss is None:
             self.console.warn(_("The validation loss after step {step} is not a number.").format(step=state.step))
-        self.offer(VALIDATION, measured, state)
+        self.offer(VALIDATION, measured.loss, state, measured)
         self._look(state)
 
     def _look(self, state: State) -> None:
         """Say what the curves show, once a kind; end the run where it is beyond doubt and the recipe lets us."""
+        self._tell(judge(self.tally.trained, self.tally.validation, self.plan.held_out_samples), state)
+        if self.plan.again and stands_still(self.tally.validation) and not self._told("memorised"):
+            losses, epochs = self._measured(state, self.plan.learnt_again), self.plan.epoch(state.step)
+            self._tell(memorised(self.plan.again, losses, self.tally.validation, epochs, self.plan.where), state)
+
+    def _told(self, kind: str) -> bool:
+        return kind in {known["kind"] for known in self.tally.findings}
+
+    def _tell(self, finding: Finding | None, state: State) -> None:
         tally, criterion = self.tally, self.plan.criterion
-        finding = judge(tally.trained, tally.validation, self.plan.held_out_samples)
         if finding is None:
             return
         by_loss = criterion is None or criterion.figure == VALIDATION
-        ends = self.plan.early_stop and by_loss and finding.sure and state.step < self.plan.steps
-        if not ends and finding.kind in {known["kind"] for known in tally.findings}:
+        as_good = tally.best is not None and tally.best["step"] == state.step  # as the best, or worse by chance
+        ends = self.plan.early_stop and by_loss and finding.sure and not as_good and state.step < self.plan.steps
+        if not ends and self._told(finding.kind):
             return
         tally.findings.append({"step": state.step, "kind": finding.kind, "ended": ends, "text": finding.text})
         self._log({"kind": "finding", "step": state.step, "finding": finding.kind, "ended": ends})
@@ -302,14 +342,13 @@ class Session(Follower):
     def _looked(self) -> int:
         return self.plan.measure_work * len(self.tally.validation) + self.plan.asking.work * self.tally.asked
 
-    def _measured(self, state: State) -> float:
+    def _measured(self, state: State, make: Callable[[], Sequence[Sequence[Batch]]]) -> Measured:
         while True:
-            batches = self.plan.held_out()
-            with self.stop.raising():
-                loss = within_memory(lambda batches=batches: self.plan.measure(batches))  # type: ignore[misc]
-            if loss is not None:
-                return loss
-            self.on_out_of_memory(state.step - 1, batches)
+            groups = make()
+            found = self.stop.compute(partial(within_memory, partial(self.plan.measure, groups)))
+            if found is not None:
+                return found
+            self.on_out_of_memory(state.step - 1, [batch for batches in groups for batch in batches])
 
     def on_out_of_memory(self, step: int, batches: Sequence[Batch]) -> None:
         self._log(self.room.shrink(step + 1, batches))

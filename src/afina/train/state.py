@@ -1,9 +1,8 @@
 """What the loop changes, step by step, and whom it tells. Everything that a checkpoint must hold is here."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +14,8 @@ from afina.model.load import Hardware
 from afina.recipe.schema import Lora, Method, Training
 from afina.train.optimizer import make_optimizer
 from afina.train.watch import Rejection, Watch
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -81,6 +82,6 @@ class Follower:
         """These did not fit: make smaller ones of this step next time, or raise ResourceError."""
         raise ResourceError(_("The memory does not hold the micro-batches of step {step}.").format(step=step + 1))
 
-    def computing(self) -> AbstractContextManager[None]:
-        """Around forward and backward, which change nothing that is saved: they may be interrupted anywhere."""
-        return nullcontext()
+    def compute(self, work: Callable[[], T]) -> T:
+        """Do a forward and backward pass, which changes nothing that is saved: it may be interrupted anywhere."""
+        return work()

@@ -6,10 +6,12 @@ validation loss rose twice in a row, by a tenth in all, on enough samples (Prech
 on why one rise means little). A run that still gets better, or stands still, is never ended.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from afina.language import _
+from afina.train.best import Measured
+from afina.train.repeats import Repeated
 
 RISE = 1.10
 """A validation loss so many times the best is worse beyond the noise of one and the same set."""
@@ -17,17 +19,55 @@ FALL = 0.98
 """A loss that has not come down to this part of where it began is flat."""
 GAP = 4.0
 """A validation loss so many times the training loss, and no longer falling: the samples are known by heart."""
+COLLAPSE = 0.1
+"""A repeated sample whose loss is below this part of the validation loss is known by heart."""
 ENOUGH = 16
 """Validation samples without which nothing is ended: a few say too little."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`kind`: overfits, diverges, by heart or flat. `sure`: the run may end for it. `text`: what to see, what to do."""
+    """`kind`: overfits, diverges, by heart, memorised or flat. `sure`: the run may end for it. `text`: what to do."""
 
     kind: str
     sure: bool
     text: str
+
+
+def stands_still(validation: Sequence[float | None]) -> bool:
+    """Whether the validation loss no longer falls."""
+    held = [value for value in validation[-2:] if value is not None]
+    return len(held) == 2 and held[1] > FALL * held[0]
+
+
+def memorised(
+    again: Sequence[Repeated],
+    measured: Measured,
+    validation: Sequence[float | None],
+    epochs: float,
+    where: Callable[[int], str],
+) -> Finding | None:
+    """The repeated sample whose loss has collapsed while the validation loss, in nats, stands still; None without one.
+
+    measured: one group for each of `again`; epochs: passes over the data so far; where: a sample's file and line.
+    """
+    now = validation[-1]
+    losses = [total / count for total, count in zip(measured.sums, measured.counts, strict=True)]
+    place = min(range(len(losses)), key=losses.__getitem__)
+    if now is None or not losses[place] < COLLAPSE * now:
+        return None
+    text = _(
+        "{where}, which stands {times} times in the data and was seen {seen:.0f} times, has a loss of {loss:.4f} while "
+        "the validation stays at {now:.3f}: it is learnt by heart. Take the repeats out (afina data check --fix), or "
+        "lower training.epochs."
+    ).format(
+        where=where(again[place].sample),
+        times=again[place].times,
+        seen=again[place].times * epochs,
+        loss=losses[place],
+        now=now,
+    )
+    return Finding("memorised", False, text)
 
 
 def judge(trained: Sequence[float], validation: Sequence[float | None], samples: int) -> Finding | None:

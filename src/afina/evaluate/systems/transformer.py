@@ -12,7 +12,6 @@ from torch import nn
 
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered, Renderer
-from afina.engine.attention import covers, packed_attention
 from afina.errors import DataError, ModelError
 from afina.evaluate.systems.asking import Answer, Choose, Read, Request, Sink, Write, by_kind
 from afina.evaluate.systems.grammar import grammars
@@ -20,6 +19,7 @@ from afina.language import _
 from afina.model.decode import Continuation, write_all
 from afina.model.load import Hardware, limit_of
 from afina.model.loss import token_losses
+from afina.model.packed import covers, packed_attention
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
 

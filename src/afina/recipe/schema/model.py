@@ -23,7 +23,8 @@ class Model(Section):
     """nf4 and fp4: hold the scales of the blocks in eight bits too, 0.4 bits a weight less."""
     experts: Literal["packed", "unpacked"] = "packed"
     """How experts are held that a checkpoint has in MXFP4 (gpt-oss): packed as they are, four bits a weight, or
-    unpacked to the precision, which is faster and takes four times the memory."""
+    unpacked to the precision, which takes four times the memory. The fused engine unpacks packed ones layer by layer,
+    and as many for good as there is room for."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the model runs."""
     chat_template: str | None = Field(default=None, examples=["afina/chatml"])

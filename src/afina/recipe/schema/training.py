@@ -25,6 +25,13 @@ class Training(Section):
     engine: Literal["auto", "reference"] = "auto"
     """auto: fused blocks, where they cover the model and prove themselves on the first batch; reference: transformers
     and PEFT as they are."""
+    exact: bool = True
+    """On a GPU: sum in an order that does not change, so that the same recipe gives the same bits, and a run that was
+    stopped ends as the one that was not. Costs a few percent of the time."""
+    products: Literal["exact", "8bit", "fp8", "int8"] = "exact"
+    """What the fused engine multiplies frozen weights in: exact, in the precision; 8bit, in eight bits both ways, which
+    is fp8 (e4m3) where the GPU has it (Ada, Hopper, Blackwell), else int8 (Turing, Ampere). Faster, in less memory, and
+    a few percent of noise on every product; it proves itself on the first batch, else exact products train."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer and compute the rest again going back: less memory, a third more time. For the
     reference; the fused engine chooses by itself what it keeps."""
@@ -58,7 +65,8 @@ class Training(Section):
     evaluate_samples: Annotated[int, Field(ge=1, le=10**6)] = 64
     """Of each of these tasks so many samples are asked at most, the same every time, chosen by the seed."""
     keep: Literal["best", "last"] = "best"
-    """Which weights the finished run holds: those with the lowest validation loss measured, or the last."""
+    """Which weights the finished run holds: the last; or those with the lowest validation loss measured, where the
+    later ones are worse by more than chance."""
     best_by: str | None = Field(default=None, examples=["held out"])
     """The task of evaluate whose main figure says which weights are best; unset: the validation loss."""
     early_stop: bool = True

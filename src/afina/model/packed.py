@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from afina.model.attention import attending
+from afina.model.repeatable import in_order
 from afina.model.virtual import is_prefix
 
 NAME = "afina_packed"
@@ -179,6 +180,7 @@ def _let_sink(out: torch.Tensor, log_sums: torch.Tensor, sinks: torch.Tensor) ->
     torch.logaddexp(log_sums, s, out=log_sums)
 
 
+@in_order()
 def attend_backward(
     attended: Attended,
     d_out: torch.Tensor,

@@ -1,0 +1,218 @@
+"""Whether a model trains in eight bits here: by what the GPU multiplies, by the model's widths, and by proof.
+
+The proof runs some of the exact engine's layers in eight bits too, on the user's own first batch. Where it fails, or
+nothing can multiply so, the exact products stay, and a sentence says why.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+
+from afina.engine.block import Block, Saved
+from afina.engine.eight import FP8, INT8, Format
+from afina.engine.eight_product import ALIGN, EightProduct
+from afina.engine.eight_sequential import in_eight_bits
+from afina.engine.engine import Engine
+from afina.engine.parallel import Parallel
+from afina.engine.products import Product, Scratch
+from afina.engine.proof import perturbed
+from afina.engine.sequential import Sequential
+from afina.language import _
+from afina.model.loss import Targeted
+
+Kind = TypeVar("Kind")
+FORMATS = {"fp8": FP8, "int8": INT8}
+
+LEAST_OF_PRODUCTS = 0.999
+"""Cosine of dx = dy W in eight bits with the exact one. Rounding both factors to e4m3 leaves 0.9994."""
+LEAST_OF_LAYERS = 0.995
+"""Of what a layer hands down: four products one after the other, each of what was rounded on its way there."""
+LEAST_LEARNT = 0.99
+"""Of the gradients of all of a layer's adapters."""
+
+
+@dataclass(frozen=True)
+class EightProof:
+    """The least cosines among some layers, between exact and 8-bit. products: by name, of y and of dx, from the same x
+    and dy. layers: of the gradient that a whole layer hands down; learnt: of all that its adapters learn.
+
+    exact: names of products that were left exact, as their y or dx did not hold.
+    """
+
+    products: dict[str, float]
+    layers: float
+    learnt: float
+    exact: frozenset[str] = frozenset()
+
+    @property
+    def failing(self) -> frozenset[str]:
+        """Products that must stay exact. A cosine that is no number does not hold."""
+        return frozenset(name for name, cosine in self.products.items() if not cosine >= LEAST_OF_PRODUCTS)
+
+    @property
+    def holds(self) -> bool:
+        """Whether all point where the exact ones do."""
+        return not self.failing and self.layers >= LEAST_OF_LAYERS and self.learnt >= LEAST_LEARNT
+
+
+def format_of(asked: str, device: torch.device, dtype: torch.dtype) -> Format | None:
+    """What `asked` (8bit, fp8 or int8) is on a device; None where it does not multiply so.
+
+    e4m3 from Ada on (8.9), INT8 from Turing on (7.5). A CPU emulates what is named, for tests: no faster than exact.
+    """
+    if device.type != "cuda":
+        return FORMATS.get(asked)
+    capability = torch.cuda.get_device_capability(device)
+    able = {"fp8": capability >= (8, 9) and dtype == torch.bfloat16, "int8": capability >= (7, 5)}
+    wanted = ["fp8", "int8"] if asked == "8bit" else [asked]
+    return next((FORMATS[name] for name in wanted if able[name]), None)
+
+
+def why_exact(engine: Engine, asked: str) -> str | None:
+    """Why this engine's products cannot be in eight bits; None where they can."""
+    products = [product for block in engine.blocks for product in block.products]
+    if any(type(block) not in (Parallel, Sequential) for block in engine.blocks):
+        return _("mixtures of experts are multiplied exactly")
+    if any(product.learnt for product in products):
+        return _("every weight learns")
+    if any(size % ALIGN for product in products for size in (product.n, product.k)):
+        return _("a layer's width is not a multiple of {count}").format(count=ALIGN)
+    if format_of(asked, engine.device, engine.dtype) is None:
+        return _("this device does not multiply so")
+    return None
+
+
+def try_eight_bits(engine: Engine, batch: Targeted, asked: str, *, hold: bool = True) -> str:
+    """Turn the engine's products into eight bits where that holds; returns a sentence on what they are and why."""
+    reason, form = why_exact(engine, asked), format_of(asked, engine.device, engine.dtype)
+    if reason is not None or form is None:
+        return _("exact products, not in eight bits: {reason}").format(reason=reason)
+    proof = prove_eight(engine, batch, form)
+    if proof.failing and len(proof.failing) < len(proof.products):
+        proof = prove_eight(engine, batch, form, exact=proof.failing)
+    found = {"products": min(proof.products.values()), "layers": proof.layers, "learnt": proof.learnt}
+    if not proof.holds:
+        return _(
+            "exact products, not in eight bits: on the first batch cosines with the exact ones fall to "
+            "{products:.5f} for a product, {layers:.4f} for a layer's gradient, {learnt:.4f} for its adapters'"
+        ).format(**found)
+    engine.into_eight_bits(form, exact=proof.exact, hold=hold)
+    said = _(
+        "products in eight bits ({format}); on the first batch cosines with the exact ones are {products:.5f} "
+        "for a product, {layers:.4f} for a layer's gradient, {learnt:.4f} for its adapters', or better"
+    ).format(format={"fp8": "e4m3", "int8": "INT8"}[form.name], **found)
+    if proof.exact:
+        said += _("; exact, for their outliers: {names}").format(names=", ".join(sorted(proof.exact)))
+    return said
+
+
+@torch.no_grad()
+def prove_eight(
+    engine: Engine, batch: Targeted, form: Format, *, exact: frozenset[str] = frozenset(), layers: int = 4
+) -> EightProof:
+    """Run `layers` of the engine's exact layers, first and last among them, in eight bits too, on their own inputs and
+    gradients in the batch, but for the products named in `exact`. The engine stays exact.
+    """
+    count = len(engine.blocks)
+    chosen = {round(number * (count - 1) / max(1, layers - 1)) for number in range(layers)}
+    products, handed_down, learnt = dict[str, float](), list[float](), list[float]()
+    with perturbed(engine):
+        engine._refresh()
+        at = engine._positions(batch, None)
+        x, inputs, saved = engine.ends.embed(batch.input_ids[0]), list[torch.Tensor](), list[Saved | None]()
+        for block in engine.blocks:
+            inputs.append(x)
+            x, kept = block.forward(x, at, save=True)
+            saved.append(kept)
+        wide = engine.ends.loss(x, batch, engine.blocks[-1].extra)[1][0]
+        for number in reversed(range(count)):
+            block, kept, below = engine.blocks[number], _present(saved.pop()), engine.blocks[max(0, number - 1)].extra
+            if number not in chosen:
+                wide = _present(block.backward(wide, kept, at, below)[0])
+                continue
+            eight, dy = _placed(in_eight_bits(block, form, Scratch(), Scratch(), exact=exact, keep=True)), wide.clone()
+            with _watched(block, eight, products):
+                block.forward(inputs[number], at, save=False)
+                wide, true = block.backward(wide, kept, at, below)
+            wide = _present(wide)
+            kept = _present(eight.forward(inputs[number], at, save=True)[1])
+            found, of_adapters = eight.backward(dy, kept, at, below)
+            hidden = inputs[number].shape[1]
+            handed_down.append(_cosine([_present(found)[:, :hidden]], [wide[:, :hidden]]))
+            learnt.append(_cosine(of_adapters, true))
+    return EightProof(products, _least(handed_down), _least(learnt), exact)
+
+
+def _placed(block: Block) -> Block:
+    """With the adapters as they are now."""
+    for product in block.products:
+        for source, target, factor in product.placed():
+            target.copy_(source * factor)
+    return block
+
+
+@contextmanager
+def _watched(exact: Block, eight: Block, found: dict[str, float]) -> Iterator[None]:
+    """Within, what each exact product makes is compared with what the 8-bit one makes of the same input."""
+
+    def note(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        found[name] = _least([found.get(name, 1.0), _cosine([ours], [theirs])])
+
+    def watch(name: str, product: Product, other: Product) -> None:
+        forward, narrow, backward = product.forward, product.forward_narrow, product.backward
+
+        def compared(wide_x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+            note(name, other.forward(wide_x.clone()), forward(wide_x.clone()))
+            return forward(wide_x, *rest, **named)
+
+        def compared_narrow(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            nothing = torch.zeros_like(residual)
+            note(name, other.forward_narrow(x, nothing)[0], narrow(x, nothing)[0])
+            return narrow(x, residual, *rest)
+
+        def compared_backward(wide_dy: torch.Tensor, *rest: Any) -> torch.Tensor:
+            dx = backward(wide_dy, *rest)
+            note(name, other.backward(wide_dy.clone()), dx)
+            return dx
+
+        product.forward = compared  # type: ignore[method-assign]
+        product.forward_narrow = compared_narrow  # type: ignore[assignment,method-assign]
+        product.backward = compared_backward  # type: ignore[assignment,method-assign]
+
+    pairs = []
+    for field in fields(exact):
+        product, other = getattr(exact, field.name), getattr(eight, field.name)
+        if isinstance(other, EightProduct):
+            pairs.append(product)
+            watch(field.name, product, other)
+    try:
+        yield
+    finally:
+        for product in pairs:
+            del product.forward, product.forward_narrow, product.backward
+
+
+def _least(cosines: Sequence[float]) -> float:
+    """The least; one that is no number is less than all."""
+    return min(cosines, key=lambda cosine: (cosine == cosine, cosine))
+
+
+def _present(value: Kind | None) -> Kind:
+    if value is None:
+        raise RuntimeError("a layer left nothing")
+    return value
+
+
+def _cosine(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
+    """Between two lists of tensors, each taken as one vector; what is no number stays none."""
+    pairs = [(a.double(), b.double()) for a, b in zip(found, truth, strict=True)]
+
+    def summed(chosen: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        return sum(float((a * b).sum()) for a, b in chosen)
+
+    size = math.sqrt(summed([(a, a) for a, _b in pairs]) * summed([(b, b) for _a, b in pairs]))
+    return summed(pairs) / max(size, 1e-300)

@@ -1,0 +1,184 @@
+"""The Triton twins of eight.py that multiply: base products, and the low-rank ones beside them. Imported on a GPU only.
+
+Rows are read as they lie in eight bits, so the low-rank products move a half of what 16-bit copies would.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from afina.engine.eight import Rows
+
+PAD = tl.constexpr(128)
+"""More columns than are ever left behind what is appended."""
+
+
+def multiply(
+    x: Rows, values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """See eight.multiply. cuBLAS takes the rows of both factors as they lie: W is turned over by a view.
+
+    It wants more than 16 rows of INT8, and takes the scale of a single row for one of all.
+    """
+    rows = x.values.shape[0]
+    if rows <= 16:
+        padded = Rows.empty(32, x.values.shape[1], 0, x.form, x.values.device)
+        padded.values.view(torch.uint8).zero_()[:rows] = x.values.view(torch.uint8)
+        padded.scales.fill_(1.0)[:rows] = x.scales
+        x = replace(padded, width=x.width)
+        return multiply(x, values, scales, dtype, bias)[:rows]
+    if x.form.dtype == torch.int8:
+        return _rescale(torch._int_mm(x.values, values.t()), x.scales, scales, dtype, bias)
+    if by_row(x.values.device.index or 0):
+        return torch._scaled_mm(
+            x.values, values.t(), scale_a=x.scales[:, None], scale_b=scales[None], bias=bias, out_dtype=dtype,
+            use_fast_accum=True,
+        )  # fmt: skip
+    one = torch.ones((), device=values.device)
+    whole = torch._scaled_mm(x.values, values.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True)
+    return _rescale(whole, x.scales, scales, dtype, bias)
+
+
+@cache
+def by_row(index: int) -> bool:
+    """Whether this GPU's products take a scale a row; sm_120 (GeForce Blackwell) and others take one for all."""
+    try:
+        rows = torch.zeros(64, 64, dtype=torch.float8_e4m3fn, device=f"cuda:{index}")
+        scales = torch.ones(64, device=rows.device)
+        torch._scaled_mm(
+            rows, rows.t(), scale_a=scales[:, None], scale_b=scales[None], out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    except RuntimeError:
+        return False
+    return True
+
+
+def _rescale(
+    whole: torch.Tensor, scales: torch.Tensor, by_column: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """whole times the scales of its rows and columns, in place where the dtype is the same."""
+    out = whole if whole.dtype == dtype else torch.empty(whole.shape, dtype=dtype, device=whole.device)
+    rows, width = whole.shape
+    block = 2048
+    _rescale_kernel[(rows, triton.cdiv(width, block))](
+        whole, whole.stride(0), out, out.stride(0), scales, by_column, by_column if bias is None else bias, width,
+        block, bias is not None, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _rescale_kernel(
+    x, x_stride, out, out_stride, scales, by_column, bias, width, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(x + row * x_stride + columns, mask=inside, other=0).to(tl.float32)
+    value = value * tl.load(scales + row) * tl.load(by_column + columns, mask=inside, other=0.0)
+    if HAS_BIAS:
+        value += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + columns, value, mask=inside)
+
+
+def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: torch.Tensor | None) -> torch.Tensor:
+    """See eight.inward."""
+    rows, r = x.values.shape[0], small.shape[0]
+    low = torch.empty(rows, r, dtype=small.dtype, device=small.device)
+    block = max(16, triton.next_power_of_2(r))
+    block_t, block_k, warps, stages = INWARD if block > 16 else INWARD_NARROW
+    _inward[(triton.cdiv(rows, block_t),)](
+        x.values, x.values.stride(0), x.scales, small, *small.stride(), x.scales if unfold is None else unfold, low,
+        x.scales if unit is None else unit, rows, x.width, x.values.shape[1], r, x.form.largest, block_t, block_k,
+        block, unfold is not None, unit is not None, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return low
+
+
+INWARD, INWARD_NARROW = (64, 256, 4, 3), (32, 256, 4, 4)
+"""Rows and columns of a program's tile, warps, and tiles on their way; for ranks of 16 at most the second."""
+
+
+@triton.jit
+def _inward(
+    x, x_stride, scales, small, small_stride, small_step, unfold, low, unit, rows, width, whole, r, largest,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, UNFOLDS: tl.constexpr, APPENDS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rank = tl.arange(0, BLOCK_R)
+    found = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for start in range(0, width, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        inside = (row[:, None] < rows) & (column[None, :] < width)
+        value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+        known = (rank[None, :] < r) & (column[:, None] < width)
+        by = tl.load(small + rank[None, :] * small_stride + column[:, None] * small_step, mask=known, other=0.0)
+        if UNFOLDS:
+            by = (by.to(tl.float32) * tl.load(unfold + column, mask=column < width, other=0.0)[:, None]).to(by.dtype)
+        found = tl.dot(value.to(tl.float32).to(by.dtype), by, found, input_precision="ieee")
+    scale = tl.load(scales + row, mask=row < rows, other=0.0)
+    known = (row[:, None] < rows) & (rank[None, :] < r)
+    place = low + row[:, None] * r + rank[None, :]
+    tl.store(place, found * scale[:, None], mask=known)
+    if APPENDS:
+        tl.debug_barrier()  # what follows reads it again: eight bits stored as the product lies were wrong (Triton 3.6)
+        found = tl.load(place, mask=known, other=0.0).to(tl.float32)
+        found = found / tl.where(row < rows, scale, 1.0)[:, None]
+        _append(found / tl.load(unit), x + row[:, None] * x_stride, row[:, None] < rows, rank[None, :], width, whole, r,
+                largest)  # fmt: skip
+
+
+@triton.jit
+def _append(value, at, there, rank, width, whole, r, largest):
+    """e4m3, what it leaves, and e4m3 again, behind the columns of rows that begin at `at`, and zeros behind them."""
+    known = there & (rank < r)
+    value = tl.minimum(tl.maximum(value, -largest), largest)
+    high = value.to(at.dtype.element_ty)
+    tl.store(at + width + rank, high, mask=known)
+    tl.store(at + width + r + rank, (value - high.to(tl.float32)).to(at.dtype.element_ty), mask=known)
+    tl.store(at + width + 2 * r + rank, high, mask=known)
+    behind = width + 3 * r + tl.arange(0, PAD)[None, :]
+    tl.store(at + behind, (behind * 0).to(tl.float32).to(at.dtype.element_ty), mask=there & (behind < whole))
+
+
+def outward(x: Rows, low: torch.Tensor) -> torch.Tensor:
+    """See eight.outward. Tokens are split among programs, whose sums are added up afterwards, always in one order."""
+    rows, r = low.shape
+    block_t, block_n, warps, stages = OUTWARD
+    block = max(16, triton.next_power_of_2(r))
+    columns = triton.cdiv(x.width, block_n)
+    splits = max(1, min(triton.cdiv(rows, 4 * block_t), triton.cdiv(512, columns)))
+    sums = torch.empty(splits, r, x.width, dtype=torch.float32, device=low.device)
+    _outward[(columns, splits)](
+        x.values, x.values.stride(0), x.scales, low, low.stride(0), sums, rows, x.width, r, block_t, block_n, block,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return sums[0] if splits == 1 else sums.sum(0)
+
+
+OUTWARD = (64, 256, 4, 3)
+"""Rows and columns of a program's tile, warps, and tiles on their way."""
+
+
+@triton.jit
+def _outward(
+    x, x_stride, scales, low, low_stride, out, rows, width, r,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rank = tl.arange(0, BLOCK_R)
+    found = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for start in range(tl.program_id(1) * BLOCK_T, rows, tl.num_programs(1) * BLOCK_T):
+        row = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        inside = (row[:, None] < rows) & (column[None, :] < width)
+        value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+        known = (row[None, :] < rows) & (rank[:, None] < r)
+        by = tl.load(low + row[None, :] * low_stride + rank[:, None], mask=known, other=0.0)
+        scale = tl.load(scales + row, mask=row < rows, other=0.0)
+        by = (by.to(tl.float32) * scale[None, :]).to(by.dtype)
+        found = tl.dot(by, value.to(tl.float32).to(by.dtype), found, input_precision="ieee")
+    place = tl.program_id(1).to(tl.int64) * r * width + rank[:, None] * width + column[None, :]
+    tl.store(out + place, found, mask=(rank[:, None] < r) & (column[None, :] < width))

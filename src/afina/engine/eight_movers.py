@@ -1,0 +1,148 @@
+"""The Triton twins of eight.py that move 8-bit weights: turned over, out of four bits, adapters into their places.
+
+Imported on a GPU only.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from afina.engine.eight_kernels import rounded
+from afina.engine.eight_matrix import PAD
+
+if TYPE_CHECKING:
+    from afina.engine.eight import Rows
+    from afina.engine.nf4 import Nf4
+
+
+def append_up(weights: "Rows", up: torch.Tensor, unit: torch.Tensor) -> None:
+    """See eight.append_up."""
+    rows, r = up.shape
+    block = triton.next_power_of_2(r)
+    group = max(1, 2048 // max(block, 128))
+    _append_up[(triton.cdiv(rows, group),)](
+        weights.values, weights.values.stride(0), weights.scales, up, up.stride(0), rows, weights.width,
+        weights.values.shape[1], r, unit, weights.form.largest, group, block, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _append_up(
+    values, stride, scales, up, up_stride, rows, width, whole, r, unit, largest,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)[:, None]
+    rank = tl.arange(0, BLOCK)[None, :]
+    known = (row < rows) & (rank < r)
+    value = tl.load(up + row * up_stride + rank, mask=known, other=0.0).to(tl.float32)
+    value = value * tl.load(unit) / tl.load(scales + row, mask=row < rows, other=1.0)
+    value = tl.minimum(tl.maximum(value, -largest), largest)
+    at = values + row * stride + width + rank
+    high = value.to(values.dtype.element_ty)
+    rest = (value - high.to(tl.float32)).to(values.dtype.element_ty)
+    tl.store(at, high, mask=known)
+    tl.store(at + r, high, mask=known)
+    tl.store(at + 2 * r, rest, mask=known)
+    behind = width + 3 * r + tl.arange(0, PAD)[None, :]
+    nothing = tl.zeros((GROUP, PAD), tl.float32).to(values.dtype.element_ty)
+    tl.store(values + row * stride + behind, nothing, mask=(row < rows) & (behind < whole))
+
+
+def turn(weights: "Rows", out: torch.Tensor) -> torch.Tensor:
+    """See eight.turn."""
+    rows, width = weights.values.shape[0], weights.width
+    bits, turned = weights.values.view(torch.uint8), out.view(torch.uint8)
+    block_n, block_k, warps = TURN
+    _turn[(triton.cdiv(rows, block_n), triton.cdiv(width, block_k))](
+        bits, bits.stride(0), turned, turned.stride(0), rows, width, block_n, block_k, num_warps=warps
+    )
+    return out
+
+
+TURN = (128, 128, 8)
+"""Rows and columns of a tile, and warps."""
+
+
+@triton.jit
+def _turn(x, x_stride, out, out_stride, rows, width, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (row[:, None] < rows) & (column[None, :] < width)
+    value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0)
+    inside = (row[None, :] < rows) & (column[:, None] < width)
+    tl.store(out + column[:, None] * out_stride + row[None, :], tl.trans(value), mask=inside)
+
+
+def append_down(out: torch.Tensor, rows: int, down: torch.Tensor, unit: torch.Tensor, largest: float) -> None:
+    """See eight.append_down."""
+    r, width = down.shape
+    block = triton.next_power_of_2(r)
+    group = max(1, 2048 // max(block, 128))
+    _append_down[(triton.cdiv(width, group),)](
+        out, out.stride(0), down, down.stride(0), rows, width, out.shape[1], r, unit, largest, group, block, num_warps=4
+    )
+
+
+@triton.jit
+def _append_down(
+    out, stride, down, down_stride, rows, width, whole, r, unit, largest, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    column = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)[:, None]
+    rank = tl.arange(0, BLOCK)[None, :]
+    known = (column < width) & (rank < r)
+    value = tl.load(down + rank * down_stride + column, mask=known, other=0.0).to(tl.float32) * tl.load(unit)
+    value = tl.minimum(tl.maximum(value, -largest), largest)
+    at = out + column * stride + rows + rank
+    high = value.to(out.dtype.element_ty)
+    rest = (value - high.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(at, high, mask=known)
+    tl.store(at + r, high, mask=known)
+    tl.store(at + 2 * r, rest, mask=known)
+    behind = rows + 3 * r + tl.arange(0, PAD)[None, :]
+    nothing = tl.zeros((GROUP, PAD), tl.float32).to(out.dtype.element_ty)
+    tl.store(out + column * stride + behind, nothing, mask=(column < width) & (behind < whole))
+
+
+def unpack(weight: "Nf4", scales: torch.Tensor, out: torch.Tensor, turned: bool) -> None:
+    """See eight.unpack: 0.53 bytes read and one written a weight, as it lies or turned over."""
+    nested = weight.scale_levels is not None
+    levels = weight.scale_levels if nested else weight.levels
+    outer = weight.outer_scales if nested else weight.scales
+    offset = weight.offset if nested else weight.levels
+    block_n, block_k, warps = UNPACK
+    _unpack[(triton.cdiv(weight.rows, block_n), triton.cdiv(weight.columns, block_k))](
+        weight.packed, weight.levels, weight.scales, levels, outer, offset, scales, out, out.stride(0), weight.rows,
+        weight.columns, weight.outer_block, block_n, block_k, nested, turned, num_warps=warps,
+    )  # fmt: skip
+
+
+UNPACK = (64, 128, 8)
+"""Rows and columns of a tile, and warps."""
+
+
+@triton.jit
+def _unpack(
+    packed, levels, scales, scale_levels, outer, offset, row_scales, out, out_stride, rows, columns, outer_block,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NESTED: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    half = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+    inside = (row[:, None] < rows) & (half[None, :] * 2 < columns)
+    pair = tl.load(packed + row[:, None] * (columns // 2) + half[None, :], mask=inside, other=0).to(tl.int32)
+    place = (row[:, None] * columns + half[None, :] * 2) // 64
+    scale = tl.load(scales + place, mask=inside, other=0)
+    if NESTED:
+        wide = tl.load(outer + place // outer_block, mask=inside, other=0.0)
+        scale = tl.load(scale_levels + scale.to(tl.int32)) * wide + tl.load(offset)
+    scale = scale / tl.load(row_scales + row, mask=row < rows, other=1.0)[:, None]
+    both = tl.interleave(tl.load(levels + (pair >> 4)) * scale, tl.load(levels + (pair & 15)) * scale)
+    value = rounded(both, out.dtype.element_ty)
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    if TURNED:
+        known = (row[None, :] < rows) & (column[:, None] < columns)
+        tl.store(out + column[:, None].to(tl.int64) * out_stride + row[None, :], tl.trans(value), mask=known)
+    else:
+        known = (row[:, None] < rows) & (column[None, :] < columns)
+        tl.store(out + row[:, None] * out_stride + column[None, :], value, mask=known)
