@@ -24,7 +24,7 @@ from afina.data.audit.kinds import Severity, kinds
 from afina.data.audit.letters import Fault
 from afina.data.audit.quick import NOT_PLAIN, TYPED, Look, loose
 from afina.data.audit.scan import joined_apart, suspects
-from afina.data.audit.syntax import quotes
+from afina.data.audit.syntax import escaped_quotes
 from afina.data.audit.text import ALL, faults
 from afina.data.audit.tongue import languages
 from afina.data.conversation import ROLES, Message, Sample
@@ -241,7 +241,7 @@ class _Reader:
         plain = look.spread(decoded)
         counts = np.fromiter(map(bytes.count, raws, repeat(b'"')), np.int64, len(raws))
         for at in np.flatnonzero(counts != plain.marks).tolist():
-            counts[at] = quotes(raws[at])
+            counts[at] -= escaped_quotes(raws[at])
         good = counts == plain.marks
         sound = {roles: _is_sound(roles) for roles in set(plain.roles)}
         if not all(sound.values()):
@@ -344,8 +344,8 @@ def _spoken(texts: list[str], counts: np.ndarray) -> np.ndarray:
     last = np.cumsum(counts) - 1
     first = last - counts + 1
     blank = np.fromiter(map(str.isspace, texts), np.bool_, len(texts))
-    blank |= np.fromiter(map(len, texts), np.int64, len(texts)) == 0
     hashed = np.fromiter(map(hash, texts), np.int64, len(texts))
+    blank |= hashed == hash("")
     return np.asarray(~np.logical_or.reduceat(blank, first) & (hashed[first] != hashed[last]))
 
 
