@@ -16,37 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from quantize import SHAPES, TINY, Watch, note, rmse
-from safetensors.torch import save_file
+from quantize import SHAPES, Watch, lay_out, note, rmse
 
 from afina.export import quants
-from afina.export.families import read_shape
 from afina.export.gguf import write_gguf
-
-
-def lay_out(folder: Path, shape: str) -> None:
-    """A random Llama in bf16, a file a layer, with the tokenizer of afina/tiny."""
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
-    config = json.loads((TINY / "config.json").read_text("utf-8"))
-    config |= {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
-    config |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads}
-    config |= {"vocab_size": vocabulary, "tie_word_embeddings": shape != "8b"}
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
-        (folder / name).write_bytes((TINY / name).read_bytes())
-    figures = read_shape(folder)
-    parts: dict[str, list[str]] = {}
-    for name in figures.expected(set()):
-        parts.setdefault(name.split(".")[2] if ".layers." in name else "outside", []).append(name)
-    torch.manual_seed(0)
-    index: dict[str, str] = {}
-    for part, names in parts.items():
-        sizes = {name: figures.size(name, vocabulary) for name in names}
-        made = {name: (torch.randn(size, device="cuda") * 0.02).bfloat16().cpu() for name, size in sizes.items()}
-        save_file(made, folder / f"model-{part}.safetensors")
-        index |= dict.fromkeys(names, f"model-{part}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}), "utf-8")
 
 
 def same_as_cpu() -> None:

@@ -44,7 +44,7 @@ DOORS = {
     "xllamacpp": ("model/llamacpp.py",),
     "zstandard": ("data/lines.py",),
     "pyarrow": ("data/parquet.py",),
-    "huggingface_hub": ("data/hub.py", "export/push.py"),
+    "huggingface_hub": ("data/hub.py", "model/hub.py", "export/push.py"),
     # The audit's fast parser, and the old encodings as programs really use them.
     "msgspec": ("data/audit/",),
     "ftfy": ("data/audit/mojibake.py",),

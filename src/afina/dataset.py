@@ -17,7 +17,7 @@ from afina.data.split import Part, deal, parts_of, written
 from afina.data.stats import Figures, advice, figures, spread, warnings
 from afina.data.template import Renderer
 from afina.data.tokenizer import load_tokenizer
-from afina.errors import DataError, ModelError, OutputError
+from afina.errors import DataError, OutputError
 from afina.language import _
 from afina.recipe.load import load_or_default
 from afina.recipe.place import model_source
@@ -83,16 +83,12 @@ def check(
 def _labels(recipe: Recipe, folder: Path) -> tuple[Any, list[tuple[str, str]]]:
     """What judges labels as this recipe's model will see them, and what is odd about its tokenizer."""
     from afina.data.audit.labels import Labels, of_tokenizer
-    from afina.export.gguf_vocab import read_vocabulary
+    from afina.export.beforehand import why_no_gguf
 
     renderer = _renderer(recipe, folder)
     about = of_tokenizer(renderer.tokenizer)
-    source = Path(model_source(recipe.model.base, folder))
-    if source.is_dir() and set(recipe.export.formats) - {"merged"}:
-        try:
-            read_vocabulary(source)
-        except ModelError as error:
-            about.append(("unknown-splitter", error.message))
+    if (error := why_no_gguf(recipe, folder)) is not None:
+        about.append(("unknown-splitter", error.message))
     return Labels(renderer, recipe.model.max_length), about
 
 

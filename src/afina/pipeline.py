@@ -12,7 +12,7 @@ from afina import durable
 from afina.artifact import MANIFEST, Artifact, open_artifact, parent, seal, sha256, source_digest, versions
 from afina.beside import begun
 from afina.console import console, size
-from afina.errors import AfinaError, OutputError, RecipeError, ResourceError
+from afina.errors import OutputError, RecipeError, ResourceError
 from afina.language import _
 from afina.recipe.load import dump, load, places_told
 from afina.recipe.place import model_source
@@ -342,16 +342,10 @@ def _refuse_another(place: Path, wanted: Recipe) -> None:
 
 def _check_formats(recipe: Recipe, folder: Path) -> None:
     """Say before training, not after, that a base cannot become GGUF."""
-    from afina.export.gguf import check_exportable
+    from afina.export.beforehand import why_no_gguf
 
-    source = Path(model_source(recipe.model.base, folder))
-    if source.is_dir() and set(recipe.export.formats) - {"merged"}:
-        try:
-            check_exportable(source)
-        except AfinaError as error:
-            advice = _("Remove the GGUF formats from export.formats to train without them.")
-            error.hint = f"{error.hint} {advice}".strip()
-            raise
+    if (error := why_no_gguf(recipe, folder)) is not None:
+        raise error
 
 
 def _check_tasks(recipe: Recipe, folder: Path) -> None:

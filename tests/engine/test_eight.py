@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from engine.test_engine import FAMILIES, four_bits, gradients, perturbed, rows
 from small import llama, spread
-from test_engine import FAMILIES, four_bits, gradients, perturbed, rows
 
 from afina.data.batch import micro_batches
 from afina.engine import eight, eight_gate

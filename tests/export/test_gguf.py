@@ -32,7 +32,8 @@ from afina.data import splits
 from afina.data.tokenizer import load_tokenizer
 from afina.errors import ModelError, OutputError
 from afina.export import families, gguf, gguf_vocab
-from afina.export.gguf import check_exportable, write_gguf
+from afina.export.beforehand import check_exportable
+from afina.export.gguf import write_gguf
 from afina.model.llamacpp import LlamaCpp
 
 pytest.importorskip("xllamacpp", reason='install "afina[gguf-run]" to compare with real llama.cpp')

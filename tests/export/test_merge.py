@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from small import llama, perturb_adapters
 
 from afina.errors import ModelError, ProofError
-from afina.export import folding
+from afina.export import folding, weights
 from afina.export.folding import can_fold, fold, read_adapter
 from afina.export.merging import expected_changes, prove_merge
-from afina.model.attach import merged
+from afina.export.weights import Held, Source
+from afina.model.attach import attach, load_adapter, merged, save_adapter
+from afina.model.load import Hardware, load_model
+from afina.recipe.schema import Lora, Model
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -52,9 +55,9 @@ def test_from_file_to_file_as_in_memory(
     model = adapted(tmp_path, llama(attention_bias=True, tie_word_embeddings=False), **CONFIGS[name])
     changes = expected_changes(model)
     adapter = read_adapter(tmp_path / "adapter")
-    assert can_fold(tmp_path / "base", adapter) and adapter is not None
+    assert can_fold(Source(tmp_path / "base"), adapter) and adapter is not None
     counted: list[int] = []
-    facts = fold(tmp_path / "base", adapter, tmp_path / "merged", precision, counted.append)
+    facts = fold(Source(tmp_path / "base"), adapter, tmp_path / "merged", precision, counted.append)
     expected = {key: value.to(precision) for key, value in merged(model).state_dict().items()}
     found = tensors(tmp_path / "merged")
     assert found.keys() == expected.keys() and sum(counted) == sum(tensor.numel() for tensor in found.values())
@@ -75,8 +78,8 @@ def test_what_no_adapter_touches_keeps_its_bits(tmp_path: Path) -> None:
     plain.save_pretrained(tmp_path / "base")
     pack_experts(tmp_path / "base", plain)
     adapter = read_adapter(tmp_path / "adapter")
-    assert adapter is not None and can_fold(tmp_path / "base", adapter)
-    fold(tmp_path / "base", adapter, tmp_path / "merged", torch.float32)
+    assert adapter is not None and can_fold(Source(tmp_path / "base"), adapter)
+    fold(Source(tmp_path / "base"), adapter, tmp_path / "merged", torch.float32)
     before, after = tensors(tmp_path / "base"), tensors(tmp_path / "merged")
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert {name for name in before if name.endswith(("_blocks", "_scales"))} <= same
@@ -113,11 +116,11 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     adapter = read_adapter(tmp_path / "adapter")
     assert adapter is not None
     with pytest.raises(ModelError, match=r"shape.*mlp"):
-        fold(other, adapter, tmp_path / "merged", torch.float32)
+        fold(Source(other), adapter, tmp_path / "merged", torch.float32)
     llama(num_hidden_layers=1).save_pretrained(tmp_path / "shallow")
-    assert not can_fold(tmp_path / "shallow", adapter)
+    assert not can_fold(Source(tmp_path / "shallow"), adapter)
     with pytest.raises(ProofError, match="did not use"):
-        fold(tmp_path / "shallow", adapter, tmp_path / "merged2", torch.float32)
+        fold(Source(tmp_path / "shallow"), adapter, tmp_path / "merged2", torch.float32)
 
 
 def test_what_is_more_than_a_sum_is_left_to_peft(tmp_path: Path) -> None:
@@ -132,3 +135,30 @@ def test_what_is_more_than_a_sum_is_left_to_peft(tmp_path: Path) -> None:
     weights["base_model.model.lm_head.lora_C.weight"] = torch.zeros(3)
     save_file(weights, tmp_path / "adapter" / "adapter_model.safetensors")
     assert read_adapter(tmp_path / "adapter") is None
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_is_merged_a_layer_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    pytest.importorskip("bitsandbytes", reason='install "afina[qlora]"')
+    monkeypatch.setattr(weights, "FILE_WEIGHTS", 5_000)
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    cpu, wanted = (
+        Hardware(torch.device("cpu"), torch.float32),
+        Model(quantization=kind, precision="fp32", device="cpu"),
+    )
+    tuned = perturb_adapters(attach(load_model(str(tmp_path / "base"), cpu, wanted), Lora(rank=4), seed=0))
+    save_adapter(tuned, tmp_path / "adapter", "base")
+    plain = load_model(str(tmp_path / "base"), cpu, wanted, plain=True)
+    expected = merged(load_adapter(plain, tmp_path / "adapter")).state_dict()
+    held = load_adapter(load_model(str(tmp_path / "base"), cpu, wanted, held=True), tmp_path / "adapter")
+    changes, adapter = expected_changes(held), read_adapter(tmp_path / "adapter")
+    assert adapter is not None and can_fold(Held(held), adapter)
+    fold(Held(held), adapter, tmp_path / "merged", torch.float32)
+    found = tensors(tmp_path / "merged")
+    assert found.keys() == expected.keys() - {"lm_head.weight"}
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-6)
+    prove_merge(changes, tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "merged")

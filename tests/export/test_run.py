@@ -16,6 +16,7 @@ from afina import durable
 from afina.artifact import open_artifact
 from afina.console import Console
 from afina.errors import ProofError, RecipeError, ResourceError
+from afina.export import certificate, nf4
 from afina.export import merge as merge_room
 from afina.export import run as room
 from afina.export.gguf import write_gguf
@@ -196,3 +197,54 @@ def test_gpt_oss_from_training_to_files_with_its_experts_packed(tmp_path):
     file = GgufFile(tmp_path / "export" / "oss-q8_0.gguf")
     for name, stored in blocks.items():
         assert file.raw(name).tobytes() == np.ascontiguousarray(stored).tobytes()
+
+
+def test_merged_and_quantised_again_by_choice(run, tmp_path):
+    """A base in NF4, its adapter merged: in full, and back into NF4 as plain transformers opens it."""
+    pytest.importorskip("bitsandbytes", reason='install "afina[qlora]"')
+    place = Path(run).parent
+    changes = ["model.quantization=nf4", "training.steps=40", "name=four"]
+    tuned = afina.train(place / "recipe.yaml", tmp_path / "run", changes)
+    export = export_run(tuned, tmp_path / "export", ["merged", "nf4", "f32"], quiet())
+    export.verify()
+    said = json.loads((tmp_path / "export" / "certificate.json").read_text("utf-8"))
+    assert said["merge"]["streamed"] and said["merge"]["divergence"] < 1e-6
+    (four, plain) = said["files"]
+    assert four["format"] == "nf4" and four["passed"] and plain["passed"]
+    assert four["certificate"]["divergence"] > 10 * plain["certificate"]["divergence"]
+    assert not (tmp_path / "export" / nf4.PLAIN).exists()
+    assert "Take the merged folder" in four["notes"][-1]
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "export" / "nf4")
+    assert opened.config.quantization_config.bnb_4bit_quant_type == "nf4"
+    assert opened.model.layers[0].mlp.down_proj.weight.dtype == torch.uint8
+    size = sum(path.stat().st_size for path in (tmp_path / "export" / "nf4").glob("*.safetensors"))
+    assert size < sum(path.stat().st_size for path in (tmp_path / "export" / "merged").glob("*.safetensors")) / 2
+    again = export_run(tuned, tmp_path / "again", ["nf4"], quiet())
+    assert [entry["format"] for entry in again.manifest["exports"]] == ["nf4"]
+
+
+def test_nf4_that_is_not_the_model_is_refused(run, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason='install "afina[qlora]"')
+    monkeypatch.setitem(certificate.LIMITS, "nf4", certificate.Limits(1e-9))
+    with pytest.raises(ProofError, match="is not the model"):
+        export_run(run, tmp_path / "export", ["nf4"], quiet())
+    assert not (tmp_path / "export").exists()
+    said = json.loads((tmp_path / "export-failed" / "certificate.json").read_text("utf-8"))
+    assert [file["passed"] for file in said["files"]] == [False]
+
+
+def test_a_quantised_base_is_quantised_again_from_its_plain_weights(run, tmp_path, monkeypatch):
+    """On the steps of its blocks' scales the training would be rounded away."""
+    pytest.importorskip("bitsandbytes", reason='install "afina[qlora]"')
+    place = Path(run).parent
+    tuned = afina.train(place / "recipe.yaml", tmp_path / "run", ["model.quantization=nf4", "name=four"])
+
+    def away(folder: str) -> float:
+        return export_run(tuned, tmp_path / folder, ["nf4"], quiet()).manifest["exports"][0]["certificate"][
+            "divergence"
+        ]
+
+    plain = away("plain")
+    monkeypatch.setattr(nf4, "weights_of", lambda *_given: None)
+    monkeypatch.setitem(certificate.LIMITS, "nf4", certificate.Limits(1e9, 0.0))
+    assert away("steps") > 1.5 * plain

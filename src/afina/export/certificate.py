@@ -33,6 +33,8 @@ ANSWER_TOKENS = 32
 """How far the answers are compared."""
 TOP = 128
 """How many of the next tokens llama.cpp is asked for."""
+LOGITS = 2**27
+"""How many a reading of the model may make at once: 512 MB."""
 LEFT = 1e-9
 """The least that counts as left to the tokens that were not told; below it are roundings of a sum of floats."""
 
@@ -77,7 +79,7 @@ LIMITS: dict[str, Limits] = {
     "q8_0": EIGHT,
     "q6_k": SIX,
     **dict.fromkeys(("q5_k_m", "q5_k_s", "q5_1", "q5_0"), FIVE),
-    **dict.fromkeys(("q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_xs", "mxfp4"), FOUR),
+    **dict.fromkeys(("q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_xs", "mxfp4", "nf4"), FOUR),
     **dict.fromkeys(("q3_k_l", "q3_k_m", "q3_k_s"), THREE),
     **dict.fromkeys(("q2_k", "q2_k_s"), TWO),
 }
@@ -125,19 +127,37 @@ def pose(
     tokenizer = renderer.tokenizer
     prompts = [renderer.prompt(sample.prompt) for sample in samples]
     answers = generate(model, prompts, end_ids=tokenizer.end_ids, pad_id=tokenizer.pad_id, max_new_tokens=tokens)
+    noted = distributions(model, list(zip(prompts, answers, strict=True)))
     return [
-        Question(sample, prompt, answer, distributions(model, prompt, answer))
-        for sample, prompt, answer in zip(samples, prompts, answers, strict=True)
+        Question(sample, prompt, answer, logprobs)
+        for sample, prompt, answer, logprobs in zip(samples, prompts, answers, noted, strict=True)
     ]
 
 
-@torch.inference_mode()
-def distributions(model: nn.Module, prompt: list[int], answer: list[int]) -> np.ndarray:
-    """(len(answer) + 1, vocab) natural log-probabilities, in F32."""
-    device = next(model.parameters()).device
-    logits = model(input_ids=torch.tensor([[*prompt, *answer]], device=device)).logits[0, len(prompt) - 1 :]
-    found: np.ndarray = torch.log_softmax(logits.float(), -1).cpu().numpy()
+def distributions(model: nn.Module, asked: Sequence[tuple[list[int], list[int]]]) -> list[np.ndarray]:
+    """For each prompt and answer: (len(answer) + 1, vocab) natural log-probabilities, in F32.
+
+    Rows are read together, as each reading goes through all weights once. They are filled up on the right, where a
+    causal model never looks from what is left of it.
+    """
+    found: list[np.ndarray] = []
+    longest = max(len(prompt) + len(answer) for prompt, answer in asked)
+    step = max(1, LOGITS // longest // model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    for start in range(0, len(asked), step):
+        found += _together(model, asked[start : start + step])
     return found
+
+
+@torch.inference_mode()
+def _together(model: nn.Module, asked: Sequence[tuple[list[int], list[int]]]) -> list[np.ndarray]:
+    rows = [[*prompt, *answer] for prompt, answer in asked]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=next(model.parameters()).device)
+    logits = model(input_ids=ids, use_cache=False).logits
+    return [
+        torch.log_softmax(some[len(prompt) - 1 : len(row)].float(), -1).cpu().numpy()
+        for some, row, (prompt, _answer) in zip(logits, rows, asked, strict=True)
+    ]
 
 
 def divergence(ours: np.ndarray, theirs: dict[int, float]) -> float:
@@ -185,6 +205,52 @@ def certify(
             checks.append(_answered(witness, question, renderer, right))
             if on_progress is not None:
                 on_progress(1)
+    return _judged(kind, file, divergences, agreed, margins, checks)
+
+
+def certify_folder(
+    folder: Path,
+    kind: str,
+    model: nn.Module,
+    questions: Sequence[Question],
+    renderer: Renderer,
+    right: Right = the_same,
+) -> dict[str, Any]:
+    """The same of a model folder that was opened as `model`: its predictions, whole, and its answers by transformers.
+
+    Raises NotTheModel.
+    """
+    tokenizer = renderer.tokenizer
+    written = generate(
+        model,
+        [question.prompt for question in questions],
+        end_ids=tokenizer.end_ids,
+        pad_id=tokenizer.pad_id,
+        max_new_tokens=ANSWER_TOKENS,
+    )
+    divergences: list[float] = []
+    agreed: list[bool] = []
+    margins: list[float] = []
+    checks = []
+    noted = distributions(model, [(question.prompt, question.answer) for question in questions])
+    for question, ids, theirs in zip(questions, written, noted, strict=True):
+        ours = question.logprobs
+        divergences += np.maximum((np.exp(ours) * (ours - theirs)).sum(-1), 0.0).tolist()
+        agreed += (ours.argmax(-1) == theirs.argmax(-1)).tolist()
+        margins += _margins(ours)
+        checks.append(_check(question, ids, tokenizer.decode(ids), renderer, right))
+    return _judged(kind, folder, divergences, agreed, margins, checks)
+
+
+def _judged(
+    kind: str,
+    file: Path,
+    divergences: Sequence[float],
+    agreed: Sequence[bool],
+    margins: Sequence[float],
+    checks: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What was measured, as the certificate has it. Raises NotTheModel where it is beyond the limits."""
     found: dict[str, Any] = {
         "positions": len(divergences),
         "divergence": float(np.mean(divergences)),
@@ -260,15 +326,19 @@ def _check_ends(witness: LlamaCpp, question: Question, renderer: Renderer, file:
 def _answered(witness: LlamaCpp, question: Question, renderer: Renderer, right: Right) -> dict[str, Any]:
     """The file's own greedy answer beside the model's."""
     written = witness.complete(question.prompt, max_new_tokens=ANSWER_TOKENS)
+    return _check(question, written.ids, written.text, renderer, right)
+
+
+def _check(question: Question, ids: list[int], text: str, renderer: Renderer, right: Right) -> dict[str, Any]:
     ours = renderer.tokenizer.decode(question.answer)
     return {
         "prompt": question.sample.prompt[-1].content,
         "model": ours,
-        "gguf": written.text,
-        "equal": written.text.strip() == ours.strip(),
-        "gap": _gap(question, written.ids),
+        "gguf": text,
+        "equal": text.strip() == ours.strip(),
+        "gap": _gap(question, ids),
         "model_right": right(question.sample, ours),
-        "gguf_right": right(question.sample, written.text),
+        "gguf_right": right(question.sample, text),
     }
 
 

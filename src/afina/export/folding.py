@@ -1,9 +1,9 @@
-"""An adapter added to its base from file to file, some rows at a time: no model in memory, whatever its size.
+"""An adapter added to its base, some rows at a time: from file to file, with no model in memory, whatever its size.
 
-What is read are the base's safetensors and PEFT's adapter; what is written are safetensors of the same names. Rows
-without an adapter are copied, in the precision asked for; what is no float (gpt-oss's blocks of MXFP4) keeps its bits.
-Plain low-rank adapters are added so, rank-stabilised ones and DoRA too, and biases that learnt; what else there is
-(`can_fold` says so) is merged by PEFT in memory.
+What is read are the base's safetensors (or, of a quantised base, the layers that hold it, one at a time) and PEFT's
+adapter; what is written are safetensors of the same names. Rows without an adapter are copied, in the precision asked
+for; what is no float (gpt-oss's blocks of MXFP4) keeps its bits. Plain low-rank adapters are added so, rank-stabilised
+ones and DoRA too, and biases that learnt; what else there is (`can_fold` says so) is merged by PEFT in memory.
 """
 
 import json
@@ -19,28 +19,13 @@ import torch
 from afina import durable
 from afina.errors import ModelError, ProofError
 from afina.export.gguf_vocab import read_json
-from afina.export.weights import FLOATS, Source, tensors_of
+from afina.export.weights import FLOATS, NAMES, Tensors, tensors_of
 from afina.language import _
+from afina.model.attach import only_adds
 
 CHUNK_BYTES = 64 * 2**20
 """How much of a tensor, in F32, is read, added to and written at once. Some four such chunks are in memory."""
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 WRAPPING = "base_model.model."
-PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal")
-"""How an adapter may have begun so that base plus adapter is the model."""
-ELSEWHERE = (
-    "modules_to_save",
-    "target_parameters",
-    "trainable_token_indices",
-    "alpha_pattern",
-    "layer_replication",
-    "fan_in_fan_out",
-    "lora_bias",
-    "use_qalora",
-    "arrow_config",
-    "megatron_config",
-)
-"""Settings of PEFT that mean more than adding a product to a matrix."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +58,7 @@ class Adapter:
 def read_adapter(folder: Path) -> Adapter | None:
     """A PEFT folder as what is to be added to which tensor; None where it is more than that."""
     settings = read_json(folder / "adapter_config.json")
-    if settings.get("peft_type") != "LORA" or settings.get("init_lora_weights", True) not in PLAIN_BEGINNINGS:
-        return None
-    if any(settings.get(name) for name in ELSEWHERE):
+    if not only_adds(settings):
         return None
     tensors = tensors_of(folder / "adapter_model.safetensors")
     sides: dict[str, dict[str, torch.Tensor]] = {}
@@ -97,41 +80,31 @@ def read_adapter(folder: Path) -> Adapter | None:
     return Adapter(pairs, learnt, len(tensors))
 
 
-def can_fold(base: Path, adapter: Adapter | None) -> bool:
-    """Whether each tensor of the adapter belongs to one of the base's files, by its name, and that one is of floats."""
-    if adapter is None or not base.is_dir():
-        return False
-    source = Source(base)
-    try:
-        return all(source.is_float(name) for name in (*adapter.pairs, *adapter.learnt))
-    finally:
-        source.close()
+def can_fold(source: Tensors, adapter: Adapter | None) -> bool:
+    """Whether each tensor of the adapter belongs to one of the base's, by its name, and that one is of floats."""
+    return adapter is not None and all(source.is_float(name) for name in (*adapter.pairs, *adapter.learnt))
 
 
 @torch.no_grad()
 def fold(
-    base: Path,
+    source: Tensors,
     adapter: Adapter,
     out: Path,
     precision: torch.dtype,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write base plus adapter into the folder `out`; what is not weights is the caller's.
+    """Write base (`source`) plus adapter into the folder `out`; what is not weights is the caller's.
 
     `on_progress` is told how many weights were written since it was last called. Returns `bytes`, and `used`, how many
     of the adapter's tensors were. Raises ProofError when one was not, ModelError when shapes do not fit.
     """
-    source = Source(base)
     left = set(adapter.pairs) | set(adapter.learnt)
     index: dict[str, str] = {}
     total = 0
-    try:
-        for file, names in source.by_file().items():
-            left -= set(names)
-            index |= dict.fromkeys(names, file)
-            total += _write_file(out / file, source, names, adapter, precision, on_progress)
-    finally:
-        source.close()
+    for file, names in source.by_file().items():
+        left -= set(names)
+        index |= dict.fromkeys(names, file)
+        total += _write_file(out / file, source, names, adapter, precision, on_progress)
     if left:
         raise ProofError(
             _("The adapter has tensors that the merge did not use, such as {name}.").format(name=min(left)),
@@ -145,7 +118,7 @@ def fold(
 
 def _write_file(
     path: Path,
-    source: Source,
+    source: Tensors,
     names: list[str],
     adapter: Adapter,
     precision: torch.dtype,
@@ -172,7 +145,7 @@ def _write_file(
     return at
 
 
-def _merged_rows(source: Source, name: str, adapter: Adapter, precision: torch.dtype) -> Iterator[torch.Tensor]:
+def _merged_rows(source: Tensors, name: str, adapter: Adapter, precision: torch.dtype) -> Iterator[torch.Tensor]:
     shape = source.stored_shape(name)
     if not source.is_float(name):
         yield source.tensor(name)

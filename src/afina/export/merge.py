@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +15,19 @@ from afina import durable
 from afina.console import Console, size
 from afina.data.read import read
 from afina.errors import ProofError, ResourceError
-from afina.export.certificate import LIMITS, Question, distributions
+from afina.export.certificate import LIMITS, LOGITS, Question, distributions
 from afina.export.folding import can_fold, fold, read_adapter
 from afina.export.gguf import planned_bytes
 from afina.export.gguf_vocab import read_json
 from afina.export.imatrix import SAMPLES, collect
 from afina.export.merging import expected_changes, prove_merge
 from afina.export.mixes import FORMATS
-from afina.export.weights import Source
+from afina.export.weights import Held, Source
 from afina.language import _
-from afina.model.attach import merged, save_configuration, save_whole
+from afina.model.attach import merged, only_adds, save_configuration, save_whole, settings_of
 from afina.model.load import DTYPES, Hardware, load_model
+from afina.model.quantize import is_quantised
+from afina.recipe.schema import Recipe
 from afina.train.reopen import Tuned
 
 if TYPE_CHECKING:
@@ -38,24 +41,32 @@ DIVERGENCE = {
 """Nats a token between merged and adapter beside base. In F32 1e-9 was measured; a module left out gives 1e-2."""
 SPARE = 64 * 2**20
 """Bytes of the disk left alone."""
+RUNNING = 2**30
+"""Bytes of Python, torch and llama.cpp, whatever the model."""
 
 
-def check_room(base: Path, out: Path, formats: Sequence[str], precision: str, console: Console) -> None:
-    """Say what the export of a model like the one in `base` takes, and raise ResourceError where there is no room."""
-    if not base.is_dir():  # a hub name: what it weighs is known when it is there
+def check_room(
+    base: Path | None, out: Path, formats: Sequence[str], recipe: Recipe, adapter: Path, console: Console
+) -> None:
+    """Say what the export of a run takes, and raise ResourceError where there is no room for it on the disk.
+
+    `base` is its base model, `adapter` what was trained. Of a base that lies in no folder, such as a GGUF file, nothing
+    is said.
+    """
+    if base is None:
         return
-    source = Source(base)
-    try:
-        weights = sum(math.prod(source.stored_shape(name)) for name in source.names())
-    finally:
-        source.close()
-    needed = weights * DTYPES[precision].itemsize + sum(
-        planned_bytes(base, kind) for kind in formats if kind in FORMATS
-    )
+    with closing(Source(base)) as source:
+        shapes = [source.stored_shape(name) for name in source.names()]
+    weights = sum(map(math.prod, shapes))
+    width = DTYPES[recipe.export.precision].itemsize
+    needed = weights * width
+    if "nf4" in formats:  # a byte a weight is more than it takes; and for a while there is the sum with a plain base
+        needed += weights * (1 + width * (recipe.model.quantization != "none"))
+    needed += sum(planned_bytes(base, kind) for kind in formats if kind in FORMATS)
     free = durable.free_bytes(out)
     console.line(
-        _("Takes {needed} of the disk, of which {free} are free, and {memory} of memory.").format(
-            needed=size(needed), free=size(free), memory=size(4 * weights)
+        _("Takes {needed} of the disk, of which {free} are free, and {memory} of memory, pages of files apart.").format(
+            needed=size(needed), free=size(free), memory=size(_memory(shapes, recipe, adapter))
         )
     )
     if needed + SPARE > free:
@@ -67,7 +78,21 @@ def check_room(base: Path, out: Path, formats: Sequence[str], precision: str, co
         )
 
 
-def merge(export: "Export", run: Path, base: Path) -> None:
+def _memory(shapes: Sequence[tuple[int, ...]], recipe: Recipe, adapter: Path) -> int:
+    """Bytes of its own that an export needs at most. Weights that are computed with as they are stored are pages of
+    their files."""
+    weights, vocabulary = sum(map(math.prod, shapes)), max((shape[0] for shape in shapes), default=0)
+    largest = max((math.prod(shape) for shape in shapes if shape[:1] != (vocabulary,)), default=0)
+    held = 0
+    if recipe.method.name != "full":
+        if not only_adds(settings_of(adapter)):
+            held = 4 * weights
+        elif recipe.model.quantization != "none":
+            held = weights
+    return RUNNING + held + 16 * largest + 12 * min(LOGITS, 2**12 * vocabulary)
+
+
+def merge(export: "Export", run: Path, base: Path | None) -> None:
     """Write the merged model into `export.whole`, and prove that what was written is base plus adapter.
 
     Sets `export.merge`, and `export.importance` where it is wanted. The model in memory is let go.
@@ -81,7 +106,7 @@ def merge(export: "Export", run: Path, base: Path) -> None:
     else:
         facts = export.merge
     export.tuned = tuned = replace(tuned, model=nn.Identity())
-    model = load_model(str(export.whole), Hardware(tuned.hardware.device, torch.float32))
+    model = load_model(str(export.whole), Hardware(tuned.hardware.device, torch.float32), held=True)
     if changes:
         away, largest = apart(model, export.questions)
         facts |= {"divergence": away, "largest_difference": largest}
@@ -99,21 +124,22 @@ def merge(export: "Export", run: Path, base: Path) -> None:
     export.note()
 
 
-def _write(export: "Export", run: Path, base: Path, folder: Path) -> dict[str, Any]:
+def _write(export: "Export", run: Path, base: Path | None, folder: Path) -> dict[str, Any]:
     """Base plus adapter as files: streamed where the adapter is no more than sums, else by PEFT in memory."""
     tuned = export.tuned
     facts: dict[str, Any] = {"method": tuned.recipe.method.name, "precision": tuned.recipe.export.precision}
-    if tuned.recipe.method.name != "full" and tuned.recipe.model.quantization == "none":
-        adapter = read_adapter(run / "adapter")
-        if adapter is not None and can_fold(base, adapter):
-            source = Source(base)
-            weights = sum(math.prod(source.stored_shape(name)) for name in source.names())
-            source.close()
-            with export.console.progress(_("Merging"), weights) as progress:
-                facts |= fold(base, adapter, folder, export.precision, progress.advance)
-            save_configuration(tuned.model, folder, export.precision)
-            _keep_packing(base, folder)
-            return facts | {"streamed": True}
+    adapter = None if tuned.recipe.method.name == "full" else read_adapter(run / "adapter")
+    source = Held(tuned.model) if is_quantised(tuned.model) else None if base is None else Source(base)
+    if source is not None and adapter is not None:
+        with closing(source):
+            if can_fold(source, adapter):
+                weights = sum(math.prod(source.stored_shape(name)) for name in source.names())
+                with export.console.progress(_("Merging"), weights) as progress:
+                    facts |= fold(source, adapter, folder, export.precision, progress.advance)
+                save_configuration(tuned.model, folder, export.precision)
+                if base is not None:
+                    _keep_packing(base, folder)
+                return facts | {"streamed": True}
     save_whole(merged(tuned.model).to(export.precision), folder)
     return facts | {"streamed": False}
 
@@ -130,8 +156,9 @@ def apart(model: nn.Module, questions: Sequence[Question]) -> tuple[float, float
     """Mean KL(adapter beside base || merged) over all positions, in nats, and the largest difference of a log-
     probability that is not negligible."""
     found, largest = [], 0.0
-    for question in questions:
-        ours, theirs = question.logprobs, distributions(model, question.prompt, question.answer)
+    noted = distributions(model, [(question.prompt, question.answer) for question in questions])
+    for question, theirs in zip(questions, noted, strict=True):
+        ours = question.logprobs
         found += (np.exp(ours) * (ours - theirs)).sum(-1).tolist()
         largest = max(largest, float(np.abs(ours - theirs)[ours > -10].max()))
     return max(0.0, float(np.mean(found))), largest

@@ -16,6 +16,7 @@ from afina.errors import ProofError
 from afina.export.gguf_vocab import read_json
 from afina.export.weights import Source, tensors_of
 from afina.language import _
+from afina.model.quantize import weight_of
 
 ROWS = 8
 """Rows of each module that are compared, evenly spread."""
@@ -53,7 +54,7 @@ def expected_changes(model: nn.Module) -> list[Change]:
         if not (hasattr(module, "lora_A") and len(module.lora_A)):
             continue
         of_its_own = getattr(module, "parameter_name", None)  # a tensor of experts, not a linear layer
-        weight = module.get_param() if of_its_own else module.get_base_layer().weight  # type: ignore[operator]
+        weight = module.get_param() if of_its_own else weight_of(module.get_base_layer())  # type: ignore[operator]
         weight = weight.detach().float()
         added = module.get_delta_weight("default").float()  # type: ignore[operator]
         sides = {"lora_A.weight", "lora_B.weight"}

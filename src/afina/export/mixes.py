@@ -31,7 +31,7 @@ FORMATS: dict[str, tuple[str, str]] = {
     "q2_k_s": ("q2_k", "MOSTLY_Q2_K_S"),
 }
 """Format: the type of most matrices, and the file type as llama.cpp numbers it."""
-EXPORTS = ("merged", *FORMATS, "lora", "ollama", "lmstudio")
+EXPORTS = ("merged", "nf4", *FORMATS, "lora", "ollama", "lmstudio")
 """Everything that a run can be exported to; what is no format of GGUF is made from one, or is no GGUF."""
 PLAIN = ("f32", "f16", "bf16")
 """Formats that quantise nothing."""

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ from afina.export.lora import write_lora
 from afina.export.merge import check_room, merge
 from afina.export.mixes import EXPORTS
 from afina.export.mixes import FORMATS as GGUF
+from afina.export.nf4 import certify_nf4, recommendation, write_nf4
 from afina.export.ollama import modelfile
 from afina.export.page import certificate_of, page
 from afina.language import _
+from afina.model.hub import weights_of
 from afina.model.load import DTYPES
+from afina.model.quantize import bitsandbytes
 from afina.recipe.place import model_source
 from afina.recipe.schema import PrefixTuning, PromptTuning, Recipe
 from afina.train.reopen import Tuned, check_unchanged, recipe_of, reopen
@@ -71,7 +74,7 @@ class Export:
         return DTYPES[self.tuned.recipe.export.precision]
 
     def take_up(self) -> None:
-        """What an interrupted export of the same run has finished, its files as they were written."""
+        """What an interrupted export of the same run has finished, as it was written; the rest is removed."""
         journal = self.folder / JOURNAL
         said = json.loads(journal.read_text("utf-8")) if journal.is_file() else {"merge": None, "entries": []}
         self.merge = said["merge"] if self.whole.is_dir() else None
@@ -82,8 +85,10 @@ class Export:
             if self.merge is not None and file.is_file() and sha256(file) == entry["sha256"]:
                 self.entries.append(entry)
                 self.console.line(_("{file} was written before.").format(file=entry["file"]))
-            else:
-                durable.remove(file)
+        kept = {JOURNAL, self.whole.name, *(entry["file"] for entry in self.entries)}
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                durable.remove(path)
 
     def note(self) -> None:
         """Let the journal say what is done."""
@@ -102,27 +107,30 @@ def export_run(run: Path, out: Path, formats: Sequence[str], console: Console, r
     check_unchanged(record)
     recipe, start = recipe_of(record)
     _refuse_virtual(recipe)
-    base = run / "adapter" if recipe.method.name == "full" else Path(model_source(recipe.model.base, start))
-    check_room(base, out, formats, recipe.export.precision, console)
+    source = str(run / "adapter") if recipe.method.name == "full" else model_source(recipe.model.base, start)
+    base = weights_of(source, recipe.model.revision)
+    if "nf4" in formats:
+        bitsandbytes()  # where it is missing, that is said now
+    check_room(base, out, formats, recipe, run / "adapter", console)
     failed = out.with_name(f"{out.name}-failed")
     durable.remove(failed)
     tuned = reopen(run, "fp32")
     settings = [recipe.export.precision, recipe.export.imatrix, QUESTIONS, versions().get("afina")]
     with durable.taken_up(out, f"{record.digest} {settings}") as folder:
-        export = Export(tuned, folder, console, pose(tuned.model, tuned.renderer, _held_out(tuned)), right)
+        export = Export(tuned, folder, console, pose(tuned.model, tuned.renderer, held_out(tuned)[:QUESTIONS]), right)
         export.take_up()
         try:
             merge(export, run, base)
             for kind in formats:
                 if kind in GGUF and not any(entry["format"] == kind for entry in export.entries):
                     _add_gguf(export, kind)
+            export.entries = [entry for entry in export.entries if entry["format"] in formats]
+            for kind in formats:
+                if kind not in GGUF:
+                    _add_other(export, kind, run)
         except ProofError as error:
             _tell_failure(export, error, failed)
             raise
-        export.entries = [entry for entry in export.entries if entry["format"] in formats]
-        for kind in formats:
-            if kind not in GGUF:
-                _add_other(export, kind, run)
         if "merged" not in formats:
             shutil.rmtree(export.whole)
         export.entries.sort(key=lambda entry: formats.index(entry["format"]))
@@ -145,7 +153,7 @@ def show(exports: list[dict[str, Any]], out: Path, console: Console) -> None:
         near = (f"{proof['divergence']:.2g}", f"{proof['agreement']:.1%}") if proof else ("", "")
         rows.append((entry["file"], size(entry["bytes"]), same, *near))
         console.event("export", **entry)
-    columns = (_("file"), _("size"), _("same answers in llama.cpp"), _("nats/token away"), _("same likeliest"))
+    columns = (_("file"), _("size"), _("same answers"), _("nats/token away"), _("same likeliest"))
     console.table(columns, rows, title=str(out))
 
 
@@ -178,7 +186,7 @@ def _refuse_virtual(recipe: Recipe) -> None:
         )
 
 
-def _held_out(tuned: Tuned) -> list[Sample]:
+def held_out(tuned: Tuned) -> list[Sample]:
     """Samples the model was not trained on where the recipe has some, else the first of its training files."""
     data = tuned.recipe.data
     task = next((task for task in tuned.recipe.tasks if task.data is not None), None)
@@ -189,7 +197,7 @@ def _held_out(tuned: Tuned) -> list[Sample]:
     asked: dict[tuple[Message, ...], Sample] = {}  # each prompt once
     for sample in map(_asked, samples):
         asked.setdefault(sample.prompt, sample)
-    return list(asked.values())[:QUESTIONS]
+    return list(asked.values())
 
 
 def _asked(sample: Sample) -> Sample:
@@ -217,25 +225,42 @@ def _add_gguf(export: Export, kind: str) -> None:
     keys = ("types", "fallbacks", "not_quantised", "bits_per_weight", "notes")
     entry = {"file": file.name, "format": kind, "bytes": file.stat().st_size, "sha256": sha256(file), "checks": []}
     entry |= {key: facts[key] for key in keys}
-    for note in facts["notes"]:
-        export.console.warn(note)
-    try:
-        with export.console.progress(_("Asking {file}").format(file=file.name), len(export.questions)) as progress:
-            proof = certify(file, kind, export.questions, export.tuned.renderer, progress.advance, export.right)
-    except ResourceError as error:
-        export.console.warn(_("{file} was not run: {reason}").format(file=file.name, reason=error.message))
-    except NotTheModel as error:
-        proof = error.found
-        export.entries.append(entry | {"checks": proof.pop("checks"), "certificate": proof, "failed": error.message})
-        raise
-    except ProofError as error:
-        export.entries.append(entry | {"failed": error.message})
-        raise
-    else:
-        entry["checks"] = proof.pop("checks")
-        entry["certificate"] = proof
-    export.entries.append(entry)
+    with export.console.progress(_("Asking {file}").format(file=file.name), len(export.questions)) as progress:
+        try:
+            _prove(
+                entry,
+                export,
+                lambda: certify(file, kind, export.questions, export.tuned.renderer, progress.advance, export.right),
+            )
+        except ResourceError as error:
+            export.console.warn(_("{file} was not run: {reason}").format(file=file.name, reason=error.message))
+    _keep(export, entry)
     export.note()
+
+
+def _prove(entry: dict[str, Any], export: Export, ask: Callable[[], dict[str, Any]]) -> None:
+    """Add what `ask` measures to what is said of a file; where that is not the model it is kept with the failure."""
+    try:
+        proof = ask()
+    except ProofError as error:
+        found = error.found if isinstance(error, NotTheModel) else {}
+        measured = {"checks": found.pop("checks"), "certificate": found} if found else {}
+        export.entries.append(entry | measured | {"failed": error.message})
+        raise
+    entry |= {"checks": proof.pop("checks"), "certificate": proof}
+    right = proof["right_answers"]
+    if right["gguf"] < right["model"]:
+        fewer = _("{file} answers {count} of {all} prompts right, the model {model}.").format(
+            file=entry["file"], count=right["gguf"], all=len(entry["checks"]), model=right["model"]
+        )
+        entry["notes"] = [*entry["notes"], fewer]
+
+
+def _keep(export: Export, entry: dict[str, Any]) -> None:
+    """Note a file that is done, and tell what its user should know."""
+    export.entries.append(entry)
+    for note in entry["notes"]:
+        export.console.warn(note)
 
 
 def _tell_failure(export: Export, error: ProofError, place: Path) -> None:
@@ -249,10 +274,14 @@ def _tell_failure(export: Export, error: ProofError, place: Path) -> None:
 
 def _add_other(export: Export, kind: str, run: Path) -> None:
     gguf = next((entry for entry in export.entries if entry["format"] in GGUF), None)
-    notes: list[str] = []
+    entry: dict[str, Any] = {"file": kind, "format": kind, "bytes": 0, "checks": [], "notes": []}
     match kind:
         case "merged":
             file = export.whole
+        case "nf4":
+            file = write_nf4(export)
+            _prove(entry, export, lambda: certify_nf4(export))
+            entry["notes"] = [*entry["notes"], recommendation(export, entry["certificate"]["divergence"])]
         case "lora":
             if export.tuned.recipe.method.name == "full":
                 raise RecipeError(_("A fully tuned model has no adapter; export it merged."))
@@ -260,7 +289,7 @@ def _add_other(export: Export, kind: str, run: Path) -> None:
             write_lora(run / "adapter", export.whole, file, name=export.name)
         case "ollama":
             file = export.folder / "Modelfile"
-            notes = _add_modelfile(export, file, gguf or {})
+            entry["notes"] = _add_modelfile(export, file, gguf or {})
         case _:
             # LM Studio finds models as publisher/model/file; a second name costs no room on the disk.
             file = export.folder / "lmstudio"
@@ -269,7 +298,7 @@ def _add_other(export: Export, kind: str, run: Path) -> None:
             place.mkdir(parents=True)
             os.link(export.folder / name, place / name)
     total = _bytes(file) if file.is_dir() else file.stat().st_size
-    export.entries.append({"file": file.name, "format": kind, "bytes": total, "checks": [], "notes": notes})
+    _keep(export, entry | {"file": file.name, "bytes": total})
 
 
 def _add_modelfile(export: Export, file: Path, gguf: dict[str, Any]) -> list[str]:
@@ -280,8 +309,6 @@ def _add_modelfile(export: Export, file: Path, gguf: dict[str, Any]) -> list[str
         export.tuned.renderer.tokenizer, str(gguf["file"]), recipe.chat, system=system, context=context
     )
     durable.write_text(file, text)
-    for note in notes:
-        export.console.warn(note)
     return notes
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,40 @@ def _begin_as(model: Any, ids: Sequence[int]) -> None:
     weight.copy_(model.get_base_model().get_input_embeddings()(torch.tensor(repeated, device=weight.device)))
 
 
+PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal")
+"""How an adapter may have begun so that base plus adapter is the model."""
+MORE = (
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "alpha_pattern",
+    "layer_replication",
+    "fan_in_fan_out",
+    "lora_bias",
+    "use_qalora",
+    "arrow_config",
+    "megatron_config",
+)
+"""Settings of PEFT that mean more than adding a product to a matrix."""
+
+
+def only_adds(settings: Mapping[str, Any]) -> bool:
+    """Whether an adapter, by its adapter_config.json, adds products to the base's matrices and no more: what these are
+    held in is then no affair of its."""
+    plain = settings.get("init_lora_weights", True) in PLAIN_BEGINNINGS
+    return settings.get("peft_type") == "LORA" and plain and not any(settings.get(name) for name in MORE)
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder; empty where there is none to read, which loading it will say."""
+    file = folder / "adapter_config.json"
+    try:
+        found: dict[str, Any] = json.loads(file.read_bytes()) if file.stat().st_size <= SETTINGS_BYTES else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Module:
     """Attach a saved adapter in PEFT's format, beside those that are there under other names.
 
@@ -279,11 +313,19 @@ def _doubled(config: Any) -> Any:
     return wide
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model under an adapter, whose layers the adapter has wrapped; a model without one is itself."""
+    found: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: nn.Module = found
+    return base
+
+
 def save_configuration(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """Write what transformers reads beside the weights of the model under an adapter, held in `dtype`."""
-    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    whole: Any = base_of(model)
     config = copy.deepcopy(whole.config)
     config.architectures, config.dtype = [type(whole).__name__], dtype
+    config.__dict__.pop("quantization_config", None)  # of the base as it was held
     config.save_pretrained(folder)
     if whole.can_generate():
         whole.generation_config.save_pretrained(folder)
@@ -324,7 +366,7 @@ def merged(model: nn.Module) -> nn.Module:
 
 def recompute(model: nn.Module) -> None:
     """Keep only what enters each layer while learning, and compute the rest again in the backward."""
-    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    whole: Any = base_of(model)
     whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

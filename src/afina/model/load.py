@@ -10,6 +10,7 @@ from torch import nn
 from afina.errors import AfinaError, ModelError, ResourceError
 from afina.gguf_file import GgufFile
 from afina.language import _
+from afina.model.exact import exact
 from afina.model.foreign import check_weights, checked_config, quantised_as, read_config
 from afina.model.gguf_start import figures, is_packed, kind_of, read_tensors
 from afina.model.mxfp4 import PACKED, pack_experts, packed_experts, unpack_experts
@@ -59,8 +60,11 @@ def choose_hardware(model: Model) -> Hardware:
     return Hardware(device, DTYPES[precision])
 
 
-def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain: bool = False) -> nn.Module:
+def load_model(
+    source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain: bool = False, held: bool = False
+) -> nn.Module:
     """Load a causal language model in evaluation mode, its base quantised as `wanted` says; `plain`: and dequantised.
+    `held`: its weights as they are stored, or as quantised, and computed in fp32 (see exact.py).
 
     Raises ModelError for a folder or name that is none, and what `quantize.settings` raises.
     """
@@ -84,14 +88,14 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
         found = settings(wanted, config, hardware.device, dtype)
         quantised = found is not None or held_in(config) in HELD
         if quantised:  # while it is loaded, so that the plain weights are never there all at once
-            dtype = choose_hardware(wanted).dtype if plain else dtype  # the numbers of training
+            dtype = choose_hardware(wanted).dtype if plain or held else dtype  # the numbers of training
             where["device_map"] = {"": hardware.device.index or 0 if hardware.device.type == "cuda" else "cpu"}
         if file is not None:
             where["state_dict"] = read_tensors(file, dtype, packed=bool(stated))
         model, loading = (_with_packed(family) if stated else family).from_pretrained(
             source if file is None else None,
             config=config,
-            dtype=dtype,
+            dtype="auto" if held and not quantised and file is None else dtype,
             attn_implementation="sdpa" if _knows_sdpa(family, config) else CAREFUL,
             use_safetensors=True,
             output_loading_info=True,
@@ -111,9 +115,9 @@ def load_model(source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain:
         if plain or wanted.experts == "unpacked":
             unpack(model, hardware.dtype)
     if quantised:
-        return (dequantised(model, hardware.dtype) if plain else made_exact(model)).eval()
-    loaded: nn.Module = model.to(hardware.device).eval()
-    return loaded
+        model = dequantised(model, hardware.dtype) if plain else made_exact(model)
+    loaded: nn.Module = (model if quantised else model.to(hardware.device)).eval()
+    return exact(loaded) if held else loaded
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

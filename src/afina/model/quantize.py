@@ -119,12 +119,12 @@ def settings(wanted: Model, config: Any, device: torch.device, dtype: torch.dtyp
 
 def is_quantised(model: nn.Module) -> bool:
     """Whether any layer's weights are bitsandbytes'."""
-    return any(_kind(module) is not None for module in model.modules())
+    return any(layer_kind(module) is not None for module in model.modules())
 
 
 def quantisation(model: nn.Module) -> str | None:
     """nf4, fp4 or int8 where layers are held so."""
-    return next((kind for module in model.modules() if (kind := _kind(module)) is not None), None)
+    return next((kind for module in model.modules() if (kind := layer_kind(module)) is not None), None)
 
 
 def weights_in(parameter: torch.Tensor) -> int:
@@ -149,7 +149,7 @@ def made_exact(model: nn.Module) -> nn.Module:
 def dequantised(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The same model with plain linear layers, holding the numbers that the quantised ones stand for, in `dtype`."""
     for name, module in list(model.named_modules()):
-        if _kind(module) is None:
+        if layer_kind(module) is None:
             continue
         weight = whole(module).to(dtype)
         bias: Any = module.bias
@@ -163,9 +163,15 @@ def dequantised(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model.to(dtype)
 
 
+def weight_of(layer: Any) -> torch.Tensor:
+    """A layer's weight (rows, columns): the numbers it stands for where it is quantised, else as it is held."""
+    weight: torch.Tensor = layer.weight.detach()
+    return weight if layer_kind(layer) is None else whole(layer)
+
+
 def whole(layer: Any) -> torch.Tensor:
     """A quantised layer's weight (rows, columns) as the numbers it stands for, fp32 for int8."""
-    if _kind(layer) == "int8":
+    if layer_kind(layer) == "int8":
         weight = layer.weight
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
         eight: torch.Tensor = weight.data.float() * (scales.float() / 127.0)[:, None]
@@ -174,7 +180,7 @@ def whole(layer: Any) -> torch.Tensor:
     return found
 
 
-def _kind(module: nn.Module) -> str | None:
+def layer_kind(module: nn.Module) -> str | None:
     """nf4, fp4 or int8 of one of bitsandbytes' layers; None for any other, PEFT's wrappers around them too."""
     if type(module).__module__.partition(".")[0] != "bitsandbytes":
         return None

@@ -13,7 +13,7 @@ from afina.data.template import Renderer
 from afina.data.tokenizer import load_tokenizer
 from afina.errors import AfinaError, ModelError
 from afina.language import _
-from afina.model.attach import load_adapter
+from afina.model.attach import load_adapter, only_adds, settings_of
 from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.virtual import without
 from afina.recipe.place import model_source
@@ -80,7 +80,8 @@ def check_unchanged(run: Artifact) -> None:
 
 
 def reopen(folder: Path, precision: Literal["fp32"] | None = None) -> Tuned:
-    """Open a run folder, its weights held as in training; or in `precision`, a quantised base dequantised.
+    """Open a run folder, its weights held as in training; or computed in `precision`, whatever they are held in. Where
+    the adapter does more than add to the base's matrices, the base is then dequantised, and held in `precision` too.
 
     Raises AfinaError when it is none, ModelError when base and adapter do not fit.
     """
@@ -89,8 +90,11 @@ def reopen(folder: Path, precision: Literal["fp32"] | None = None) -> Tuned:
     hardware = choose_hardware(recipe.model.model_copy(update={"precision": precision}) if precision else recipe.model)
     adapter = folder / "adapter"
     if recipe.method.name == "full":
-        model = load_model(str(adapter), hardware)
+        model = load_model(str(adapter), hardware, held=precision is not None)
     else:
-        base = load_model(model_source(recipe.model.base, start), hardware, recipe.model, plain=precision is not None)
+        held = precision is not None and only_adds(settings_of(adapter))
+        plain = precision is not None and not held
+        source = model_source(recipe.model.base, start)
+        base = load_model(source, hardware, recipe.model, plain=plain, held=held)
         model = load_adapter(base, adapter)
     return Tuned(run, recipe, start, model, Renderer(load_tokenizer(str(adapter)), recipe.data.learn), hardware)

@@ -217,7 +217,7 @@ def _labels() -> list[Kind]:
         Kind(
             "unknown-splitter",
             WARNING,
-            _("llama.cpp does not know how this tokenizer splits words"),
+            _("llama.cpp would not run this base as it is trained, or cut texts into other tokens"),
             _("A GGUF file could not be written: choose another base if you need one."),
         ),
     ]

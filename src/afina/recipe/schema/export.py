@@ -11,6 +11,7 @@ class Export(Section):
     formats: list[
         Literal[
             "merged",
+            "nf4",
             "f32",
             "f16",
             "bf16",
@@ -36,8 +37,9 @@ class Export(Section):
             "lmstudio",
         ]
     ] = ["q8_0"]
-    """merged: a folder for transformers. ollama: a Modelfile, lmstudio: a folder, both around the first GGUF file.
-    lora: the adapter alone as GGUF. The rest: GGUF files for llama.cpp, the more bits the nearer to the model."""
+    """merged: a folder for transformers; nf4: one in 4 bits, for bitsandbytes. ollama: a Modelfile, lmstudio: a folder,
+    both around the first GGUF file. lora: the adapter alone as GGUF. The rest: GGUF files for llama.cpp, the more bits
+    the nearer to the model."""
     imatrix: bool = False
     """Measure on training samples which columns of each matrix matter, and round those best. Helps below 5 bits."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
