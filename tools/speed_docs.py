@@ -39,9 +39,9 @@ INTRODUCTION = """\
 Tokens per second, then the most GiB that tensors held, on one GPU: random weights of a real model's shape, random
 tokens, every token learnt, LoRA of rank 16 on every linear layer, clipping and AdamW included; the median of six steps
 after three, or of as many as gpu.jsonl says. Each was measured in a process of its own, by `make bench-gpu`, on the
-card that the row names (an H200's memory is 1.4 times as fast as an H100's); a figure of another card says so, and a star
-marks one of another day than ours. The floor is what no implementation in bf16 avoids: the products of base and head,
-forward and backward, and attention. Clocks fall with heat and power, so figures of different days differ by some
+card that the row names (an H200's memory is 1.4 times as fast as an H100's); a figure of another card says so, and a
+star marks one of another day than ours. The floor is what no implementation in bf16 avoids: the products of base and
+head, forward and backward, and attention. Clocks fall with heat and power, so figures of different days differ by some
 percent: where there is a star, compare with care.
 
 | | workload | card | Afina | Unsloth | floor | goal (H200) |
