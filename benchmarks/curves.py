@@ -91,24 +91,18 @@ def draw(runs: dict[str, list[dict[str, Any]]], to: Path) -> None:
 
 
 def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """How far the ways lie from the last of them, beside how far its seeds lie from each other."""
-    finals = {name: [run["validation"] for run in several] for name, several in runs.items()}
+    """How far the ways lie from the last of them, seed by seed, beside how far its seeds lie from each other."""
     *ways, plain = runs
-    return {
-        "final validation": finals,
-        "between seeds": max(finals[plain]) - min(finals[plain]),
-        "same seed, from the last": {
-            way: max(abs(a - b) for a, b in zip(finals[way], finals[plain], strict=True)) for way in ways
-        },
-        "largest difference of a step": {
-            way: max(
-                abs(a - b)
-                for ours, theirs in zip(runs[way], runs[plain], strict=True)
-                for a, b in zip(ours["losses"], theirs["losses"], strict=True)
-            )
-            for way in ways
-        },
-    }
+    finals = {name: {run["seed"]: run["validation"] for run in several} for name, several in runs.items()}
+    steps = {name: {run["seed"]: run["losses"] for run in several} for name, several in runs.items()}
+    between = max(finals[plain].values()) - min(finals[plain].values())
+    found: dict[str, Any] = {"final validation": finals, "between seeds": between}
+    for way in ways:
+        both = finals[way].keys() & finals[plain].keys()
+        apart = [abs(a - b) for seed in both for a, b in zip(steps[way][seed], steps[plain][seed], strict=True)]
+        found[f"{way}, same seed"] = max((abs(finals[way][seed] - finals[plain][seed]) for seed in both), default=None)
+        found[f"{way}, a step at the most"] = max(apart, default=None)
+    return found
 
 
 def main() -> None:

@@ -29,6 +29,13 @@ def test_the_method_that_fits_is_chosen_and_the_reason_told(billions, rows, gib,
     assert (found.overrides.get("model") == {"quantization": "nf4"}) == (method == "qlora")
 
 
+def test_eight_bits_are_offered_where_they_pay_and_never_taken_unasked():
+    for billions, gpu, offered in ((8.0, True, True), (0.5, True, False), (8.0, False, False), (70.0, True, True)):
+        found = choose(billions * 1e9, 500, 64 * GIB, gpu=gpu)
+        assert ("training.products: 8bit" in found.why) == offered
+        assert "products" not in found.overrides.get("training", {})
+
+
 @given(st.floats(1e6, 2e11), st.integers(1, 10**6) | st.none(), st.floats(1e9, 2e11), st.booleans())
 def test_what_is_advised_fits_and_more_memory_never_means_less(parameters, rows, memory, gpu):
     found, roomier = (choose(parameters, rows, size, gpu=gpu) for size in (memory, 2 * memory))

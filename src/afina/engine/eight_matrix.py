@@ -89,7 +89,7 @@ def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: torc
     rows, r = x.values.shape[0], small.shape[0]
     low = torch.empty(rows, r, dtype=small.dtype, device=small.device)
     block = max(16, triton.next_power_of_2(r))
-    block_t, block_k, warps, stages = INWARD if block > 16 else INWARD_NARROW
+    block_t, block_k, warps, stages = INWARD.get(block, INWARD[64])
     _inward[(triton.cdiv(rows, block_t),)](
         x.values, x.values.stride(0), x.scales, small, *small.stride(), x.scales if unfold is None else unfold, low,
         x.scales if unit is None else unit, rows, x.width, x.values.shape[1], r, x.form.largest, block_t, block_k,
@@ -98,8 +98,8 @@ def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: torc
     return low
 
 
-INWARD, INWARD_NARROW = (64, 256, 4, 3), (32, 256, 4, 4)
-"""Rows and columns of a program's tile, warps, and tiles on their way; for ranks of 16 at most the second."""
+INWARD = {16: (32, 256, 4, 4), 32: (64, 128, 4, 4), 64: (32, 128, 4, 4)}
+"""By rank: rows and columns of a program's tile, warps, and tiles on their way; larger ones spill registers."""
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def _inward(
     place = low + row[:, None] * r + rank[None, :]
     tl.store(place, found * scale[:, None], mask=known)
     if APPENDS:
-        tl.debug_barrier()  # what follows reads it again: eight bits stored as the product lies were wrong (Triton 3.6)
+        tl.debug_barrier()  # read again, in the layout of rows: no tile of eight bits changes its own
         found = tl.load(place, mask=known, other=0.0).to(tl.float32)
         found = found / tl.where(row < rows, scale, 1.0)[:, None]
         _append(found / tl.load(unit), x + row[:, None] * x_stride, row[:, None] < rows, rank[None, :], width, whole, r,
@@ -135,13 +135,26 @@ def _inward(
 def _append(value, at, there, rank, width, whole, r, largest):
     """e4m3, what it leaves, and e4m3 again, behind the columns of rows that begin at `at`, and zeros behind them."""
     known = there & (rank < r)
-    value = tl.minimum(tl.maximum(value, -largest), largest)
-    high = value.to(at.dtype.element_ty)
+    high, rest = halves(value, largest)
+    high = high.to(at.dtype.element_ty)
     tl.store(at + width + rank, high, mask=known)
-    tl.store(at + width + r + rank, (value - high.to(tl.float32)).to(at.dtype.element_ty), mask=known)
+    tl.store(at + width + r + rank, rest.to(at.dtype.element_ty), mask=known)
     tl.store(at + width + 2 * r + rank, high, mask=known)
     behind = width + 3 * r + tl.arange(0, PAD)[None, :]
     tl.store(at + behind, (behind * 0).to(tl.float32).to(at.dtype.element_ty), mask=there & (behind < whole))
+
+
+@triton.jit
+def halves(value, largest):
+    """What e4m3 holds of a value up to `largest`, and what that leaves, in fp32.
+
+    By arithmetic: turned into e4m3 and back, ptxas of CUDA 12.8 reads the stack pointer where four lie in a register.
+    """
+    value = tl.minimum(tl.maximum(value, -largest), largest)
+    power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    step = tl.maximum(power, 0.015625) * 0.125  # three bits behind the leading one; below 2^-6 steps are alike
+    high = ((value / step + 12582912.0) - 12582912.0) * step  # 1.5 * 2^23: the sum has no bits behind the point
+    return high, value - high
 
 
 def outward(x: Rows, low: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from afina.engine.eight_kernels import rounded
-from afina.engine.eight_matrix import PAD
+from afina.engine.eight_matrix import PAD, halves
 
 if TYPE_CHECKING:
     from afina.engine.eight import Rows
@@ -38,10 +38,9 @@ def _append_up(
     known = (row < rows) & (rank < r)
     value = tl.load(up + row * up_stride + rank, mask=known, other=0.0).to(tl.float32)
     value = value * tl.load(unit) / tl.load(scales + row, mask=row < rows, other=1.0)
-    value = tl.minimum(tl.maximum(value, -largest), largest)
+    high, rest = halves(value, largest)
+    high, rest = high.to(values.dtype.element_ty), rest.to(values.dtype.element_ty)
     at = values + row * stride + width + rank
-    high = value.to(values.dtype.element_ty)
-    rest = (value - high.to(tl.float32)).to(values.dtype.element_ty)
     tl.store(at, high, mask=known)
     tl.store(at + r, high, mask=known)
     tl.store(at + 2 * r, rest, mask=known)
@@ -93,10 +92,9 @@ def _append_down(
     rank = tl.arange(0, BLOCK)[None, :]
     known = (column < width) & (rank < r)
     value = tl.load(down + rank * down_stride + column, mask=known, other=0.0).to(tl.float32) * tl.load(unit)
-    value = tl.minimum(tl.maximum(value, -largest), largest)
+    high, rest = halves(value, largest)
+    high, rest = high.to(out.dtype.element_ty), rest.to(out.dtype.element_ty)
     at = out + column * stride + rows + rank
-    high = value.to(out.dtype.element_ty)
-    rest = (value - high.to(tl.float32)).to(out.dtype.element_ty)
     tl.store(at, high, mask=known)
     tl.store(at + r, high, mask=known)
     tl.store(at + 2 * r, rest, mask=known)

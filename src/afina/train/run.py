@@ -238,7 +238,17 @@ def _choose_engine(
         return plain, _("reference (transformers + PEFT) with packed attention: {reason}").format(reason=reason)
     engine, batch = Engine(model, hardware.dtype), first.to(hardware.device)
     model.train()
-    proof = within_memory(partial(prove, engine, model, batch, hardware.autocast(), engine.parameters))
+    planned = False
+
+    def plan() -> None:
+        nonlocal planned
+        room.tokens = engine.plan(room.tokens, recipe.model.max_length, _free_bytes(engine, hardware)).tokens
+        planned = True
+
+    trial = partial(prove, engine, model, batch, hardware.autocast(), engine.parameters)
+    proof = within_memory(trial)
+    if proof is None and hardware.device.type == "cuda":
+        proof = within_memory(partial(trial, lean=plan))
     if proof is None:
         raise ResourceError(
             _("The memory does not hold a forward and backward pass of {tokens} tokens.").format(tokens=batch.tokens),
@@ -248,6 +258,7 @@ def _choose_engine(
             ),
         )
     if not proof.holds:
+        model.to(hardware.device)  # where the plan had sent a part away
         reason = _("on the first batch the fused loss differs by {loss:.1e}, its gradients by {gradient:.1e}")
         return plain, _("reference (transformers + PEFT) with packed attention: {reason}").format(
             reason=reason.format(loss=proof.loss, gradient=proof.gradient)
@@ -256,8 +267,8 @@ def _choose_engine(
     if recipe.training.products != "exact":
         hold = room_to_hold(engine, room.tokens, _free_bytes(engine, hardware))
         said = try_eight_bits(engine, batch, recipe.training.products, hold=hold)
-    if hardware.device.type == "cuda":
-        room.tokens = engine.plan(room.tokens, recipe.model.max_length, _free_bytes(engine, hardware)).tokens
+    if hardware.device.type == "cuda" and not planned:
+        plan()
     return engine.summed_loss, _(
         "fused blocks; on the first batch loss and gradients are the reference's to {loss:.0e} and {gradient:.0e}; "
         "{products}"
