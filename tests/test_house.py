@@ -82,7 +82,7 @@ NARROW = {
     "ssl": ("model/endpoint.py",),
     "urllib": ("model/endpoint.py", "evaluate/ratings/page.py", "translation.py"),
     "http": ("model/llamacpp.py", "model/endpoint.py", "evaluate/ratings/page.py"),
-    "ctypes": ("model/llamacpp.py", "evaluate/code_process.py"),
+    "ctypes": ("model/llamacpp.py", "evaluate/code_process.py", "train/stop.py"),
     "subprocess": ("evaluate/worker.py", "data/worker.py", "export/ollama.py"),
     "multiprocessing": (),
     # What runs code out of data.
@@ -101,6 +101,7 @@ BROAD = {
     "evaluate/maths_process.py": 1,  # what sympy raises on no mathematics
     "cli/main.py": 1,  # shows whatever is left as a mistake of ours
     "beside.py": 1,  # in a thread; raised where the result is asked for
+    "train/stop.py": 1,  # the same
     "durable.py": 5,  # takes away what is half-written, then raises on; a full disk told in words alone
     "recipe/starter.py": 1,  # the same, for a project folder
     "data/lines.py": 1,  # an optional package's own error, told by its name

@@ -46,11 +46,12 @@ from afina.train.looking import Looking, OnEvaluate
 from afina.train.loop import LossFunction, accumulate, measure, train
 from afina.train.memory import Room, within_memory
 from afina.train.opening import adapter_of, open_model, why_padded, why_reference
+from afina.train.plan import Plan
 from afina.train.record import Record
 from afina.train.repeats import WATCHED, notice, repeated
 from afina.train.resume import CHECKPOINTS
 from afina.train.resume import begin as enter
-from afina.train.session import Plan, Session
+from afina.train.session import Session
 from afina.train.state import begin
 from afina.train.stop import Stop
 from afina.train.surroundings import surroundings
@@ -130,13 +131,7 @@ def train_run(
 
 
 def _run_loop(
-    looking: Looking,
-    recipe: Recipe,
-    examples: Examples,
-    pad_id: int,
-    place: Path,
-    run: str,
-    console: Console,
+    looking: Looking, recipe: Recipe, examples: Examples, pad_id: int, place: Path, run: str, console: Console
 ) -> dict[str, Any]:
     """Drive train(), from the newest checkpoint where there is one; returns what was measured."""
     model, hardware, training = looking.model, looking.hardware, recipe.training
