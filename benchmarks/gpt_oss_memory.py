@@ -21,6 +21,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from afina.artifact import versions
 from afina.data.batch import Batch
 from afina.engine.engine import Engine
+from afina.engine.proof import prove
 from afina.model.attach import attach, learning, recompute
 from afina.model.attention import NAME as CAREFUL
 from afina.model.loss import summed_loss
@@ -84,29 +85,56 @@ def batch_of(length: int, vocabulary: int, device: str) -> Batch:
     ).to(torch.device(device))  # fmt: skip
 
 
+def hold(gib: float) -> None:
+    """No more than so much for the allocator from now on."""
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.reset_peak_memory_stats()
+
+
+def fuse(
+    model: nn.Module, parameters: list[nn.Parameter], length: int, gib: float, device: str
+) -> tuple[Engine, dict[str, Any]]:
+    """The engine, planned for the cap, which proved itself on 512 tokens; as `afina train` does it where memory is
+    short."""
+    engine, about = Engine(model, torch.bfloat16), {}
+    moments = sum(2 * parameter.numel() * parameter.element_size() for parameter in parameters)
+
+    def plan() -> None:
+        torch.cuda.empty_cache()
+        standing = moments + (torch.cuda.memory_allocated() if device == "cuda" else 0)
+        found = engine.plan(length, length, int((gib - SPARE) * 2**30) - standing)
+        about.update(planned_gib=round((standing + found.bytes) / 2**30, 2), host=found.host)
+
+    batch = batch_of(min(length, 512), model.config.vocab_size, device)
+    with packed_attention(model):
+        proof = prove(engine, model, batch, torch.autocast(device, dtype=torch.bfloat16), parameters, plan)
+    if not proof.holds:
+        raise SystemExit(f"{proof}")
+    return engine, about | {"proof": {name: float(f"{value:.1e}") for name, value in vars(proof).items()}}
+
+
 def measure(name: str, length: int, gib: float, lora: Lora, device: str, fused: bool) -> dict[str, Any]:
-    cuda = device == "cuda"
+    cuda, about = device == "cuda", {"engine": "fused" if fused else "reference"}
+    model = packed_model(name, "meta")
+    needed = sum(part.numel() * part.element_size() for part in (*model.parameters(), *model.buffers())) / 2**30
+    early = needed + 1 < gib  # else the cap begins once the plan has sent the model's ends away
+    if cuda and early:
+        hold(gib)
     model = attach(packed_model(name, device), lora, seed=0).train()
     parameters = [parameter for _name, parameter in learning(model)]
-    held, planned = account(model), None
+    held = account(model)
     batch = batch_of(length, model.config.vocab_size, device)
     if fused:
-        engine = Engine(model, torch.bfloat16)
-        loss_fn = engine.summed_loss
-        moments = sum(2 * parameter.numel() * parameter.element_size() for parameter in parameters)
-        standing = torch.cuda.memory_allocated() + moments if cuda else 0
-        plan = engine.plan(length, length, int((gib - SPARE) * 2**30) - standing)
-        planned = round((standing + plan.bytes) / 2**30, 2)
+        engine, found = fuse(model, parameters, length, gib, device)
+        loss_fn, about = engine.summed_loss, about | found
     else:
         loss_fn = summed_loss
         recompute(model)
         model.enable_input_require_grads()
     optimizer = torch.optim.AdamW(parameters, lr=2e-4)
-    if cuda:  # from here on: the ends of the model may have left the GPU
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
-        torch.cuda.reset_peak_memory_stats()
+    if cuda and not early:
+        hold(gib)
     seconds, losses = [], []
     for turn in range(WARM_UP + TIMED):
         started = time.perf_counter()
@@ -125,9 +153,8 @@ def measure(name: str, length: int, gib: float, lora: Lora, device: str, fused: 
         raise SystemExit(f"it does not learn: {losses}")
     return {
         "workload": f"gpt-oss-{name} 1x{length} MXFP4 r{lora.rank}{' experts' if lora.experts else ''}",
-        "engine": "fused" if fused else "reference",
+        **about,
         "held_gb": held,
-        "planned_gib": planned,
         "cap_gib": gib,
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else None,

@@ -150,6 +150,7 @@ class Runs:
         if ended.status:
             raise SystemExit(f"{name} ended with {ended.status}:\n{self.said.read_text('utf-8')[-3000:]}")
         self.seconds = ended.seconds
+        print(f"  {name}: {ended.seconds:.1f} s", flush=True)
         return out
 
     def compare(self, what: str, one: Path, two: Path) -> bool:
@@ -204,9 +205,11 @@ class Runs:
                 if ended.closing:
                     hits += 1
                     closings.append(ended.closing)
+                print(f"  signal {number}: {hits} sent, attempt {attempts}: {ended}", flush=True)
                 if ended.status not in (0, -number, 128 + number) or attempts - first > 30:
                     raise SystemExit(f"attempt ended with {ended.status}:\n{self.said.read_text('utf-8')[-3000:]}")
-            self.compare(f"signal {number}, run {runs}", plain, out)
+            same = self.compare(f"signal {number}, run {runs}", plain, out)
+            print(f"  signal {number}: run {runs} after {hits} signals is the same: {same}", flush=True)
             shutil.rmtree(out)
             runs += 1
         found = {"signals": hits, "runs": runs, "different": len(self.wrong), "alone_s": round(alone, 1)}
@@ -328,7 +331,7 @@ def main() -> None:
     options.add_argument("--commit", default="", help="where the tree has no git")
     chosen = options.parse_args()
     device = "cpu" if chosen.shape == "tiny" else "cuda"
-    os.environ["OMP_NUM_THREADS"] = "4" if device == "cuda" else "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "4" if device == "cuda" else "1")
     # A forked process cannot open the GPU once its parent has: bitsandbytes would when imported, and asking whether
     # there is one may go through NVML.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"

@@ -52,9 +52,15 @@ DOORS = {
     "pydantic": ("recipe/",),
     "pydantic_core": ("recipe/explain.py",),
     # Templates run sandboxed: chat templates and mappings in data, our own page in report.
-    "jinja2": ("data/", "evaluate/report/page.py", "evaluate/ratings/page.py", "export/page.py"),
+    "jinja2": (
+        "data/",
+        "evaluate/report/page.py",
+        "evaluate/ratings/page.py",
+        "evaluate/tasks/lm_eval_tasks.py",
+        "export/page.py",
+    ),
     "markupsafe": ("export/page.py",),
-    "matplotlib": ("evaluate/plot.py",),
+    "matplotlib": ("evaluate/plot.py", "evaluate/spread.py"),
     "markdown_it": ("data/protect.py",),
     "rich": ("console.py",),
     # How answers are marked and constrained: the optional packages of the extra `eval`.
@@ -64,6 +70,7 @@ DOORS = {
     "math_verify": ("evaluate/maths_process.py",),
     "rouge_score": ("evaluate/tasks/similarity.py",),
     "sacrebleu": ("evaluate/tasks/similarity.py",),
+    "lm_eval": ("evaluate/tasks/lm_eval_tasks.py",),
     "typer": ("cli/",),
     # Who is alive (sweep), and the process that runs llama.cpp.
     "psutil": ("durable.py", "model/llamacpp.py"),
@@ -75,7 +82,7 @@ NARROW = {
     "ssl": ("model/endpoint.py",),
     "urllib": ("model/endpoint.py", "evaluate/ratings/page.py", "translation.py"),
     "http": ("model/llamacpp.py", "model/endpoint.py", "evaluate/ratings/page.py"),
-    "ctypes": ("model/llamacpp.py", "evaluate/code_process.py"),
+    "ctypes": ("model/llamacpp.py", "evaluate/code_process.py", "train/stop.py"),
     "subprocess": ("evaluate/worker.py", "data/worker.py", "export/ollama.py"),
     "multiprocessing": (),
     # What runs code out of data.
@@ -94,6 +101,7 @@ BROAD = {
     "evaluate/maths_process.py": 1,  # what sympy raises on no mathematics
     "cli/main.py": 1,  # shows whatever is left as a mistake of ours
     "beside.py": 1,  # in a thread; raised where the result is asked for
+    "train/stop.py": 1,  # the same
     "durable.py": 5,  # takes away what is half-written, then raises on; a full disk told in words alone
     "recipe/starter.py": 1,  # the same, for a project folder
     "data/lines.py": 1,  # an optional package's own error, told by its name
@@ -123,6 +131,7 @@ PARAMETERS = 9
 MANY_PARAMETERS = {
     "cli/data/translate.py:command": 13,  # options of a command line
     "cli/chat.py:command": 11,  # each option of the command line is one
+    "cli/rate.py:command": 10,  # the same
     "model/packed.py:_attend": 10,  # what transformers gives an attention
     "train/loop.py:train": 10,  # the loop: everything it touches is named at its door
 }

@@ -239,7 +239,7 @@ def _shares(counts: Sequence[tuple[str, int]], total: int) -> list[list[object]]
 
 
 def _draw(found: Figures, place: Path) -> None:
-    from afina.evaluate.plot import lengths
+    from afina.evaluate.spread import lengths
 
     if place.suffix not in (".svg", ".png"):
         raise OutputError(

@@ -127,13 +127,14 @@ def rate(
     rater: str | None = None,
     page: bool = False,
     port: int = 0,
+    tasks: Sequence[str] = (),
 ) -> Path:
     """Have a person rate an evaluated run's answers, blind; returns the file of ratings. Raises AfinaError."""
     from afina.evaluate.ratings.run import rate_run
     from afina.evaluate.report import draw
 
     place = _run_folder(run)
-    file = rate_run(place, console, mode=mode, systems=systems, rater=rater, page=page, port=port)
+    file = rate_run(place, console, mode=mode, systems=systems, rater=rater, page=page, port=port, tasks=tasks)
     draw(place)
     return file
 

@@ -3,16 +3,33 @@
 import math
 from itertools import combinations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest, permutation_test
+from scipy.stats import bootstrap as scipy_bootstrap
+from sklearn import metrics as sklearn
 
-from afina.evaluate.metrics import mcnemar, per_label, shares, wilson
-
-sklearn = pytest.importorskip("sklearn.metrics")
+from afina.evaluate.metrics import bootstrap, mcnemar, per_label, shares, sign_flips, wilson
 
 LABELS = ["negativa", "neutra", "positiva", "no sé"]
 answers = st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from([*LABELS, "", "otra"])), min_size=1, max_size=60))
+def test_answers_that_are_no_label_are_wrong_as_in_scikit_learn(pairs):
+    """scikit-learn leaves out of recall nothing that was expected, and gives no label the credit."""
+    expected, answered = [truth for truth, _ in pairs], [answer for _, answer in pairs]
+    ours = per_label(expected, answered, LABELS)
+    wanted = sklearn.precision_recall_fscore_support(expected, answered, labels=LABELS, zero_division=0)
+    for number, label in enumerate(LABELS):
+        found = ours["per_label"][label]
+        assert [found[key] for key in ("precision", "recall", "f1", "support")] == pytest.approx(
+            [part[number] for part in wanted]
+        )
+    assert sum(map(sum, ours["confusion"])) + sum(ours["other"]) == len(pairs)
 
 
 @settings(deadline=None)
@@ -29,8 +46,12 @@ def test_figures_of_each_label_are_scikit_learns(pairs):
         assert figures["recall"] == pytest.approx(recall[number])
         assert figures["f1"] == pytest.approx(f1[number])
         assert figures["support"] == support[number]
-    macro = sklearn.f1_score(expected, answered, labels=LABELS, average="macro", zero_division=0)
-    assert ours["f1_macro"] == pytest.approx(macro)
+    for average in ("macro", "weighted"):
+        whole = sklearn.precision_recall_fscore_support(
+            expected, answered, labels=LABELS, average=average, zero_division=0
+        )
+        for name, wanted in zip(("precision", "recall", "f1"), whole, strict=False):
+            assert ours[f"{name}_{average}"] == pytest.approx(wanted)
     assert ours["confusion"] == sklearn.confusion_matrix(expected, answered, labels=LABELS).tolist()
     accuracy = shares([truth == answer for truth, answer in pairs])
     assert accuracy["accuracy"] == pytest.approx(sklearn.accuracy_score(expected, answered))
@@ -60,8 +81,7 @@ def test_wilson_at_the_edges():
 @settings(deadline=None)
 @given(st.integers(0, 300), st.integers(0, 300))
 def test_mcnemar_is_the_exact_binomial_test(fixed, broken):
-    stats = pytest.importorskip("scipy.stats")
-    exact = 1.0 if fixed + broken == 0 else stats.binomtest(fixed, fixed + broken, 0.5).pvalue
+    exact = 1.0 if fixed + broken == 0 else binomtest(fixed, fixed + broken, 0.5).pvalue
     assert mcnemar(fixed, broken) == pytest.approx(exact, rel=1e-9)
     assert mcnemar(fixed, broken) == mcnemar(broken, fixed)
 
@@ -86,3 +106,23 @@ def test_mcnemar_of_many_does_not_overflow():
 
 def test_nothing_asked_is_nothing_right():
     assert shares([]) == {"correct": 0, "accuracy": 0.0, "interval": [0.0, 1.0]}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_bootstrap_is_scipys_to_the_noise_of_its_draws(seed):
+    values = np.random.default_rng(seed).beta(2, 1, 60)
+    wanted = scipy_bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=seed).confidence_interval
+    assert bootstrap(list(values)) == pytest.approx(tuple(wanted), abs=0.006)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=9))
+def test_sign_flips_are_the_exact_permutation_test_to_the_noise_of_their_draws(pairs):
+    before, after = [one for one, _ in pairs], [two for _, two in pairs]
+    gaps = np.array(after) - np.array(before)
+    exact = permutation_test((gaps,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
+    assert sign_flips(before, after) == pytest.approx(min(1.0, exact), abs=0.03)
+
+
+def test_equal_scores_differ_by_nothing_but_chance():
+    assert sign_flips([0.3, 0.7, 0.1], [0.3, 0.7, 0.1]) == 1.0

@@ -4,6 +4,7 @@ import csv
 import http.client
 import io
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from afina.evaluate.ratings.agreement import alpha
 from afina.evaluate.ratings.figures import as_csv, preferences, summary
 from afina.evaluate.ratings.page import Page
 from afina.evaluate.ratings.questions import Round, items
-from afina.evaluate.ratings.run import export_ratings, rate_run
-from afina.evaluate.ratings.store import Item, Store
+from afina.evaluate.ratings.run import _chosen, export_ratings, rate_run
+from afina.evaluate.ratings.store import SCHEMA, Item, Store
 
 ROWS = [
     {"task": "t", "prompt": f"question {number}", "expected": "-", "base": f"base {number}", "tuned": f"tuned {number}"}
@@ -127,6 +128,36 @@ def test_averages_preferences_and_files(tmp_path):
     assert told == [("good", "bad"), ("fine", "poor")]
     assert export_ratings(tmp_path, tmp_path / "out.csv") == 8
     assert export_ratings(tmp_path, tmp_path / "out.jsonl") == 2
+
+
+def test_a_conversation_is_shown_and_handed_on_whole(tmp_path, capsys):
+    before = [{"role": "system", "content": "Sé breve."}, {"role": "user", "content": "Hola"}]
+    before.append({"role": "assistant", "content": "¡Hola!"})
+    rows = [{**ROWS[0], "before": before}, ROWS[1]]
+    store = Store(tmp_path / "r.sqlite")
+    for item in items(rows, ["base", "tuned"], "pair"):
+        store.add("ana", item, -1, shown_first="base", seconds=1.0)
+    learnt = [json.loads(line) for line in preferences(store.all()).splitlines()]
+    assert learnt[0]["prompt"] == [*before, {"role": "user", "content": ROWS[0]["prompt"]}]
+    assert learnt[1]["prompt"] == [{"role": "user", "content": ROWS[1]["prompt"]}]
+    assert store.all()[0].item.key == items(rows, ["base", "tuned"], "pair")[0].key
+
+
+def test_a_file_of_before_is_read_and_gone_on_with(tmp_path):
+    """Made when only the last question was kept."""
+    with sqlite3.connect(tmp_path / "r.sqlite") as connection:
+        connection.execute(SCHEMA.replace("    before TEXT NOT NULL DEFAULT '[]',\n", ""))
+    (wanted, *_rest) = items(ROWS, ["base", "tuned"], "score")
+    Store(tmp_path / "r.sqlite").add("ana", wanted, 4, shown_first="base", seconds=1.0)
+    assert Store(tmp_path / "r.sqlite").all()[0].item == wanted
+
+
+def test_written_answers_are_rated_or_those_of_a_task(tmp_path):
+    rows = [{"task": "written", "tokens": {"base": 3}}, {"task": "labels"}]
+    assert _chosen(rows, []) == rows[:1] and _chosen(rows[1:], []) == rows[1:]
+    assert _chosen(rows, ["labels"]) == rows[1:]
+    with pytest.raises(RecipeError, match="no answers of a task nothing"):
+        _chosen(rows, ["nothing"])
 
 
 def test_a_damaged_file_is_told_and_kept(tmp_path):

@@ -10,7 +10,7 @@ from journey.tiny import RECIPE, lay_out, write_rows
 import afina
 from afina.artifact import open_artifact, sha256
 from afina.console import Console
-from afina.errors import DataError, RecipeError
+from afina.errors import DataError, ModelError, RecipeError
 from afina.evaluate.run import evaluate_run
 from afina.train.reopen import reopen
 
@@ -106,3 +106,38 @@ def test_a_context_beside_the_model_limits_questions_not_memory(tmp_path):
         assert (figures["answered"], figures["unanswered"]) == (1, 1) and "256" in figures["reasons"][0]
     rows = [json.loads(line) for line in (run / "evaluation/predictions.jsonl").open()]
     assert [set(row.get("unanswered", {})) for row in rows] == [set(), {"base", "tuned"}] * 2
+
+
+def test_a_label_that_training_never_showed_is_told(tmp_path, capsys):
+    lay_out(tmp_path, RECIPE.replace("labels: [good, bad]", "labels: [good, bad, middling]"))
+    write_rows(tmp_path / "test.jsonl", [("The soup is fair.", "middling"), ("The film is great.", "good")] * 2)
+    run = afina.train(tmp_path / "recipe.yaml", tmp_path / "run", ["training.steps=2", "export.formats=[]"])
+    afina.evaluate(run)
+    assert "label middling never occurs in the training data; 2 samples" in " ".join(capsys.readouterr().err.split())
+    task = json.loads((run / "evaluation" / "evaluation.json").read_text())["tasks"][0]
+    assert task["unseen"] == {"middling": 2} and task["systems"]["tuned"]["per_label"]["middling"]["support"] == 2
+    for name in ("report.html", "report.md"):
+        assert "The label middling never occurs in the training data; 2 samples have it." in (run / name).read_text()
+
+
+def test_an_adapter_alone_answers_as_its_run(runs, tmp_path):
+    """In PEFT's format, on the base it names, beside a merged model and the base: asked without a run."""
+    place = runs["lora"]
+    afina.export(place, ["merged"])
+    merged = next(path.parent for path in (place / "export").rglob("config.json"))
+    recipe = place.parent / "recipe.yaml"
+    out = afina.evaluate(
+        str(place), str(place / "adapter"), str(merged), str(place.parent / "base"), recipe=recipe, out=tmp_path / "out"
+    )
+    tasks = json.loads((out / "evaluation.json").read_text())["tasks"]
+    for task in tasks:
+        found = {name: figures["correct"] for name, figures in task["systems"].items()}
+        assert list(found) == ["lora", "adapter", merged.name, "base"]
+        assert found["lora"] == found["adapter"] == found[merged.name]
+    assert "No difference" in tasks[0]["comparisons"][0]["verdict"]
+
+
+def test_an_adapter_of_no_base_is_told(runs, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="which base"):
+        afina.evaluate(str(tmp_path), recipe=runs["lora"].parent / "recipe.yaml", out=tmp_path / "out")

@@ -1,14 +1,13 @@
 """Everyone who can be asked: a GGUF file says what its model says, a grammar has its way, an endpoint may fail."""
 
 import json
-import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import jsonschema
 import pytest
+from endpoint_server import Server, completion
 from journey.tiny import save_base
 from small import CPU
 
@@ -98,40 +97,6 @@ def test_a_constrained_answer_is_of_the_schema_or_a_label(who, request):
         jsonschema.validate(json.loads(answer.text), json.loads(SCHEMA))
     found = answers(system, [Write(asked(text), 64, Constraint(("good", "niño"))) for text in QUESTIONS])
     assert {answer.text for answer in found} <= {"good", "niño"} and all(answer.ended for answer in found)
-
-
-class Server:
-    """An honest small endpoint: what it says to each request is up to the test."""
-
-    def __init__(self, reply: Callable[[dict], tuple[int, bytes]]) -> None:
-        self.seen: list[dict] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.seen.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
-                status, content = reply(body)
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *arguments: object) -> None:
-                """Silence."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def completion(text: str, finish: str = "stop") -> tuple[int, bytes]:
-    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish}
-    return 200, json.dumps({"choices": [choice], "usage": {"completion_tokens": 3}}).encode()
 
 
 @pytest.fixture

@@ -22,8 +22,9 @@ from afina.train.keeper import Keeper
 from afina.train.looking import Asking
 from afina.train.loop import train
 from afina.train.memory import Room
+from afina.train.plan import Plan
 from afina.train.record import Record
-from afina.train.session import Plan, Session
+from afina.train.session import Session
 from afina.train.state import begin
 from afina.train.stop import Stop
 

@@ -164,7 +164,7 @@ def test_a_task_chooses_the_weights_of_a_real_run(project, tmp_path):
     figures = {one["step"]: one["value"] for one in training["evaluations"] if one["task"] == "surprise"}
     assert training["best"]["figure"] == "tasks.surprise" and training["best"]["value"] == min(figures.values())
     page = (run / "report.html").read_text("utf-8")
-    assert "tasks.surprise" in page and page.count("<td>surprise</td>") == 4
+    assert "their figure of surprise was the best" in page and page.count("<td>surprise</td>") == 4
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ def _prepare_process() -> None:
             signal.signal(number, _on_signal)
     # Waiting threads that spin take the processor from those that work: on a busy machine training was 7 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # How cuBLAS, asked for the same bits each time, shares its memory; read when the first product is made.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Memory that waits for the GPU is pinned by eight threads: 33 GB in 7 s instead of most of a minute.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "pinned_use_cuda_host_register:True,pinned_num_register_threads:8")
     for stream in (sys.stdout, sys.stderr):

@@ -148,7 +148,8 @@ class Tokenizer:
     def _backends(self, *, tags: bool, inside: bool) -> Any:
         """The tokenizer with control tokens, and all other markup unless `tags`, taken as ordinary text."""
         if (tags, inside) not in self._known_backends:
-            definition = copy.deepcopy(self._definition)
+            around = {key: part for key, part in self._definition.items() if key != "model"}
+            definition = copy.deepcopy(around) | {"model": self._definition["model"]}  # all of the vocabulary
             for token in definition["added_tokens"]:
                 token["special"] = token["special"] or (not tags and token["content"] in self.markup)
             if inside:

@@ -8,6 +8,7 @@ a part of wider rows, so that a product finds its input where it wants it.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -35,18 +36,23 @@ class Norm:
                 place.copy_(parameter.detach())
 
 
-def on_gpu(plain: Twin) -> Twin:
-    """Where the first tensor lies on a GPU, the kernel of the same name runs instead."""
+def twin_of(kernels: str) -> Callable[[Twin], Twin]:
+    """Of a plain function: where its first tensor lies on a GPU, the kernel of the same name in this module runs."""
 
-    @wraps(plain)
-    def run(first: torch.Tensor, *rest: Any, **named: Any) -> Any:
-        if not first.is_cuda:
-            return plain(first, *rest, **named)
-        from afina.engine import kernels
+    def with_kernel(plain: Twin) -> Twin:
+        @wraps(plain)
+        def run(first: torch.Tensor, *rest: Any, **named: Any) -> Any:
+            if not first.is_cuda:
+                return plain(first, *rest, **named)
+            module = import_module(f"afina.engine.{kernels}")  # imports Triton
+            return getattr(module, plain.__name__)(first, *rest, **named)
 
-        return getattr(kernels, plain.__name__)(first, *rest, **named)
+        return run  # type: ignore[return-value]
 
-    return run  # type: ignore[return-value]
+    return with_kernel
+
+
+on_gpu = twin_of("kernels")
 
 
 @on_gpu

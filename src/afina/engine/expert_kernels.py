@@ -111,9 +111,10 @@ def combine(
     rows: torch.Tensor,
     routing: "Routing",
     out: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    weighted: bool,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    weighted: bool = False,
 ) -> torch.Tensor:
     """See experts.combine."""
     tokens, chosen = routing.places.shape

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from afina.engine.elementwise import wide_product
+from afina.engine.elementwise import twin_of, wide_product
 from afina.engine.grouped import grouped, grouped_add, grouped_outer
 from afina.engine.products import Scratch
 from afina.engine.router import LowRank, Routing
 from afina.model.mxfp4 import dequantise
 
+on_gpu = twin_of("expert_kernels")
 ALIGN = 8
 """To a multiple of which ranks are filled up: a row of 16-bit numbers then begins at 16 bytes."""
 
@@ -219,17 +220,15 @@ class Experts:
         return [*self.gate_up.parameters(), *self.down.parameters()]
 
 
+@on_gpu
 def gated(gate_up: torch.Tensor, bias: torch.Tensor | None, experts: torch.Tensor, by: Gating) -> torch.Tensor:
     """(pairs, inner) of gate_up (pairs, 2 inner) and the bias (experts, 2 inner) of each row's expert."""
-    if gate_up.is_cuda:
-        from afina.engine import expert_kernels
-
-        return expert_kernels.gated(gate_up, bias, experts, by)
     gate, up = by.parts(_biased(gate_up, bias, experts))
     gate, up = gate.clamp(max=by.limit), up.clamp(-by.limit, by.limit)
     return ((up + by.shift) * gate * torch.sigmoid(by.alpha * gate)).to(gate_up.dtype)
 
 
+@on_gpu
 def gated_backward(
     d: torch.Tensor,
     gate_up: torch.Tensor,
@@ -242,10 +241,6 @@ def gated_backward(
 
     d: (pairs, inner), the gradient of the output before its row's `share` is multiplied in.
     """
-    if gate_up.is_cuda:
-        from afina.engine import expert_kernels
-
-        return expert_kernels.gated_backward(d, gate_up, bias, experts, share, by)
     raw_gate, raw_up = by.parts(_biased(gate_up, bias, experts))
     gate, up = raw_gate.clamp(max=by.limit), raw_up.clamp(-by.limit, by.limit)
     sigmoid = torch.sigmoid(by.alpha * gate)
@@ -265,6 +260,7 @@ def _biased(gate_up: torch.Tensor, bias: torch.Tensor | None, experts: torch.Ten
     return wide if bias is None else wide + bias[experts]
 
 
+@on_gpu
 def combine(
     rows: torch.Tensor,
     routing: Routing,
@@ -276,10 +272,6 @@ def combine(
 ) -> torch.Tensor:
     """out (tokens, hidden): each token's rows of `rows` (pairs, hidden) summed, with their experts' bias (experts,
     hidden), times their weights where `weighted`, beside a residual. Summed in at least fp32, in a fixed order."""
-    if rows.is_cuda:
-        from afina.engine import expert_kernels
-
-        return expert_kernels.combine(rows, routing, out, bias, residual, weighted)
     parts = rows[routing.places].to(torch.promote_types(rows.dtype, torch.float32))
     if bias is not None:
         parts = parts + bias[routing.ids]

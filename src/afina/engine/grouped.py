@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from afina.engine.elementwise import twin_of
+
 
 def grouped(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """(pairs, out): rows of x (pairs, in) times their expert's matrix of `weights` (experts, in, out)."""
@@ -26,12 +28,9 @@ def _grouped_by_loops(x: torch.Tensor, weights: torch.Tensor, ends: Sequence[int
     return out
 
 
+@twin_of("expert_kernels")
 def grouped_add(y: torch.Tensor, low: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """y (pairs, width) += rows of low (pairs, r) times their expert's matrix of `weights` (experts, r, width)."""
-    if y.is_cuda:
-        from afina.engine import expert_kernels
-
-        return expert_kernels.grouped_add(y, low, weights, ends)
     start = 0
     for weight, end in zip(weights, ends.tolist(), strict=True):
         y[start:end].addmm_(low[start:end], weight)
@@ -39,12 +38,9 @@ def grouped_add(y: torch.Tensor, low: torch.Tensor, weights: torch.Tensor, ends:
     return y
 
 
+@twin_of("expert_kernels")
 def grouped_outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """(experts, r, width), at least fp32: a^T b over each expert's rows of a (pairs, r) and b (pairs, width)."""
-    if a.is_cuda:
-        from afina.engine import expert_kernels
-
-        return expert_kernels.grouped_outer(a, b, ends)
     wide, start = torch.promote_types(a.dtype, torch.float32), 0
     out = a.new_empty(ends.numel(), a.shape[1], b.shape[1], dtype=wide)
     for place, end in zip(out, ends.tolist(), strict=True):

@@ -1,7 +1,7 @@
 """The engine proves itself: on one batch of the user's own, loss and gradients against the reference."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,22 +33,34 @@ class Proof:
 
 
 def prove(
-    engine: Engine, model: nn.Module, batch: Targeted, autocast: torch.autocast, parameters: Sequence[nn.Parameter]
+    engine: Engine,
+    model: nn.Module,
+    batch: Targeted,
+    autocast: torch.autocast,
+    parameters: Sequence[nn.Parameter],
+    lean: Callable[[], object] | None = None,
 ) -> Proof:
     """Compare loss and gradients with the reference on `batch`, every B perturbed: with B = 0 dA is zero.
 
     Nothing is dropped meanwhile; the adapters are as before afterwards. The experts of a mixture are the
     reference's: in 16 bits near ties fall one way or the other, and what follows differs by more than rounding.
+    lean: for little memory: what the reference saves waits in the computer's, and before the engine's turn this is
+    called, to place what the engine saves.
     """
-    found, trains = [], model.training
+    found: list[tuple[float, tuple[torch.Tensor, ...]]] = []
+    trains = model.training
     model.eval()
-    with perturbed(engine), routed_alike(engine, model) as told:
-        for loss_fn in (summed_loss, engine.summed_loss):
-            with autocast:
-                loss = loss_fn(model, batch)
-            found.append((loss.item(), torch.autograd.grad(loss, list(parameters))))
-        missed = max((float(router.missed) for router in told if router.missed is not None), default=0.0)
-    model.train(trains)
+    try:
+        with perturbed(engine), routed_alike(engine, model) as told:
+            for loss_fn in (summed_loss, engine.summed_loss):
+                if lean is not None and found:
+                    lean()
+                with autocast, nullcontext() if lean is None else saved_elsewhere(model):
+                    loss = loss_fn(model, batch)
+                found.append((loss.item(), torch.autograd.grad(loss, list(parameters))))
+            missed = max((float(router.missed) for router in told if router.missed is not None), default=0.0)
+    finally:
+        model.train(trains)
     (theirs, their_gradients), (ours, our_gradients) = found
     pairs = [(a.float(), b.float()) for a, b in zip(our_gradients, their_gradients, strict=True)]
     error = sum((a - b).square().sum().item() for a, b in pairs) ** 0.5
@@ -72,6 +84,20 @@ def perturbed(engine: Engine) -> Iterator[None]:
         with torch.no_grad():
             for adapter, value in zip(adapters, kept, strict=True):
                 adapter.b.copy_(value)
+
+
+def saved_elsewhere(model: nn.Module) -> AbstractContextManager[None]:
+    """Within, what autograd saves waits in the computer's memory, weights excepted, which are there anyway."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+    def pack(tensor: torch.Tensor) -> Any:
+        return tensor if tensor.untyped_storage().data_ptr() in own else (tensor.device, tensor.cpu())
+
+    def unpack(kept: Any) -> torch.Tensor:
+        found: torch.Tensor = kept if isinstance(kept, torch.Tensor) else kept[1].to(kept[0])
+        return found
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 @contextmanager

@@ -76,7 +76,9 @@ class Router:
             highest, ids = logits.gather(1, self.told), self.told
         shares = torch.softmax(logits, dim=1) if self.over_all else None
         weights = torch.softmax(highest, dim=1) if shares is None else shares.gather(1, ids)
-        experts, order = torch.sort(ids.flatten(), stable=True)
+        narrow = torch.uint8 if self.weight.shape[0] <= 256 else ids.dtype  # a GPU sorts 8 bits at a time
+        ordered, order = torch.sort(ids.flatten().to(narrow), stable=True)
+        experts = ordered.to(ids.dtype)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=n.device))
         numbers = torch.arange(self.weight.shape[0], device=n.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+NO_SHARES = ("perplexity", "score")
+"""Measures that are not shares of 1."""
 Z_95 = 1.959963984540054
 """Two-sided 95% of a normal distribution."""
 

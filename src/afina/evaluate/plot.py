@@ -1,4 +1,4 @@
-"""The figures of a run as bytes: loss curve, accuracy bars, confusion matrix. The only door to matplotlib.
+"""The figures of a run as bytes: loss curve, accuracy bars, confusion matrix. With spread.py the door to matplotlib.
 
 No pyplot and no figure outlives its call; rcParams, which matplotlib keeps for the whole process, are ours only inside
 a lock and are put back. The same numbers give the same bytes (on the same versions), whatever matplotlibrc says. Knows
@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from afina.evaluate.metrics import NO_SHARES
 from afina.language import _
 
 Format = Literal["png", "svg"]
@@ -42,8 +43,6 @@ PALETTE = {
 
 SERIES = ("tuned", "warm", "made", "muted", "base")
 """The colours of several lines of like rank."""
-FREE = ("perplexity",)
-"""Measures that are no shares of 1."""
 
 BAR = 0.38
 """From one bar to the next, where 1 is 0.78 inches."""
@@ -95,8 +94,10 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]], *, fmt: Format = "png", wid
     Between them, where tasks were asked while it trained, their figures that are shares, with 95% intervals.
     `metrics` are the records of metrics.jsonl. Values that are no finite numbers leave a gap. `width` is in inches.
     """
-    asked = [record for record in metrics if record.get("kind") == "evaluation" and record.get("measure") not in FREE]
-    with _styled():
+    asked = [
+        record for record in metrics if record.get("kind") == "evaluation" and record.get("measure") not in NO_SHARES
+    ]
+    with styled():
         heights = [4, 2.4, 1] if asked else [4, 1]
         figure = Figure(figsize=(width, 0.74 * sum(heights)), layout="constrained")
         panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
@@ -105,7 +106,7 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]], *, fmt: Format = "png", wid
             _draw_asked(panels[1], asked)
         _draw_rate(panels[-1], metrics)
         figure.align_ylabels(panels)
-        return _bytes(figure, fmt)
+        return as_bytes(figure, fmt)
 
 
 def accuracy_bars(tasks: Sequence[Mapping[str, Any]], *, fmt: Format = "png", width: float = WIDE) -> bytes:
@@ -114,7 +115,7 @@ def accuracy_bars(tasks: Sequence[Mapping[str, Any]], *, fmt: Format = "png", wi
     `tasks` are those of evaluation.json: each a `name` and `systems` of `value` (or `accuracy`) and `interval`, shares
     of 1.
     """
-    with _styled():
+    with styled():
         starts = [0.0]
         for task in tasks:
             starts.append(starts[-1] + 0.24 + BAR * max(1, len(task.get("systems", {}))))
@@ -131,36 +132,12 @@ def accuracy_bars(tasks: Sequence[Mapping[str, Any]], *, fmt: Format = "png", wi
         axes.grid(axis="x")
         axes.tick_params(length=0)
         axes.spines[["left", "bottom"]].set_visible(False)
-        return _bytes(figure, fmt)
-
-
-def lengths(tokens: Any, learnt: Any, context: int, *, fmt: Format = "png", width: float = WIDE) -> bytes:
-    """How many samples have how many tokens, and how many of these are learnt; a line where the context ends.
-
-    `tokens`, `learnt`: (samples,) counts.
-    """
-    with _styled():
-        figure = Figure(figsize=(width, 2.6), layout="constrained")
-        axes = figure.subplots()
-        end = max(int(max(tokens)), 1)
-        edges = [end * place / 60 for place in range(61)]
-        for values, colour, name in (
-            (tokens, PALETTE["base"], _("tokens")),
-            (learnt, PALETTE["tuned"], _("learnt tokens")),
-        ):
-            axes.hist(values, bins=edges, color=colour, alpha=0.75, label=name)
-        if context <= 1.5 * end:
-            axes.axvline(context, color=PALETTE["warm"], linewidth=1.2, label=f"model.max_length ({context})")
-        axes.set_xlabel(_("Tokens of a sample"))
-        axes.set_ylabel(_("Samples"))
-        axes.grid(axis="y")
-        axes.legend(loc="upper right")
-        return _bytes(figure, fmt)
+        return as_bytes(figure, fmt)
 
 
 def confusion_matrix(labels: Sequence[str], counts: Sequence[Sequence[int]], *, fmt: Format = "png") -> bytes:
     """A heat map: rows what was expected, columns what was answered, shaded by the share of its row."""
-    with _styled():
+    with styled():
         names = [_short(label) for label in labels]
         longest = max((len(name) for name in names), default=1)
         flat = len(names) <= 4 and longest <= 12
@@ -179,7 +156,7 @@ def confusion_matrix(labels: Sequence[str], counts: Sequence[Sequence[int]], *, 
         axes.spines[:].set_visible(False)
         axes.set_xlabel(_("Answered"))
         axes.set_ylabel(_("Expected"))
-        return _bytes(figure, fmt)
+        return as_bytes(figure, fmt)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -283,15 +260,14 @@ def _draw_rate(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
 
 def _draw_group(axes: Axes, start: float, task: Mapping[str, Any]) -> None:
     """A bar a system, the task's name above them, the figures in a column of their own at the right."""
-    names = {"base": _("base"), "tuned": _("tuned")}
     axes.text(0, start - 0.3, _short(task.get("name", ""), 40), ha="left", va="center", weight="bold")
     for number, (key, figures) in enumerate(task.get("systems", {}).items()):
-        place, shown = start - 0.02 + BAR * number, names.get(key) or _short(key, 14)
+        place, shown = start - 0.02 + BAR * number, name_of(key)
         value = figures.get("value")
         share = _finite(figures.get("accuracy") if value is None else value)
         if not math.isfinite(share):
             continue
-        axes.barh(place, share, height=0.26, color=PALETTE[key if key in ("base", "tuned") else "made"])
+        axes.barh(place, share, height=0.26, color=colour_of(key))
         axes.text(-0.015, place, shown, ha="right", va="center", size=8.5, color=PALETTE["muted"])
         axes.text(1.02, place, f"{share:.1%}", ha="left", va="center", weight="bold" if key == "tuned" else "normal")
         low, high = (_finite(end) for end in figures.get("interval") or (None, None))
@@ -342,6 +318,16 @@ def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[
     return [x[place] for place in kept], [y[place] for place in kept]
 
 
+def name_of(system: object) -> str:
+    """How a system is called beside its row."""
+    return {"base": _("base"), "tuned": _("tuned")}.get(str(system)) or _short(system, 14)
+
+
+def colour_of(system: str) -> str:
+    """A system's colour: what was made of the tuned model is paler."""
+    return PALETTE[system if system in ("base", "tuned") else "made"]
+
+
 def _finite(value: object) -> float:
     """The value as a float, or NaN where it is none or not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -360,13 +346,14 @@ def _short(label: object, letters: int = LABEL_LETTERS) -> str:
 
 
 @contextmanager
-def _styled() -> Iterator[None]:
+def styled() -> Iterator[None]:
+    """Inside the block figures are drawn in our style, one thread at a time."""
     with _LOCK, warnings.catch_warnings(), matplotlib.rc_context(_STYLE):
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
 
-def _bytes(figure: Figure, fmt: Format) -> bytes:
+def as_bytes(figure: Figure, fmt: Format) -> bytes:
     """The figure as a file without date or program's name."""
     buffer = io.BytesIO()
     if fmt == "svg":

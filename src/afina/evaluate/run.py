@@ -4,7 +4,8 @@ Or a recipe's tasks put to any models without a run.
 """
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,11 @@ from afina import durable
 from afina.artifact import Artifact, open_artifact, parent, seal, sha256
 from afina.console import Console, size
 from afina.data.read import Reading, read
-from afina.errors import DataError, RecipeError
+from afina.errors import AfinaError, DataError, RecipeError
 from afina.evaluate.answers import FILE, Answers, Clock
-from afina.evaluate.measure import KINDS, Sitting, prepare
+from afina.evaluate.measure import Sitting, prepare
 from afina.evaluate.measure import work as units
+from afina.evaluate.metrics import NO_SHARES
 from afina.evaluate.systems.asking import System
 from afina.evaluate.systems.gguf import PromptOf
 from afina.evaluate.systems.opening import Opening
@@ -29,13 +31,15 @@ from afina.train.reopen import check_unchanged, recipe_of
 
 @dataclass(frozen=True)
 class Wanted:
-    """What of a recipe's evaluation is wanted now. `others` are asked beside those that the recipe names."""
+    """What of a recipe's evaluation is wanted now. `others` are asked beside those that the recipe names; `learnt`
+    tells the answers of the training data."""
 
     others: Sequence[str] = ()
     tasks: Sequence[str] = ()
     limit: int | None = None
     minutes: float | None = None
     prompt_of: PromptOf | None = None
+    learnt: Callable[[], frozenset[str]] | None = None
 
 
 def evaluate_run(run: Path, out: Path, console: Console, wanted: Wanted = Wanted()) -> Artifact:
@@ -53,6 +57,7 @@ def evaluate_run(run: Path, out: Path, console: Console, wanted: Wanted = Wanted
         )
     names = [*recipe.evaluation.systems, *wanted.others]
     parents = [parent(run.name, artifact.digest, "run")]
+    wanted = replace(wanted, learnt=partial(_learnt_answers, recipe, folder))
     return _evaluate(recipe, folder, run, names, out, console, wanted, parents)
 
 
@@ -78,14 +83,15 @@ def _evaluate(
     opening = Opening(folder, wanted.prompt_of or _no_template, recipe.evaluation.key_variable)
     systems = opening.systems(names, run)
     readings, asked = questions(recipe, folder, wanted)
-    KINDS["judge"].open_judge = partial(_open_judge, opening)  # type: ignore[attr-defined]
-    total = sum(units(one) for one in asked) * len(systems)
+    total = sum(units(one, len(systems)) for one in asked)
     clock = Clock(wanted.minutes or recipe.evaluation.minutes)
     with Answers(out.parent / FILE) as answers:
         with console.progress(_("Evaluating"), max(1, total)) as progress:
-            sitting = Sitting(systems, asked, answers, lambda done: progress.advance(done, _("asking")), clock)
+            judge = partial(_judge, opening)
+            sitting = Sitting(systems, asked, answers, lambda done: progress.advance(done, _("asking")), clock, judge)
             sitting.ask()
         results, rows = sitting.results()
+        _note_unseen(results, asked, wanted)
         for system in systems:
             _remember_facts(system, results, answers)
     durable.remove(out)
@@ -144,7 +150,26 @@ def _read(task: Task, recipe: Recipe, folder: Path) -> Reading:
     return reading
 
 
-def _open_judge(opening: Opening, task: Task, folder: Path) -> System:
+def _learnt_answers(recipe: Recipe, folder: Path) -> frozenset[str]:
+    """Every answer of the training data, which may be gone by now: then none."""
+    try:
+        return frozenset(sample.answer.strip() for sample in read(recipe.data.train, recipe.data, folder).samples)
+    except AfinaError:
+        return frozenset()
+
+
+def _note_unseen(results: list[dict[str, Any]], asked: Sequence[Asked], wanted: Wanted) -> None:
+    """Labels that are asked for and were never answered in training, with how many samples have them."""
+    if wanted.learnt is None or all(one.task.kind != "classification" for one in asked):
+        return
+    known = wanted.learnt()
+    for result, one in zip(results, asked, strict=True):
+        if one.task.kind == "classification" and known:
+            counts = Counter(sample.answer.strip() for sample in one.samples)
+            result["unseen"] = {label: count for label, count in counts.items() if label not in known}
+
+
+def _judge(opening: Opening, task: Task) -> System:
     named = replace(opening, key_variable=task.key_variable or opening.key_variable)
     return named.other(task.judge or "")
 
@@ -185,9 +210,18 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
                 said.append(_("{count} not asked, the time was up").format(count=figures["unasked"]))
             if said:
                 console.line(f"  {name}: {', '.join(said)}")
+        for label, count in result.get("unseen", {}).items():
+            console.warn(unseen_said(label, count))
         for pair in result["comparisons"]:
             console.line(pair["verdict"])
         console.event("task", **result)
+
+
+def unseen_said(label: str, count: int) -> str:
+    """A sentence about a label that training never showed."""
+    return _("The label {label} never occurs in the training data; {count} samples have it.").format(
+        label=label, count=count
+    )
 
 
 def _row(name: str, figures: dict[str, Any], measure: str) -> tuple[str, ...]:
@@ -201,12 +235,11 @@ def _row(name: str, figures: dict[str, Any], measure: str) -> tuple[str, ...]:
 
 
 def said(value: float, measure: str) -> str:
-    """A figure as people say it: a share in percent, a perplexity as a number."""
-    return f"{value:.2f}" if measure == "perplexity" else f"{value:.1%}"
+    """A figure as people say it: a share in percent, a perplexity or a score as a number."""
+    return f"{value:.2f}" if measure in NO_SHARES else f"{value:.1%}"
 
 
 def shown_measure(measure: str) -> str:
     """What the main figure is called."""
-    return {"accuracy": _("accuracy"), "perplexity": _("perplexity"), "preference": _("preferred")}.get(
-        measure, measure
-    )
+    names = {"perplexity": _("perplexity"), "preference": _("preferred"), "score": _("score")}
+    return {"accuracy": _("accuracy"), **names}.get(measure, measure)

@@ -25,7 +25,7 @@ TIMEOUT = 300.0
 PATIENCE = (0.5, 2.0, 8.0)
 """Seconds waited before each further try."""
 GONE_AFTER = 4
-"""Requests in a row that reached nobody, after which the endpoint counts as gone and is asked no more."""
+"""Requests in a row that no one answered, after which the endpoint counts as gone and is asked no more."""
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 ANSWER_BYTES = 2**24
 
@@ -42,6 +42,7 @@ class Endpoint:
     model: str
     key_variable: str | None = None
     patience: Sequence[float] = PATIENCE
+    timeout: float = TIMEOUT
     _unreached: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -70,8 +71,7 @@ class Endpoint:
                 status, content = self._post(json.dumps(body).encode())
             except (OSError, http.client.HTTPException, ssl.SSLError) as error:
                 reason = str(error) or type(error).__name__
-                if not isinstance(error, TimeoutError):
-                    self._count(1)
+                self._count(1)
                 continue
             self._count(None)
             if status == http.client.OK:
@@ -88,7 +88,7 @@ class Endpoint:
     def _post(self, body: bytes) -> tuple[int, bytes]:
         parts = urlsplit(self.url)
         maker = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = maker(parts.hostname or "", parts.port, timeout=TIMEOUT)
+        connection = maker(parts.hostname or "", parts.port, timeout=self.timeout)
         try:
             headers = {"Content-Type": "application/json", **self._authorization()}
             connection.request("POST", parts.path.rstrip("/") + "/chat/completions", body, headers)

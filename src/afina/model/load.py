@@ -120,15 +120,19 @@ def load_model(
     return exact(loaded) if held else loaded
 
 
-def without_dropout(model: nn.Module) -> nn.Module:
-    """The base with its own dropout off (Phi-2's is 0.1): what is dropped while tuning is said by the recipe alone."""
+def without_dropout(model: nn.Module) -> float:
+    """Turn the base's own dropout off (Phi-2's is 0.1), so that the recipe alone says what is dropped while tuning.
+
+    Returns the largest share it had.
+    """
     modules: list[Any] = list(model.modules())
+    largest = 0.0
     for module in modules:
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
+            largest, module.p = max(largest, module.p), 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    return model
+            largest, module.attention_dropout = max(largest, module.attention_dropout), 0.0
+    return largest
 
 
 def _configuration(source: str, revision: str | None, file: GgufFile | None) -> Any:

@@ -64,6 +64,15 @@ def token_losses(model: nn.Module, batch: Targeted, noise: float = 0.0) -> torch
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def judged(model: nn.Module, batch: Targeted) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_losses` without a graph, and whether another token was likelier: (targets,) fp32 and bool."""
+    logits = _logits(model, batch, 0.0)
+    step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    losses = torch.cat([_losses(*part) for part in _parts(logits, batch.targets, step)])
+    return losses, logits.argmax(-1) != batch.targets
+
+
 def _parts(logits: torch.Tensor, targets: torch.Tensor, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     return zip(logits.split(step), targets.split(step), strict=True)
 

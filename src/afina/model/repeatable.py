@@ -5,7 +5,6 @@ attention, which is where the bits differ (the gradient of the queries, by flash
 who want an error rather than a warning, which others' operations could not stand.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,6 @@ def exact(on: bool = True) -> Iterator[None]:
     if not on:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product of the process is made
     settings: Any = torch.utils.deterministic
     filling = settings.fill_uninitialized_memory
     settings.fill_uninitialized_memory = False  # nothing here reads what it has not written

@@ -2,7 +2,7 @@
 
 A validation of few samples scatters: on six of them the lowest loss comes by chance as often as not. So later weights
 are given up for earlier ones only where they are worse beyond that chance, judged on the same samples (the rule of one
-standard error, Breiman et al., 1984, with two). They are copied when they are measured, and written by the keeper
+standard error, Breiman et al., 1984). They are copied when they are measured, and written by the keeper
 before the next checkpoint, so that whatever a checkpoint says is best lies on the disk already.
 """
 
@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from afina.language import _
 from afina.train.state import State
 
 VALIDATION = "validation_loss"
 GROUPS = 32
 """Into so many groups the validation samples are dealt, or one each where there are fewer."""
-BEYOND = 2.0
+BEYOND = 1.0
 """Standard errors by which later weights must be worse."""
 
 
@@ -74,6 +75,16 @@ class Weights:
     step: int
     tensors: dict[str, torch.Tensor]
     facts: dict[str, Any]
+
+
+def why_last(best: dict[str, Any] | None, lowest: dict[str, Any] | None, samples: int) -> str | None:
+    """Where the last weights are held though others had a better figure: one sentence that says so."""
+    if best is None or lowest is None or lowest["step"] == best["step"]:
+        return None
+    return _(
+        "Kept      the last weights: {value:.4f} is not worse than {lowest:.4f} after step {step} by more than chance, "
+        "on {count} validation samples"
+    ).format(value=best["value"], lowest=lowest["value"], step=lowest["step"], count=samples)
 
 
 def weights_of(state: State) -> dict[str, torch.Tensor]:

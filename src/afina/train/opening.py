@@ -38,9 +38,9 @@ def open_model(
 
     method = recipe.method
     text = method.text if isinstance(method, PromptTuning) else None
-    model = without_dropout(loaded)
+    dropped = without_dropout(loaded)
     begin = tokenizer.encode([text])[0] if text else ()
-    model = attach(model, method, seed=recipe.seed, text_ids=begin, plain=plain, tokens=tokenizer.turn_tokens)
+    model = attach(loaded, method, seed=recipe.seed, text_ids=begin, plain=plain, tokens=tokenizer.turn_tokens)
     if adapter is not None:
         start_from(model, adapter)
     _check_context(model, recipe)
@@ -60,6 +60,12 @@ def open_model(
             hardware=hardware,
         )
     )
+    if dropped:
+        console.line(
+            _("Dropout   the base's own ({share:g}) is off; method.dropout alone says what is dropped").format(
+                share=dropped
+            )
+        )
     return model, counts
 
 

@@ -46,11 +46,12 @@ from afina.train.looking import Looking, OnEvaluate
 from afina.train.loop import LossFunction, accumulate, measure, train
 from afina.train.memory import Room, within_memory
 from afina.train.opening import adapter_of, open_model, why_padded, why_reference
+from afina.train.plan import Plan
 from afina.train.record import Record
 from afina.train.repeats import WATCHED, notice, repeated
 from afina.train.resume import CHECKPOINTS
 from afina.train.resume import begin as enter
-from afina.train.session import Plan, Session
+from afina.train.session import Session
 from afina.train.state import begin
 from afina.train.stop import Stop
 from afina.train.surroundings import surroundings
@@ -130,13 +131,7 @@ def train_run(
 
 
 def _run_loop(
-    looking: Looking,
-    recipe: Recipe,
-    examples: Examples,
-    pad_id: int,
-    place: Path,
-    run: str,
-    console: Console,
+    looking: Looking, recipe: Recipe, examples: Examples, pad_id: int, place: Path, run: str, console: Console
 ) -> dict[str, Any]:
     """Drive train(), from the newest checkpoint where there is one; returns what was measured."""
     model, hardware, training = looking.model, looking.hardware, recipe.training
@@ -238,7 +233,17 @@ def _choose_engine(
         return plain, _("reference (transformers + PEFT) with packed attention: {reason}").format(reason=reason)
     engine, batch = Engine(model, hardware.dtype), first.to(hardware.device)
     model.train()
-    proof = within_memory(partial(prove, engine, model, batch, hardware.autocast(), engine.parameters))
+    planned = False
+
+    def plan() -> None:
+        nonlocal planned
+        room.tokens = engine.plan(room.tokens, recipe.model.max_length, _free_bytes(engine, hardware)).tokens
+        planned = True
+
+    trial = partial(prove, engine, model, batch, hardware.autocast(), engine.parameters)
+    proof = within_memory(trial)
+    if proof is None and hardware.device.type == "cuda":
+        proof = within_memory(partial(trial, lean=plan))
     if proof is None:
         raise ResourceError(
             _("The memory does not hold a forward and backward pass of {tokens} tokens.").format(tokens=batch.tokens),
@@ -248,6 +253,7 @@ def _choose_engine(
             ),
         )
     if not proof.holds:
+        model.to(hardware.device)  # where the plan had sent a part away
         reason = _("on the first batch the fused loss differs by {loss:.1e}, its gradients by {gradient:.1e}")
         return plain, _("reference (transformers + PEFT) with packed attention: {reason}").format(
             reason=reason.format(loss=proof.loss, gradient=proof.gradient)
@@ -256,8 +262,8 @@ def _choose_engine(
     if recipe.training.products != "exact":
         hold = room_to_hold(engine, room.tokens, _free_bytes(engine, hardware))
         said = try_eight_bits(engine, batch, recipe.training.products, hold=hold)
-    if hardware.device.type == "cuda":
-        room.tokens = engine.plan(room.tokens, recipe.model.max_length, _free_bytes(engine, hardware)).tokens
+    if hardware.device.type == "cuda" and not planned:
+        plan()
     return engine.summed_loss, _(
         "fused blocks; on the first batch loss and gradients are the reference's to {loss:.0e} and {gradient:.0e}; "
         "{products}"

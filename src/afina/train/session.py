@@ -12,14 +12,13 @@ from afina.console import Console, Progress
 from afina.data.batch import Batch
 from afina.errors import Interrupted, OutputError
 from afina.language import _
-from afina.model.load import Hardware
-from afina.train.best import BEYOND, VALIDATION, Criterion, Measured, Weights, figure_of, put_back, weights_of
+from afina.train.best import BEYOND, VALIDATION, Measured, Weights, figure_of, put_back, weights_of, why_last
 from afina.train.checkpoint import Checkpoint, Damaged, restore
 from afina.train.keeper import Keeper
-from afina.train.looking import Asking, figures_or_none, tell
+from afina.train.looking import figures_or_none, tell
 from afina.train.memory import Room, peak_memory, probe, within_memory
+from afina.train.plan import Plan
 from afina.train.record import Record, Tally, told
-from afina.train.repeats import Repeated
 from afina.train.state import Follower, State, StepReport
 from afina.train.stop import Stop
 from afina.train.surroundings import differences
@@ -29,37 +28,6 @@ from afina.train.watch import PATIENCE, Diverged, Rejection, in_words
 T = TypeVar("T")
 SHOWN = 8
 """Samples of a rejected step that are printed; the log has all."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What this run is to do. `work(step)`: units of progress of a step (from 0); `epoch(step)`: passes done by then.
-
-    `held_out()`: the validation samples in groups of micro-batches, `measure(groups)` their losses, `measure_work` its
-    units of progress; `again`: training samples that repeat, `learnt_again()` the same, each in micro-batches;
-    `where(sample)` names a sample's line. `surroundings`: what the last bits depend on; `exact`: whether, they being
-    the same, the bits are. `criterion`: by which figure the best weights are kept and taken at the end; None: the last
-    ones are. `early_stop`: whether what the curves show may end the run; `held_out_samples`: how many the validation
-    has. `asking`: the tasks that are asked while it trains.
-    """
-
-    steps: int
-    hardware: Hardware
-    epoch: Callable[[int], float]
-    work: Callable[[int], int]
-    held_out: Callable[[], Sequence[Sequence[Batch]]]
-    measure: Callable[[Sequence[Sequence[Batch]]], Measured]
-    measure_work: int
-    validate_after: frozenset[int]
-    where: Callable[[int], str]
-    surroundings: dict[str, str]
-    again: Sequence[Repeated] = ()
-    learnt_again: Callable[[], Sequence[Sequence[Batch]]] = list
-    exact: bool = True
-    criterion: Criterion | None = None
-    early_stop: bool = True
-    held_out_samples: int = 0
-    asking: Asking = field(default_factory=Asking)
 
 
 @dataclass
@@ -150,7 +118,7 @@ class Session(Follower):
             return False
         lowest = tally.lowest
         if lowest is None or criterion.prefers(value, lowest["value"]):
-            tally.lowest = {"step": state.step, "value": value, "sums": measured.sums if measured else ()}
+            tally.lowest = {"step": state.step, "value": value, "sums": list(measured.sums) if measured else []}
         elif measured is None or abs(value - lowest["value"]) > BEYOND * measured.chance(lowest["sums"]):
             return False
         held_out = tally.validation[-1] if tally.validation else None
@@ -165,7 +133,8 @@ class Session(Follower):
             "validation_loss": self.tally.validation[-1] if self.tally.validation else None,
         }
         if best is None or best["step"] == state.step:
-            self._say_kept(state)
+            if told := why_last(best, self.tally.lowest, self.plan.held_out_samples):
+                self.console.line(told)
             return
         weights = self.keeper.weights(best["step"])
         if weights is None or not put_back(state, weights):
@@ -182,18 +151,6 @@ class Session(Follower):
             )
         )
         self.console.event("best", **best)
-
-    def _say_kept(self, state: State) -> None:
-        """Where the last weights are held though others had a lower loss: why."""
-        best, lowest = self.tally.best, self.tally.lowest
-        if best is None or lowest is None or lowest["step"] == state.step:
-            return
-        self.console.line(
-            _(
-                "Kept      the last weights: {value:.4f} is not worse than {lowest:.4f} after step {step} by more than "
-                "chance, on {count} validation samples"
-            ).format(value=best["value"], lowest=lowest["value"], step=lowest["step"], count=self.plan.held_out_samples)
-        )
 
     def figures(self, state: State, digest: str | None) -> dict[str, Any]:
         """What the manifest says of the training."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from afina.evaluate.metrics import bootstrap, mcnemar, wilson
 from afina.evaluate.ratings.agreement import alpha, by_unit
-from afina.evaluate.ratings.store import Rating
+from afina.evaluate.ratings.store import Rating, Turn
 
 
 def summary(ratings: Sequence[Rating]) -> dict[str, Any]:
@@ -101,22 +101,23 @@ def _from_pairs(ratings: Sequence[Rating]) -> list[Mapping[str, Any]]:
             before = votes.get(rating.item.key, (rating, 0))[1]
             votes[rating.item.key] = (rating, before + rating.value)
     return [
-        _row(rating.item.prompt, *_ordered(rating.item.answer, str(rating.item.other_answer), vote))
+        _row(rating.item.before, rating.item.prompt, *_ordered(rating.item.answer, str(rating.item.other_answer), vote))
         for rating, vote in votes.values()
         if vote
     ]
 
 
 def _from_scores(ratings: Sequence[Rating]) -> list[Mapping[str, Any]]:
-    means: dict[str, dict[str, list[int]]] = {}
+    means: dict[tuple[tuple[Turn, ...], str], dict[str, list[int]]] = {}
     for rating in ratings:
         if rating.item.mode == "score":
-            means.setdefault(rating.item.prompt, {}).setdefault(rating.item.answer, []).append(rating.value)
+            asked = rating.item.before, rating.item.prompt
+            means.setdefault(asked, {}).setdefault(rating.item.answer, []).append(rating.value)
     rows = []
-    for prompt, answers in means.items():
+    for (before, prompt), answers in means.items():
         ranked = sorted(answers, key=lambda answer: mean(answers[answer]))
         if mean(answers[ranked[-1]]) > mean(answers[ranked[0]]):
-            rows.append(_row(prompt, ranked[-1], ranked[0]))
+            rows.append(_row(before, prompt, ranked[-1], ranked[0]))
     return rows
 
 
@@ -124,9 +125,9 @@ def _ordered(left: str, right: str, vote: int) -> tuple[str, str]:
     return (left, right) if vote > 0 else (right, left)
 
 
-def _row(prompt: str, chosen: str, rejected: str) -> Mapping[str, Any]:
+def _row(before: Sequence[Turn], prompt: str, chosen: str, rejected: str) -> Mapping[str, Any]:
     return {
-        "prompt": [{"role": "user", "content": prompt}],
+        "prompt": [{"role": role, "content": content} for role, content in (*before, ("user", prompt))],
         "chosen": [{"role": "assistant", "content": chosen}],
         "rejected": [{"role": "assistant", "content": rejected}],
     }

@@ -16,7 +16,7 @@ from urllib.parse import parse_qs
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from afina.errors import AfinaError
-from afina.evaluate.ratings.questions import Round
+from afina.evaluate.ratings.questions import Round, role_named
 from afina.language import _, chosen
 
 FORM_BYTES = 4096
@@ -62,7 +62,12 @@ class Page:
             loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
         )
         return environment.get_template("page.html.jinja").render(
-            _=_, language=chosen(), question=question, rater=self._round.rater, total=len(self._round.items)
+            _=_,
+            role_named=role_named,
+            language=chosen(),
+            question=question,
+            rater=self._round.rater,
+            total=len(self._round.items),
         )
 
     def take(self, form: str) -> bool:

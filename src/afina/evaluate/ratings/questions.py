@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from afina.evaluate.ratings.store import Item, Mode, Store
+from afina.evaluate.ratings.store import Item, Mode, Store, Turn
+from afina.language import _
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,27 @@ def items(rows: Sequence[Mapping[str, Any]], systems: Sequence[str], mode: Mode)
     found: dict[str, Item] = {}
     for row in rows:
         told = {name: str(row[name]) for name in systems if name in row}
-        task, prompt = str(row.get("task", "")), str(row.get("prompt", ""))
+        task, prompt, before = str(row.get("task", "")), str(row.get("prompt", "")), _turns(row.get("before"))
         if mode == "score":
-            made = [Item("score", task, prompt, name, answer) for name, answer in told.items()]
+            made = [Item("score", task, prompt, name, answer, before=before) for name, answer in told.items()]
         elif len(told) == len(systems) == 2 and told[systems[0]] != told[systems[1]]:
-            made = [Item("pair", task, prompt, systems[0], told[systems[0]], systems[1], told[systems[1]])]
+            answers = (systems[0], told[systems[0]], systems[1], told[systems[1]])
+            made = [Item("pair", task, prompt, *answers, before=before)]
         else:
             made = []
         found |= {item.key: item for item in made}
     return list(found.values())
+
+
+def role_named(role: str) -> str:
+    """Who speaks, for people."""
+    return {"system": _("System"), "user": _("Question"), "assistant": _("Answer")}.get(role, role)
+
+
+def _turns(found: Any) -> tuple[Turn, ...]:
+    """The conversation before the last question, as predictions.jsonl holds it."""
+    turns = found if isinstance(found, list) else []
+    return tuple((str(turn["role"]), str(turn["content"])) for turn in turns)
 
 
 @dataclass(frozen=True)

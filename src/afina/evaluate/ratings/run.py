@@ -22,13 +22,22 @@ FIGURES = "ratings.json"
 
 
 def rate_run(
-    run: Path, console: Console, *, mode: Mode, systems: Sequence[str], rater: str | None, page: bool, port: int = 0
+    run: Path,
+    console: Console,
+    *,
+    mode: Mode,
+    systems: Sequence[str],
+    rater: str | None,
+    page: bool,
+    port: int = 0,
+    tasks: Sequence[str] = (),
 ) -> Path:
     """Have a person rate the answers of an evaluated run; returns the file of ratings. Raises DataError, RecipeError.
 
-    In the terminal, or on a page of this machine until Ctrl-C.
+    In the terminal, or on a page of this machine until Ctrl-C. Of the `tasks`, or of those that were answered in a
+    model's own words; of all where none was.
     """
-    rows = _predictions(run)
+    rows = _chosen(_predictions(run), tasks)
     names = list(systems) or ["base", "tuned"]
     if mode == "pair" and len(names) != 2:
         raise RecipeError(_("A pair is two systems; name both."), hint=_("For instance: --systems base,tuned"))
@@ -88,9 +97,10 @@ def show(figures: dict[str, Any], console: Console) -> None:
                 chance=pair["p_value"],
             )
         )
-    for key in ("scores_alpha", "pairs_alpha"):
+    for key, what in (("scores_alpha", _("1 to 5")), ("pairs_alpha", _("A/B"))):
         if figures[key] is not None:
-            console.line(_("Agreement between raters: Krippendorff's alpha {alpha:.2f}").format(alpha=figures[key]))
+            text = _("Agreement between raters, {what}: Krippendorff's alpha {alpha:.2f}")
+            console.line(text.format(what=what, alpha=figures[key]))
     console.event("ratings", **figures)
 
 
@@ -112,6 +122,18 @@ def _name() -> str:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
         return "-"
+
+
+def _chosen(rows: list[dict[str, Any]], tasks: Sequence[str]) -> list[dict[str, Any]]:
+    known = list(dict.fromkeys(str(row.get("task", "")) for row in rows))
+    if unknown := [name for name in tasks if name not in known]:
+        raise RecipeError(
+            _("There are no answers of a task {name}.").format(name=unknown[0]),
+            hint=_("It has {names}.").format(names=", ".join(known)),
+        )
+    if tasks:
+        return [row for row in rows if row.get("task") in tasks]
+    return [row for row in rows if row.get("tokens")] or rows
 
 
 def _predictions(run: Path) -> list[dict[str, Any]]:

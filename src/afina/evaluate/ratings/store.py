@@ -1,6 +1,7 @@
 """Ratings in a SQLite file: who, when, which prompt, the hashes of both answers, and what was said. Knows no screen."""
 
 import hashlib
+import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -34,14 +35,20 @@ CREATE TABLE IF NOT EXISTS ratings (
     value INTEGER NOT NULL
         CHECK ((mode = 'score' AND value BETWEEN 1 AND 5) OR (mode = 'pair' AND value IN (-1, 0, 1))),
     seconds REAL NOT NULL,
+    before TEXT NOT NULL DEFAULT '[]',
     UNIQUE (rater, mode, item)
 )
 """
+BEFORE = "ALTER TABLE ratings ADD COLUMN before TEXT NOT NULL DEFAULT '[]'"
+"""For a file from when only the last question was kept."""
+Turn = tuple[str, str]
+"""Role and content of a message."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """What is rated: one answer, or two to the same prompt. Which system wrote which is not shown to the rater."""
+    """What is rated: one answer, or two to the same prompt; `before` it, the rest of the conversation. Which system
+    wrote which is not shown to the rater."""
 
     mode: Mode
     task: str
@@ -50,11 +57,13 @@ class Item:
     answer: str
     other_system: str | None = None
     other_answer: str | None = None
+    before: tuple[Turn, ...] = ()
 
     @property
     def key(self) -> str:
         """Names the item by content, so that a new evaluation with the same answers keeps its ratings."""
         parts = [self.mode, self.prompt, self.system, self.answer, self.other_system or "", self.other_answer or ""]
+        parts += [text for turn in self.before for text in turn]
         return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
@@ -77,6 +86,8 @@ class Store:
         self._file = file
         with self._open() as connection:
             connection.execute(SCHEMA)
+            if "before" not in {column[1] for column in connection.execute("PRAGMA table_info(ratings)")}:
+                connection.execute(BEFORE)
 
     def add(self, rater: str, item: Item, value: int, *, shown_first: str, seconds: float) -> None:
         """Keep a rating; a second one of the same rater for the same item replaces the first."""
@@ -84,25 +95,26 @@ class Store:
             *(rater, datetime.now(UTC).isoformat(timespec="seconds"), item.mode, item.key, item.task, item.prompt),
             *(item.system, item.answer, _sha(item.answer), item.other_system, item.other_answer),
             *(None if item.other_answer is None else _sha(item.other_answer), shown_first, value, seconds),
+            json.dumps(item.before, ensure_ascii=False),
         )
         marks = ", ".join("?" * len(row))
         with self._open() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO ratings (rater, at, mode, item, task, prompt, system, answer, answer_sha256, "
-                f"other_system, other_answer, other_sha256, shown_first, value, seconds) VALUES ({marks})",
+                f"other_system, other_answer, other_sha256, shown_first, value, seconds, before) VALUES ({marks})",
                 row,
             )
 
     def all(self) -> list[Rating]:
         """Every rating, oldest first."""
-        columns = (
-            "rater, at, mode, task, prompt, system, answer, other_system, other_answer, value, shown_first, seconds"
-        )
+        columns = "rater, at, mode, task, prompt, system, answer, other_system, other_answer, value, shown_first"
         with self._open() as connection:
-            rows = connection.execute(f"SELECT {columns} FROM ratings ORDER BY id").fetchall()
+            rows = connection.execute(f"SELECT {columns}, seconds, before FROM ratings ORDER BY id").fetchall()
         return [
-            Rating(rater, at, Item(mode, task, prompt, system, answer, other, text), value, first, seconds)
-            for rater, at, mode, task, prompt, system, answer, other, text, value, first, seconds in rows
+            Rating(
+                rater, at, Item(mode, task, prompt, system, answer, other, text, turns(before)), value, first, seconds
+            )
+            for rater, at, mode, task, prompt, system, answer, other, text, value, first, seconds, before in rows
         ]
 
     def rated(self, rater: str) -> set[str]:
@@ -125,3 +137,8 @@ class Store:
 
 def _sha(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def turns(text: str) -> tuple[Turn, ...]:
+    """The messages that a rating keeps as JSON."""
+    return tuple((str(role), str(content)) for role, content in json.loads(text))

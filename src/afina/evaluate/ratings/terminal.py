@@ -3,7 +3,7 @@
 import time
 
 from afina.console import Console
-from afina.evaluate.ratings.questions import Question, Round
+from afina.evaluate.ratings.questions import Question, Round, role_named
 from afina.language import _
 
 
@@ -24,6 +24,8 @@ def rate(questions: Round, console: Console) -> int:
 def _show(question: Question, console: Console) -> None:
     console.line()
     console.heading(f"{question.number}/{question.total}  {question.item.task}")
+    for role, content in question.item.before:
+        console.line(f"{role_named(role)}: {content}")
     console.line(question.item.prompt)
     for letter, answer in zip("AB", question.answers, strict=False):
         console.line()

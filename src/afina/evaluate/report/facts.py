@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.console import duration, size
+from afina.evaluate.metrics import NO_SHARES
 
 SHOWN_LETTERS = 1200
 """Of a prompt or an answer."""
@@ -99,14 +100,14 @@ def tail(path: object) -> str:
 
 
 def figure(value: float | None, measure: str = "accuracy") -> str:
-    """A main figure as people say it: a share in percent, a perplexity as a number."""
+    """A main figure as people say it: a share in percent, a perplexity or a score as a number."""
     if value is None:
         return NOTHING
-    return f"{value:.2f}" if measure == "perplexity" else f"{value:.1%}"
+    return f"{value:.2f}" if measure in NO_SHARES else f"{value:.1%}"
 
 
 def span(ends: Sequence[float | None] | None, measure: str = "accuracy") -> str:
     """An interval of such figures."""
     if ends is None or len(ends) != 2 or ends[0] is None or ends[1] is None:
         return NOTHING
-    return f"{ends[0]:.2f}–{ends[1]:.2f}" if measure == "perplexity" else interval([ends[0], ends[1]])
+    return f"{ends[0]:.2f}–{ends[1]:.2f}" if measure in NO_SHARES else interval([ends[0], ends[1]])

@@ -38,6 +38,7 @@ from afina.evaluate.report.facts import (
 )
 from afina.evaluate.report.folder import Folder
 from afina.evaluate.report.tasks import bars, inline, task_of
+from afina.evaluate.spread import ratings as rated
 from afina.evaluate.tasks.kind import problem_names
 from afina.language import _, chosen
 from afina.recipe.document import write as yaml
@@ -94,7 +95,10 @@ def _numbers(contents: Facts) -> Facts:
     ]
     keys = ("name", "finished", "made", "base", "method", "hardware", "seed", "training", "ratings")
     exports = [{key: entry[key] for key in ("file", "format", "bytes", "equal")} for entry in contents["exports"]]
-    return {**{key: contents[key] for key in keys}, "tasks": tasks, "exports": exports}
+    found = {**{key: contents[key] for key in keys}, "tasks": tasks, "exports": exports}
+    if found["ratings"]:
+        found["ratings"] = {key: value for key, value in found["ratings"].items() if key != "figure"}
+    return found
 
 
 def _contents(run: Path) -> Facts:
@@ -167,7 +171,7 @@ def _asked(record: Facts) -> Facts:
     return {
         **{key: text(record.get(key)) for key in ("task", "measure")},
         **{key: number(record.get(key)) for key in ("step", "value", "samples", "answered")},
-        "interval": ends if len(ends) == 2 and None not in ends else None,
+        "interval": ends if _is_interval(ends) else None,
     }
 
 
@@ -215,7 +219,7 @@ def _ratings(found: Facts) -> Facts | None:
     """People's ratings, each figure a finite number or None."""
     if not found:
         return None
-    scores = {
+    scores: dict[str, Facts] = {
         str(name): {
             **{key: number(mapping(one).get(key)) for key in ("mean", "ratings", "items")},
             "interval": [number(end) for end in sequence(mapping(one).get("interval"))],
@@ -230,12 +234,29 @@ def _ratings(found: Facts) -> Facts | None:
         }
         for pair in mappings(found.get("pairs"))
     ]
+    whole = {name: one for name, one in scores.items() if one["mean"] is not None and _is_interval(one["interval"])}
+    drawn = [pair for pair in pairs if None not in (pair["left_preferred"], pair["right_preferred"], pair["ties"])]
+    figure = None
+    if whole or drawn:
+        figure = {
+            "wide": inline(rated(whole, drawn, fmt="svg"), "ratings"),
+            "narrow": inline(rated(whole, drawn, fmt="svg", width=NARROW), "ratings-narrow"),
+        }
     return {
         "raters": len(sequence(found.get("raters"))),
-        "scores": {name: one for name, one in scores.items() if one["mean"] is not None},
+        "figure": figure,
+        "scores": whole,
         "pairs": pairs,
-        "alphas": [known for key in ("scores_alpha", "pairs_alpha") if (known := number(found.get(key))) is not None],
+        "alphas": {
+            what: known
+            for key, what in (("scores_alpha", _("1 to 5")), ("pairs_alpha", _("A/B")))
+            if (known := number(found.get(key))) is not None
+        },
     }
+
+
+def _is_interval(ends: Sequence[float | None]) -> bool:
+    return len(ends) == 2 and None not in ends
 
 
 def _data(manifest: Facts) -> Facts | None:

@@ -4,11 +4,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from afina.evaluate.metrics import NO_SHARES
 from afina.evaluate.plot import NARROW, PALETTE, accuracy_bars, confusion_matrix
 from afina.evaluate.report.facts import Facts, mapping, mappings, number, sequence, text
+from afina.evaluate.spread import answer_lengths
 
 SHOWN_EXAMPLES = 12
 """Samples shown of those fixed, and of those broken."""
+LONGEST = 10**6
+"""Tokens of an answer; a file that says more is not believed."""
 DRAWN_LABELS = 40
 """A confusion matrix of more labels is not drawn."""
 
@@ -18,7 +22,7 @@ def bars(tasks: Sequence[Facts]) -> Facts | None:
     measured = [
         {"name": task.get("name", ""), "systems": {name: _system(task, name) or {} for name in _names(task)}}
         for task in tasks
-        if task.get("measure") != "perplexity"
+        if task.get("measure") not in NO_SHARES
     ]
     if not any(any(system.values()) for task in measured for system in task["systems"].values()):
         return None
@@ -44,10 +48,12 @@ def task_of(index: int, task: Facts, predictions: Sequence[Facts]) -> Facts:
         "verdict": str(task.get("verdict") or ""),
         "comparisons": [_comparison(pair) for pair in mappings(task.get("comparisons"))],
         "systems": systems,
+        "unseen": {str(label): number(count) or 0 for label, count in mapping(task.get("unseen")).items()},
         "parts": _parts(systems),
         "gain": tuned - base if base is not None and tuned is not None else None,
         "matrices": [matrix for key in systems if (matrix := _matrix(index, key, systems[key]))],
         "labels": _labels(systems),
+        "lengths": _lengths(index, records, systems),
         "changes": changes,
         "disagreement": _disagreement(changes, systems),
     }
@@ -71,7 +77,18 @@ def _system(task: Facts, key: str) -> Facts | None:
         return None
     ends = [number(end) for end in sequence(figures.get("interval"))]
     names = (
-        *("accuracy", "value", "correct", "f1_macro", "f1_weighted", "seconds", "samples_per_second", "answered"),
+        *(
+            "accuracy",
+            "value",
+            "correct",
+            "f1_macro",
+            "f1_weighted",
+            "precision_macro",
+            "recall_macro",
+            "seconds",
+            "samples_per_second",
+            "answered",
+        ),
         *("tokens_per_second", "file_bytes", "memory_bytes", "unanswered", "unasked"),
     )
     found = {name: number(figures.get(name)) for name in names}
@@ -84,7 +101,26 @@ def _system(task: Facts, key: str) -> Facts | None:
         "labels": [str(label) for label in sequence(figures.get("labels"))],
         "confusion": sequence(figures.get("confusion")),
         "per_label": mapping(figures.get("per_label")),
+        "lengths": {key: number(value) for key, value in mapping(figures.get("lengths")).items()},
+        "metrics": {
+            str(name): {str(key): number(value) for key, value in mapping(one).items()}
+            for name, one in mapping(figures.get("lm_eval")).items()
+        },
         "shares": {**mapping(figures.get("areas")), **mapping(figures.get("fields"))},
+    }
+
+
+def _lengths(index: int, records: Sequence[Facts], systems: Mapping[str, Facts]) -> Facts | None:
+    """Tokens of everyone's answers, drawn; None where nothing was written."""
+    tokens: dict[str, list[int]] = {}
+    for key in systems:
+        counts = [number(mapping(record.get("tokens")).get(key)) for record in records]
+        tokens[key] = [min(LONGEST, round(count)) for count in counts if count and count >= 1]
+    if not any(tokens.values()):
+        return None
+    return {
+        "wide": inline(answer_lengths(tokens, fmt="svg"), f"lengths-{index + 1}"),
+        "narrow": inline(answer_lengths(tokens, fmt="svg", width=NARROW), f"lengths-{index + 1}-narrow"),
     }
 
 
@@ -133,7 +169,8 @@ def _labels(systems: Mapping[str, Facts]) -> list[Facts]:
 
 def _changes(records: Sequence[Facts]) -> Facts | None:
     """Sample by sample: what tuning fixed, broke and left, with the first examples of either change."""
-    both = [record for record in records if {"expected", "base", "tuned"} <= record.keys()]
+    known = [record for record in records if {"expected", "base", "tuned"} <= record.keys()]
+    both = [record for record in known if None not in mapping(record.get("right")).values()]  # scores are not right
     if not both:
         return None
     base, tuned = (_marks(both, system) for system in ("base", "tuned"))

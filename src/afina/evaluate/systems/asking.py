@@ -49,14 +49,34 @@ class Read:
     answer: str
 
 
-Request = Write | Choose | Read
+@dataclass(frozen=True)
+class Continue:
+    """Go on with a bare text, no conversation, until one of `until` is written."""
+
+    text: str
+    until: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Weigh:
+    """How likely `continuation` is after a bare text, and whether it is what the model itself would write."""
+
+    text: str
+    continuation: str
+
+
+Request = Write | Choose | Read | Continue | Weigh
 
 
 @dataclass(frozen=True)
 class Answer:
     """What came back. `text`: written or chosen. `tokens`: written, or judged. `ended`: the end of turn came.
 
-    `scores`: Choose: mean log-probability a token of each label; Read: [sum of log-probabilities of the tokens].
+    `scores`: Choose: mean log-probability a token of each label; Read: [sum of log-probabilities of the tokens];
+    Weigh: that sum, and 1 where each token was the likeliest, else 0.
     `error`: why there is no answer; such answers are not remembered.
     """
 
@@ -107,3 +127,9 @@ class System:
 def by_kind(requests: Sequence[Request], kind: type) -> Iterator[tuple[int, Any]]:
     """The requests of one kind with their places."""
     return ((place, request) for place, request in enumerate(requests) if isinstance(request, kind))
+
+
+def until_first(text: str, ends: Sequence[str]) -> str:
+    """The text before the first of `ends` in it."""
+    places = [place for end in ends if end and (place := text.find(end)) >= 0]
+    return text[: min(places)] if places else text

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afina.data.conversation import Message
-from afina.evaluate.systems.asking import Answer, Choose, Constraint, Request, Sink, Write
+from afina.evaluate.systems.asking import Answer, Choose, Constraint, Continue, Request, Sink, Write
 from afina.evaluate.tasks.text import normalised
 from afina.language import _
 from afina.model.endpoint import Endpoint, EndpointError
@@ -53,6 +53,8 @@ class EndpointAnswering:
                 plain = normalised(found.text)
                 label = next((label for label in request.labels if normalised(label) == plain), "")
                 return Answer(label or found.text, found.tokens, found.ended)
+            case Continue():
+                return Answer(error=_("An endpoint is asked in conversations; it does not go on with bare texts."))
             case _:
                 return Answer(error=_("An endpoint does not tell how likely a text is."))
 

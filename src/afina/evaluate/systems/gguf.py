@@ -4,12 +4,23 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from afina.data.conversation import Message
 from afina.errors import DataError, ModelError
-from afina.evaluate.systems.asking import Answer, Choose, Constraint, Read, Request, Sink, Write
+from afina.evaluate.systems.asking import (
+    Answer,
+    Choose,
+    Constraint,
+    Continue,
+    Read,
+    Request,
+    Sink,
+    Weigh,
+    Write,
+    until_first,
+)
 from afina.model.llamacpp import LlamaCpp, _request
 
 TOP = 40
@@ -37,10 +48,19 @@ class Weighing(LlamaCpp):
 
     def sums(self, prompt: list[int], paths: list[list[int]]) -> list[float]:
         """The log-probability of each path after the prompt."""
+        return [total for total, _greedy in self.weigh(prompt, paths)]
+
+    def weigh(self, prompt: list[int], paths: list[list[int]]) -> list[tuple[float, bool]]:
+        """The log-probability of each path after the prompt, and whether each of its tokens is the likeliest."""
         tree, known = Tree(paths), {}
         for prefix, wanted in sorted(tree.nexts.items()):  # neighbours share a beginning, which llama.cpp keeps
             known[prefix] = self._next([*prompt, *prefix], wanted)
-        return [sum(known[tuple(path[:place])][index] for place, index in enumerate(path)) for path in paths]
+        found = []
+        for path in paths:
+            steps = [(known[tuple(path[:place])], index) for place, index in enumerate(path)]
+            greedy = all(nexts[index] >= max(nexts.values()) for nexts, index in steps)
+            found.append((sum(nexts[index] for nexts, index in steps), greedy))
+        return found
 
     def write(self, prompt: list[int], request: Write) -> dict[str, Any]:
         """llama.cpp's answer to one request."""
@@ -88,6 +108,8 @@ class GgufAnswering:
             sink(place, Answer(**{**found.dump(), "seconds": time.perf_counter() - began}))
 
     def _one(self, request: Request) -> Answer:
+        if isinstance(request, Continue | Weigh):
+            return self._bare(request)
         prompt = self.prompt(request.messages)
         match request:
             case Write():
@@ -103,6 +125,21 @@ class GgufAnswering:
             case Read():
                 path = self.llama.tokenize(request.answer, False) + self.llama.end
                 return Answer("", len(path), True, scores=self.llama.sums(prompt, [path]))
+
+    def _bare(self, request: Continue | Weigh) -> Answer:
+        ids = partial(self.llama.tokenize, special=True, add_special=True)
+        if isinstance(request, Continue):
+            wanted = Write((), request.max_new_tokens, None, request.temperature, request.seed)
+            answer = self.llama.write(ids(request.text), wanted)
+            text = until_first(str(answer["content"]), request.until)
+            return Answer(text, len(answer["tokens"]), str(answer["stop_type"]) == "eos")
+        if request.text:
+            whole, known = ids(request.text + request.continuation), len(ids(request.text.rstrip()))
+        else:
+            first = ids("")[:1] or self.llama.end
+            whole, known = first + self.llama.tokenize(request.continuation, True), len(first)
+        ((total, greedy),) = self.llama.weigh(whole[:known], [whole[known:]])
+        return Answer("", len(whole) - known, True, scores=[total, float(greedy)])
 
 
 def _constraint(constraint: Constraint | None) -> dict[str, Any]:

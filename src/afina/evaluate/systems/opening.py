@@ -4,6 +4,7 @@ Nothing is loaded here: a system loads itself when it is first asked something t
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -17,19 +18,23 @@ from torch import nn
 from afina.artifact import MANIFEST, folder_digest, open_artifact, sha256
 from afina.data.template import Renderer
 from afina.data.tokenizer import load_tokenizer
-from afina.errors import RecipeError
+from afina.errors import ModelError, RecipeError
 from afina.evaluate.systems.asking import Answering, System
 from afina.evaluate.systems.endpoint import EndpointAnswering
 from afina.evaluate.systems.gguf import GgufAnswering, PromptOf, Weighing
 from afina.evaluate.systems.transformer import ModelAnswering, as_it_is
 from afina.language import _
+from afina.model.attach import load_adapter
 from afina.model.endpoint import Endpoint
 from afina.model.load import choose_hardware, load_model
 from afina.recipe.place import model_source
 from afina.recipe.schema import Model
 from afina.train.reopen import Tuned, recipe_of, reopen
 
-TAKEN = frozenset({"task", "sample", "where", "prompt", "expected", "right", "scores", "problems", "unanswered"})
+ADAPTER = "adapter_config.json"
+TAKEN = frozenset(
+    {"task", "sample", "where", "prompt", "expected", "right", "scores", "problems", "unanswered", "tokens", "before"}
+)
 """Names of columns of predictions.jsonl, which no system can have."""
 
 
@@ -67,7 +72,21 @@ class Opening:
         if (place / MANIFEST).is_file():
             system = self._run(place).system("tuned")
             return System(place.resolve().name, "model", system.identity, system.open, system.facts)
+        if (place / ADAPTER).is_file() and not (place / "config.json").is_file():
+            return _model(self._base_of(place), place.resolve().name, place)
         return _model(model_source(name, self.folder), Path(name).name or name)
+
+    def _base_of(self, adapter: Path) -> str:
+        """The model that an adapter in PEFT's format says it belongs to. Raises ModelError."""
+        try:
+            name = json.loads((adapter / ADAPTER).read_bytes())["base_model_name_or_path"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ModelError(
+                _("This adapter does not say which base it belongs to."),
+                file=adapter / ADAPTER,
+                hint=_("Set base_model_name_or_path in it to a model folder or hub name."),
+            ) from error
+        return model_source(str(name), self.folder)
 
     def _of_run(self, run: Path, name: str) -> list[System]:
         if name != "exports":
@@ -159,23 +178,28 @@ class _Run:
         return System(name, "base" if name == "base" else "tuned", identity, opened, facts)
 
 
-def _model(source: str, name: str) -> System:
-    """A model folder or hub name, with its own tokenizer and template."""
+def _model(source: str, name: str, adapter: Path | None = None) -> System:
+    """A model folder or hub name, with its own tokenizer and template; an `adapter` on it may bring its own."""
     hardware = choose_hardware(Model())
     digest = folder_digest(Path(source)) if Path(source).is_dir() else source
+    words = source
+    if adapter is not None:
+        digest += folder_digest(adapter)
+        words = str(adapter) if (adapter / "tokenizer_config.json").is_file() else source
     loaded: list[nn.Module] = []
 
     @contextmanager
     def opened() -> Iterator[Answering]:
-        loaded[:] = [load_model(source, hardware)]
+        base = load_model(source, hardware)
+        loaded[:] = [base if adapter is None else load_adapter(base, adapter).eval()]
         try:
-            yield ModelAnswering(loaded[0], Renderer(load_tokenizer(source)), hardware, as_it_is)
+            yield ModelAnswering(loaded[0], Renderer(load_tokenizer(words)), hardware, as_it_is)
         finally:
             memory.update(memory_bytes=_held(loaded[0], adapters=True))
             loaded.clear()
 
     memory: dict[str, int] = {}
-    stored = _weights(Path(source))
+    stored = _weights(Path(source)) + (_weights(adapter) if adapter else 0)
     return System(name, "model", f"model {digest} {hardware}", opened, lambda: {"file_bytes": stored or None, **memory})
 
 

@@ -7,18 +7,31 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered, Renderer
+from afina.data.tokenizer import Tokenizer
 from afina.errors import DataError, ModelError
-from afina.evaluate.systems.asking import Answer, Choose, Read, Request, Sink, Write, by_kind
+from afina.evaluate.systems.asking import (
+    Answer,
+    Choose,
+    Continue,
+    Read,
+    Request,
+    Sink,
+    Weigh,
+    Write,
+    by_kind,
+    until_first,
+)
 from afina.evaluate.systems.grammar import grammars
 from afina.language import _
 from afina.model.decode import Continuation, write_all
 from afina.model.load import Hardware, limit_of
-from afina.model.loss import token_losses
+from afina.model.loss import judged
 from afina.model.packed import covers, packed_attention
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
@@ -38,27 +51,37 @@ class ModelAnswering:
         with self.active(), torch.inference_mode(), self.hardware.autocast():
             self._read(list(by_kind(requests, Read)), sink)
             self._choose(list(by_kind(requests, Choose)), sink)
-            groups: dict[tuple, list[tuple[int, Write]]] = {}
-            for place, request in by_kind(requests, Write):
-                alike = (request.max_new_tokens, request.constraint, request.temperature)
+            self._weigh(list(by_kind(requests, Weigh)), sink)
+            groups: dict[tuple, list[tuple[int, Write | Continue]]] = {}
+            for place, request in [*by_kind(requests, Write), *by_kind(requests, Continue)]:
+                constraint = request.constraint if isinstance(request, Write) else None
+                alike = (type(request), request.max_new_tokens, constraint, request.temperature)
                 groups.setdefault(alike, []).append((place, request))
             for group in groups.values():
                 self._write(group, sink)
 
-    def _write(self, asked: list[tuple[int, Write]], sink: Sink) -> None:
+    def _prompt(self, request: Write | Continue) -> list[int]:
+        if isinstance(request, Write):
+            return self.renderer.prompt(request.messages)
+        return bare_ids(self.renderer.tokenizer, request.text)
+
+    def _write(self, asked: list[tuple[int, Write | Continue]], sink: Sink) -> None:
         tokenizer, first = self.renderer.tokenizer, asked[0][1]
+        constraint = first.constraint if isinstance(first, Write) else None
         limit = limit_of(self.model)
-        fit: list[tuple[int, Write, list[int]]] = []
+        fit: list[tuple[int, Write | Continue, list[int]]] = []
         for place, request in asked:
-            prompt = self._guarded(place, sink, partial(self.renderer.prompt, request.messages))
+            prompt = self._guarded(place, sink, partial(self._prompt, request))
             if prompt is not None and limit is not None and len(prompt) >= limit:
                 sink(place, Answer(error=_too_long(len(prompt), limit)))
             elif prompt is not None:
                 fit.append((place, request, prompt))
 
         def note(number: int, found: Continuation) -> None:
-            text = tokenizer.decode(found.ids).strip()
-            sink(fit[number][0], Answer(text, len(found.ids) + found.ended, found.ended, found.seconds))
+            place, request, _prompt = fit[number]
+            text = tokenizer.decode(found.ids)
+            text = text.strip() if isinstance(request, Write) else until_first(text, request.until)
+            sink(place, Answer(text, len(found.ids) + found.ended, found.ended, found.seconds))
 
         write_all(
             self.model,
@@ -67,7 +90,7 @@ class ModelAnswering:
             pad_id=tokenizer.pad_id,
             max_new_tokens=first.max_new_tokens,
             on_answer=note,
-            grammar=grammars(tokenizer, first.constraint) if first.constraint else None,
+            grammar=grammars(tokenizer, constraint) if constraint else None,
             temperature=first.temperature,
             seeds=[request.seed for _place, request, _prompt in fit],
         )
@@ -113,11 +136,41 @@ class ModelAnswering:
         for place, row, total in zip(places, rows, sums, strict=True):
             sink(place, Answer("", int(row.learnt[1:].sum()), True, share, [total]))
 
+    def _weigh(self, asked: list[tuple[int, Weigh]], sink: Sink) -> None:
+        rows: list[Rendered] = []
+        places: list[int] = []
+        for place, request in asked:
+            row = self._weighed(request)
+            if self._fits(place, [row], sink):
+                rows.append(row)
+                places.append(place)
+        began = time.perf_counter()
+        sums, wrong = self._sums_and_surprises(rows)
+        share = (time.perf_counter() - began) / max(1, len(rows))
+        for place, row, total, count in zip(places, rows, sums, wrong, strict=True):
+            sink(place, Answer("", int(row.learnt.sum()), True, share, [total, float(count == 0)]))
+
+    def _weighed(self, request: Weigh) -> Rendered:
+        """Context and continuation as lm-eval cuts them: tokens of both together, blanks at the seam to the latter."""
+        tokenizer = self.renderer.tokenizer
+        text, continuation = request.text, request.continuation
+        if text:
+            kept = text.rstrip()
+            whole, known = bare_ids(tokenizer, text + continuation), len(bare_ids(tokenizer, kept))
+        else:
+            whole, known = [_first_id(tokenizer), *bare_ids(tokenizer, continuation, start=False)], 1
+        ids = np.array(whole, dtype=np.int32)
+        return Rendered(ids, np.arange(ids.size) >= known)
+
     def _sums(self, rows: list[Rendered]) -> list[float]:
-        """Sum of log-probabilities of the learnt tokens of each row, computed in packed batches."""
-        sums = [0.0] * len(rows)
+        return self._sums_and_surprises(rows)[0]
+
+    def _sums_and_surprises(self, rows: list[Rendered]) -> tuple[list[float], list[int]]:
+        """Of each row the sum of log-probabilities of its learnt tokens, and how many of these were not the likeliest;
+        computed in packed batches."""
+        sums, surprises = [0.0] * len(rows), [0] * len(rows)
         if not rows:
-            return sums
+            return sums, surprises
         packing = covers(self.model)
         batches = micro_batches(
             rows,
@@ -128,11 +181,12 @@ class ModelAnswering:
         )
         with packed_attention(self.model, packing):
             for batch in batches:
-                losses = token_losses(self.model, batch.to(self.hardware.device)).double().cpu()
-                found = torch.zeros(len(batch.samples), dtype=torch.float64).index_add_(0, batch.owner, -losses)
+                losses, missed = (part.double().cpu() for part in judged(self.model, batch.to(self.hardware.device)))
+                found = torch.zeros(2, len(batch.samples), dtype=torch.float64)
+                found.index_add_(1, batch.owner, torch.stack([-losses, missed]))
                 for place, index in enumerate(batch.samples):
-                    sums[index] = float(found[place])
-        return sums
+                    sums[index], surprises[index] = float(found[0, place]), int(found[1, place])
+        return sums, surprises
 
     def _labelled(self, request: Choose) -> list[Rendered]:
         return [self.renderer.answer(request.messages, label) for label in request.labels]
@@ -151,6 +205,18 @@ class ModelAnswering:
         except (DataError, ModelError) as error:
             sink(place, Answer(error=error.message))
             return None
+
+
+def bare_ids(tokenizer: Tokenizer, text: str, *, start: bool = True) -> list[int]:
+    """Ids of a text that is no conversation, as the library itself makes them, control tokens in it taken as such;
+    `start`: with the start token where this tokenizer puts one."""
+    return [int(index) for index in tokenizer.hf.encode(text, add_special_tokens=start)]
+
+
+def _first_id(tokenizer: Tokenizer) -> int:
+    """What stands before a text that has nothing before it: the start token, or else an end."""
+    known = (tokenizer.bos_id, tokenizer.hf.eos_token_id, tokenizer.pad_id)
+    return int(next(index for index in known if index is not None))
 
 
 def _too_long(length: int, limit: int) -> str:

@@ -1,20 +1,19 @@
 """judge: a third model prefers one of two answers, asked in both orders, so that its liking for the first place shows.
 
 A pair counts as won only where both orders agree; a preference that turns with the order is a tie, and is counted as
-such. What the judge says that is no verdict, and what it does not say at all, is counted too.
+such. What the judge says that is no verdict, and what it does not say at all, leaves the pair without a mark, and is
+counted too. Knows no systems: who puts the requests to the judge is measure.py.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from afina.data.conversation import Message, Sample
 from afina.errors import RecipeError
-from afina.evaluate.answers import Answers, gather
-from afina.evaluate.systems.asking import Answer, Request, System, Write
-from afina.evaluate.tasks.kind import EMPTY, UNREADABLE, Asked, Mark, one_each
+from afina.evaluate.systems.asking import Answer, Request, Write
+from afina.evaluate.tasks.kind import EMPTY, Asked, Mark, one_each
 from afina.language import _
 from afina.recipe.schema import Task
 
@@ -38,14 +37,11 @@ _BARE = re.compile(r"(?:^|\n)\W*(?:answer|respuesta)?\W*([ABC])\W*$", re.IGNOREC
 ALONE = 0.5
 """The score of the system that others are compared with: as good as itself."""
 
-Opener = Callable[[Task, Path], System]
-
 
 class Judging:
-    """Preference over the first system, from 0 to 1; 0.5 is as good. `open_judge` is set by who knows systems."""
+    """Preference over the first system, from 0 to 1; 0.5 is as good."""
 
     measure, reads = "preference", False
-    open_judge: Opener | None = None
 
     def prepare(self, task: Task, samples: list[Sample], folder: Path) -> Asked:
         """The task must name its judge."""
@@ -65,65 +61,42 @@ class Judging:
 
         return one_each(one, asked, places, answers)
 
-    def judge(self, asked: Asked, beside: dict[str, Any], answers: Answers) -> None:
-        """Replace the marks of all systems but the first by the judge's preferences."""
-        if self.open_judge is None or len(beside) < 2:
-            return
-        system = self.open_judge(asked.task, asked.folder)
-        first, *others = beside
-        for name in others:
-            with ExitStack() as opened:
-                self._pair(asked, beside[first].marks, beside[name].marks, system, answers, opened)
-
-    def _pair(
-        self,
-        asked: Asked,
-        left: list[Mark | None],
-        right: list[Mark | None],
-        judge: System,
-        answers: Answers,
-        opened: ExitStack,
-    ) -> None:
-        places = [place for place, pair in enumerate(zip(left, right, strict=True)) if None not in pair]
-        requests: list[Request] = []
-        for place in places:
-            texts = [mark.shown for mark in (left[place], right[place]) if mark is not None]
-            requests += [self._request(asked, place, *texts), self._request(asked, place, *texts[::-1])]
-        found = iter(gather(judge, requests, answers, opened))
-        for place in places:
-            there, back = next(found), next(found)
-            mark = right[place]
-            if mark is not None:
-                right[place] = judged(mark, there, back)
-
-    def _request(self, asked: Asked, place: int, first: str, second: str) -> Write:
-        question = "\n\n".join(message.content for message in asked.samples[place].prompt)
-        text = QUESTION.format(
-            criteria=asked.task.criteria or CRITERIA, question=question, first=first or "-", second=second or "-"
-        )
-        return Write((Message("user", text),), VERDICT_TOKENS)
-
     def figures(self, asked: Asked, places: Sequence[int], marks: Sequence[Mark]) -> dict[str, Any]:
         """Wins, ties and losses against the first system, and how often the order decided."""
         judged = [mark for mark in marks if "order" in mark.more]
         return {
             "wins": sum(mark.score > ALONE for mark in judged),
-            "ties": sum(mark.score == ALONE and not mark.more["lost"] for mark in judged),
+            "ties": sum(mark.score == ALONE for mark in judged),
             "losses": sum(mark.score < ALONE for mark in judged),
             "order_decided": sum(mark.more["order"] for mark in judged),
-            "unjudged": sum(mark.more["lost"] for mark in judged),
         }
 
 
-def judged(mark: Mark, there: Answer, back: Answer) -> Mark:
-    """The mark of the second answer: `there` saw it as B, `back` as A."""
+def both_orders(asked: Asked, place: int, first: str, second: str) -> list[Write]:
+    """The same two answers to one sample, shown to the judge as A and B, and as B and A."""
+    return [_question(asked, place, first, second), _question(asked, place, second, first)]
+
+
+def _question(asked: Asked, place: int, first: str, second: str) -> Write:
+    question = "\n\n".join(message.content for message in asked.samples[place].prompt)
+    text = QUESTION.format(
+        criteria=asked.task.criteria or CRITERIA, question=question, first=first or "-", second=second or "-"
+    )
+    return Write((Message("user", text),), VERDICT_TOKENS)
+
+
+def judged(mark: Mark, there: Answer, back: Answer) -> Mark | str:
+    """The mark of the second answer, which `there` saw as B and `back` as A; or why there is none."""
+    if there.error or back.error:
+        return there.error or back.error
     verdicts = [verdict(there.text), verdict(back.text)]
-    if there.error or back.error or None in verdicts:
-        return Mark(None, ALONE, mark.shown, UNREADABLE, {"order": False, "lost": True})
+    if None in verdicts:
+        return _("the judge gave no verdict")
     worth = {"A": -1, "B": 1, "C": 0}
     forward, backward = worth[str(verdicts[0])], -worth[str(verdicts[1])]
-    score = ALONE + (forward + backward) / 4 if forward * backward >= 0 else ALONE
-    return Mark(None, score, mark.shown, mark.problem, {"order": forward * backward < 0, "lost": False})
+    turned = forward * backward < 0
+    score = ALONE if turned else ALONE + (forward + backward) / 4
+    return Mark(None, score, mark.shown, mark.problem, {"order": turned})
 
 
 def verdict(text: str) -> str | None:

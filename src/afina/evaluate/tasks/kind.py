@@ -14,9 +14,7 @@ from afina.recipe.schema import Task
 EMPTY, CUT_OFF, NO_NUMBER, NOT_JSON, NOT_OBJECT, NOT_SCHEMA, NO_LABEL = (
     *("empty", "cut off", "no number", "not JSON", "not an object", "not of the schema", "no label"),
 )
-TIMEOUT, MEMORY, FORBIDDEN, NO_CODE, FAILED, UNREADABLE = (
-    *("timeout", "memory", "forbidden", "no code", "failed", "unreadable"),
-)
+TIMEOUT, MEMORY, FORBIDDEN, NO_CODE, FAILED = (*("timeout", "memory", "forbidden", "no code", "failed"),)
 
 
 def problem_names() -> dict[str, str]:
@@ -34,7 +32,6 @@ def problem_names() -> dict[str, str]:
         FORBIDDEN: _("did what a program may not"),
         NO_CODE: _("not a program"),
         FAILED: _("fails with an error"),
-        UNREADABLE: _("unreadable verdict"),
     }
 
 
@@ -48,6 +45,7 @@ class Asked:
     areas: list[str] = field(default_factory=list)
     schema: str | None = None
     folder: Path = Path()
+    benchmark: Any = None
 
     @property
     def labels(self) -> list[str]:

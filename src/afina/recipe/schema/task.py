@@ -7,7 +7,9 @@ from pydantic import Field
 from afina.recipe.schema.data import Mapping
 from afina.recipe.schema.section import Section, Sources
 
-Kind = Literal["classification", "exact", "maths", "json", "code", "similarity", "perplexity", "judge", "forgetting"]
+Kind = Literal[
+    "classification", "exact", "maths", "json", "code", "similarity", "perplexity", "judge", "forgetting", "lm-eval"
+]
 
 
 class Task(Section):
@@ -18,9 +20,9 @@ class Task(Section):
     kind: Annotated[Kind, Field(examples=["exact"])]
     """classification: the likeliest of the labels. exact: the text equals the answer. maths: the final number does.
     json: a field does. code: the program passes the tests that stand as the answer. similarity: chrF and ROUGE.
-    perplexity: of the answers. judge: another model prefers. forgetting: general questions."""
+    perplexity: of the answers. judge: another model prefers. forgetting: general questions. lm-eval: benchmarks."""
     data: Sources | None = Field(default=None, examples=["data/test.jsonl"])
-    """Held-out samples; forgetting brings its own."""
+    """Held-out samples; forgetting and lm-eval bring their own."""
     mapping: Mapping | None = Field(
         default=None, examples=[{"user": "{{ row.question }}", "assistant": "{{ row.answer }}"}]
     )
@@ -51,6 +53,11 @@ class Task(Section):
     """judge: the environment variable with the endpoint's key; the key itself never stands in a recipe."""
     criteria: str | None = Field(default=None, examples=["Which answer explains better?"])
     """judge: what to judge by."""
+    benchmarks: list[str] | None = Field(default=None, examples=[["arc_easy", "hellaswag"]])
+    """lm-eval: its tasks or groups by name, or YAML files of tasks, which may run no code. Needs the package lm-eval;
+    most of its data sets come from the hub."""
+    fewshot: Annotated[int, Field(ge=0, le=100)] | None = None
+    """lm-eval: worked examples before each question; unset: as the task says."""
     limit: Annotated[int, Field(ge=1)] | None = Field(default=None, examples=[200])
     """Ask only this many samples, chosen by the seed."""
     max_new_tokens: Annotated[int, Field(ge=1, le=2**24)] = 128
@@ -67,6 +74,7 @@ KEYS_OF: dict[str, tuple[str, ...]] = {
     "perplexity": ("data", "mapping"),
     "judge": ("data", "mapping", "judge", "key_variable", "criteria"),
     "forgetting": (),
+    "lm-eval": ("benchmarks", "fewshot"),
 }
 """The keys that a kind of task reads beside name, kind, limit and max_new_tokens."""
 
