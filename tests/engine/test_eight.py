@@ -200,6 +200,10 @@ def test_four_bits_are_held_in_eight_or_unpacked_for_each_use(form):
         assert room_to_hold(engine, 60, 10**9) and not room_to_hold(engine, 60, 10**6)
         engine.into_eight_bits(form, hold=hold)
         found[hold] = gradients(engine, model, batch)
+        held = sum(
+            product.weights8.values.untyped_storage().nbytes() for block in engine.blocks for product in block.products
+        )
+        assert (held > 0) == hold
     for a, b in zip(found[False], found[True], strict=True):
         assert torch.equal(a, b)
     assert cosine(joined(found[True]), joined(exact)) > 0.97
