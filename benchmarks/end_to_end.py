@@ -141,12 +141,12 @@ def main() -> None:
 
 
 def commit() -> str:
-    """Of the working tree, or what a file beside it says where there is no git."""
+    """What a file beside the tree says, where it was copied; else of the working tree."""
     said = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
     )
     file = HERE.parent / "commit"
-    return said.stdout.strip() or (file.read_text("utf-8").strip() if file.is_file() else "")
+    return file.read_text("utf-8").strip() if file.is_file() else said.stdout.strip()
 
 
 def card() -> str:

@@ -38,11 +38,12 @@ INTRODUCTION = """\
 
 Tokens per second, then the most GiB that tensors held, on one GPU: random weights of a real model's shape, random
 tokens, every token learnt, LoRA of rank 16 on every linear layer, clipping and AdamW included; the median of six steps
-after three. Ours and the peer's figures of a row were measured on the same kind of machine within the hour, each in a
-process of its own, by `make bench-gpu`, on the card that the row names (an H200's memory is 1.4 times as fast as an
-H100's); a figure of another card says so. The floor is what no implementation in bf16 avoids: the products of base and
+after three, or of as many as gpu.jsonl says. Each was measured in a process of its own, by `make bench-gpu`, on the
+card that the row names (an H200's memory is 1.4 times as fast as an H100's); a figure of another card says so, and a
+star marks one of another day than ours. The floor is what no implementation in bf16 avoids: the products of base and
 head, forward and backward, and attention. Clocks fall with heat and power, so figures of different days differ by some
-percent; a row's own figures are the ones to compare.
+percent: where there is a star, compare with care. All were timed as with `training.exact: false`, as the peers are; what
+the same bits in each run cost stands in [durability.md](durability.md).
 
 | | workload | card | Afina | Unsloth | floor | goal (H200) |
 |---|---|---|---|---|---|---|
@@ -50,7 +51,7 @@ percent; a row's own figures are the ones to compare.
 CLOSING = """
 End to end (E1): GSM8K's training set, 7,473 rows, one epoch, LoRA on Llama-3.2-1B's shape, from the start of the
 process to its end: {ours[total_s]} s and {ours[peak_gib]} GiB on the {card}, beside Unsloth's {theirs[total_s]} s and
-{theirs[peak_gib]} GiB (goal: 40 s, 16 GiB).
+{theirs[peak_gib]} GiB on another day (goal: 40 s, 16 GiB).
 
 First step of W1 finished {first[0]} s after the process began, beside {first[1]} s; ours draws its weights on the GPU,
 theirs reads them from a disk.
@@ -140,12 +141,14 @@ def card(entry: dict[str, Any] | None) -> str:
     return "" if entry is None else str(entry["gpu"]).removeprefix("NVIDIA ").split(" ")[0]
 
 
-def cell(entry: dict[str, Any] | None, of: str) -> str:
-    """One figure, in a row `of` a card."""
+def cell(entry: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
+    """One figure, in the row of ours."""
     if entry is None:
         return "-"
     peak = f" at {entry['peak_gib']:.1f}" if entry["peak_gib"] else ""
-    return f"{entry['tokens_per_second']:,}{peak}" + ("" if card(entry) == of else f" ({card(entry)})")
+    same = card(entry) == card(ours)
+    day = "" if ours is None or entry["date"][:10] == ours["date"][:10] else " *"
+    return f"{entry['tokens_per_second']:,}{peak}" + ("" if same else f" ({card(entry)})") + day
 
 
 def page() -> str:
@@ -153,11 +156,11 @@ def page() -> str:
     found = newest()
     text = INTRODUCTION
     for name, (about, goal) in WORKLOADS.items():
-        ours = card(found.get((name, "afina")))
+        ours = found.get((name, "afina"))
         if not ours and goal == "-":
             continue
         cells = [cell(found.get((name, tool)), ours) for tool in ("afina", "unsloth", "floor")]
-        text += f"| {name} | {about} | " + " | ".join([ours, *cells, goal]) + " |\n"
+        text += f"| {name} | {about} | " + " | ".join([card(ours), *cells, goal]) + " |\n"
     whole, theirs = found["E1", "afina"], found["E1", "unsloth"]
     first = [found["W1", tool]["first_step_s"] for tool in ("afina", "unsloth")]
     rows = "\n".join(

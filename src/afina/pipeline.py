@@ -4,7 +4,7 @@ init → train → evaluate → export → chat, or run, which does all of it an
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,18 +54,18 @@ def train(
         refuse_other_recipe(place, wanted)
         base = begun(lambda: _base(wanted, folder))  # hashing gigabytes takes as long as all that is imported below
 
-        from afina.evaluate.during import while_training
-        from afina.evaluate.plot import loss_curve  # after what fails at once: these load torch, which takes seconds
-        from afina.evaluate.report import draw
+        from afina.evaluate.during import while_training  # after what fails at once: this loads torch, for seconds
         from afina.export.card import model_card
         from afina.train.run import train_run
 
+        drawing = begun(_drawing)  # not needed before the end
         _check_formats(wanted, folder)
         _check_tasks(wanted, folder)
         console.heading(_("Training {name}").format(name=wanted.name))
         with places_told(Path(recipe), overrides):
             facts = train_run(wanted, folder, place, console, base, while_training(wanted, folder))
         durable.write_text(place / "recipe.yaml", dump(wanted))
+        loss_curve, draw = drawing.result()
         durable.write_bytes(place / "loss.png", loss_curve(metrics_of(place)))
         durable.write_text(place / "README.md", model_card(wanted, facts, versions()))
         seal(
@@ -355,6 +355,14 @@ def _check_tasks(recipe: Recipe, folder: Path) -> None:
         from afina.evaluate.run import questions
 
         questions(recipe, folder)
+
+
+def _drawing() -> tuple[Callable[[Any], bytes], Callable[[Path], Any]]:
+    """What draws the curve of the loss, and the report: both load matplotlib."""
+    from afina.evaluate.plot import loss_curve
+    from afina.evaluate.report import draw
+
+    return loss_curve, draw
 
 
 def _base(recipe: Recipe, folder: Path) -> dict[str, str]:

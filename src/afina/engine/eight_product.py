@@ -68,7 +68,7 @@ class EightProduct(Product):
         packed = [] if hold else exact.packed
         if packed:
             straight.ask(n * (k + appended))
-            weights = Rows(weights.values[:0], weights.scales, k, form)
+            weights = Rows(weights.values.new_empty(0, k + appended), weights.scales, k, form)
         made = cls(
             n, k, r, exact.bias, exact.like, exact.scratch, adapters=exact.adapters, scales=exact.scales,
             dropout=exact.dropout, form=form, weights8=weights, straight=straight, turned=turned, packed=packed,

@@ -24,7 +24,7 @@ FEW, MANY = 100, 50_000
 """Rows below which virtual tokens may do, and from which every weight may learn."""
 SIZES = (0.135, 0.5, 1.0, 3.0, 8.0, 14.0, 20.0, 32.0, 70.0, 120.0)
 """Billions of parameters of the models people tune."""
-EIGHT_BIT_FROM, EIGHT_BIT_GAIN = 1e9, 1.4
+EIGHT_BIT_FROM, EIGHT_BIT_GAIN = 1e9, 1.5
 """Parameters of a base from which products in eight bits pay, and W2 over W1 of docs/speed.md."""
 KNOWN = {"afina/tiny": 3.9e6, "phi-2": 2.78e9, "phi-1_5": 1.42e9, "gpt2": 1.24e8}
 
