@@ -1,12 +1,13 @@
 """How fast `afina data check` is, how much memory it takes, and whether it finds every bad row among a million.
 
-    python benchmarks/data_check.py [ROWS] [--near]
+    python benchmarks/data_check.py [ROWS] [FOLDER]
 
-Writes a file of ROWS rows (a million unless told) into a temporary folder, every hundredth of them bad: one row of each
-class of tests/data/audit/faulty.py in turn, then duplicates, contradictions, answers in another language and answers
-far too short. Audits it in a process of its own and appends what was found and measured to results/data.jsonl: rows of
-every class that were found and that were not, sound rows complained of, MB/s of the clock and of the processor, and the
-process's own peak of memory.
+Writes a file of ROWS rows (a million unless told) into a temporary folder, or into FOLDER, where it is found again.
+What PYTHONPATH names is measured, so that two versions can be compared on one file. Every hundredth row is bad: one of
+each class of tests/data/audit/faulty.py in turn, then duplicates, contradictions, answers in another language and
+answers far too short. Audits it in a process of its own and appends what was found and measured to results/data.jsonl:
+rows of every class that were found and that were not, sound rows complained of, MB/s of the clock and of the processor,
+and the process's own peak of memory.
 """
 
 import json
@@ -133,20 +134,26 @@ def main(arguments: list[str]) -> None:
         Path(arguments[2]).write_text(json.dumps(make(Path(arguments[1]), int(arguments[3]))))
         return
     rows = int(next((word for word in arguments if word.isdigit()), "1000000"))
-    with tempfile.TemporaryDirectory() as folder:
-        path, truth = Path(folder) / "rows.jsonl", Path(folder) / "truth.json"
-        truth.write_text(json.dumps(make(path, rows)))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(next((word for word in arguments if not word.isdigit()), temporary))
+        path, truth = folder / f"rows-{rows}.jsonl", folder / f"truth-{rows}.json"
+        if not truth.exists():
+            truth.write_text(json.dumps(make(path, rows)))
+        code = os.environ.get("PYTHONPATH", str(ROOT / "src"))
         done = subprocess.run(
             [sys.executable, __file__, "--audit", str(path), str(truth)],
             capture_output=True,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT / "src"))},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": code},
             check=False,
         )
+        said = ["git", "-C", code.split(os.pathsep)[0], "describe", "--always", "--dirty"]
+        commit = subprocess.run(said, capture_output=True, text=True, check=False).stdout.strip()
     if done.returncode:
         sys.exit(done.stderr)
     measured = {
         "what": "data check",
+        "commit": commit,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         **json.loads(done.stdout),

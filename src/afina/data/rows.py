@@ -12,12 +12,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from afina.data.lines import CHUNK, ROW_BYTES, lines, open_raw
 from afina.errors import DataError
 from afina.language import _
 
+Result = TypeVar("Result")
 SPACE = re.compile(r"[ \t\r\n]*")
 """What JSON calls white space. Python's strip() knows more, and str.splitlines() would cut a row at U+2028."""
 _BLANK = b" \t\r\n"
@@ -296,12 +297,12 @@ def is_columns(value: dict[str, Any]) -> bool:
     )
 
 
-def _uncollected(function: Callable[[str], Any], text: str) -> Any:
+def uncollected(function: Callable[..., Result], *arguments: Any) -> Result:
     """The function's value, no garbage looked for meanwhile: millions of new objects make that take three times."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return function(text)
+        return function(*arguments)
     finally:
         if collecting:
             gc.enable()
@@ -321,7 +322,7 @@ class Decoder:
     def line(self, text: str, number: int, offset: int, raw: bytes) -> Row:
         """One line as one row."""
         try:
-            value = self._whole(text) if len(text) < CHUNK else _uncollected(self._whole, text)
+            value = self._whole(text) if len(text) < CHUNK else uncollected(self._whole, text)
         except json.JSONDecodeError as error:
             fault = _("not valid JSON at column {column}: {reason}").format(column=error.colno, reason=error.msg)
         except RecursionError:

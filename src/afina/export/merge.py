@@ -87,8 +87,8 @@ def _memory(shapes: Sequence[tuple[int, ...]], recipe: Recipe, adapter: Path) ->
     if recipe.method.name != "full":
         if not only_adds(settings_of(adapter)):
             held = 4 * weights
-        elif recipe.model.quantization != "none":
-            held = weights
+        elif recipe.model.quantization != "none":  # embeddings and head stay in 16 bits
+            held = weights * (5 if recipe.model.quantization == "int8" else 3) // 4
     return RUNNING + held + 16 * largest + 12 * min(LOGITS, 2**12 * vocabulary)
 
 

@@ -47,7 +47,8 @@ JOURNAL = "journal.json"
 @dataclass
 class Export:
     """An export under way: the run, the folder it fills, what the model was asked, who says whether an answer is right,
-    and what there is so far. `merge` and `entries` are in the journal as soon as they are true."""
+    and what there is so far. `merge` and `entries` are in the journal as soon as they are true; `told` are the notes
+    that the screen has shown."""
 
     tuned: Tuned
     folder: Path
@@ -57,6 +58,7 @@ class Export:
     importance: dict[str, torch.Tensor] | None = None
     merge: dict[str, Any] | None = None
     entries: list[dict[str, Any]] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
 
     @property
     def whole(self) -> Path:
@@ -260,7 +262,9 @@ def _keep(export: Export, entry: dict[str, Any]) -> None:
     """Note a file that is done, and tell what its user should know."""
     export.entries.append(entry)
     for note in entry["notes"]:
-        export.console.warn(note)
+        if note not in export.told:
+            export.console.warn(note)
+            export.told.add(note)
 
 
 def _tell_failure(export: Export, error: ProofError, place: Path) -> None:

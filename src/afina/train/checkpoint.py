@@ -82,8 +82,8 @@ class Snapshot:
         copies, self._copies, flat, self._flat = self._copies, {}, self._flat or [], None
         self.finite = all(bool(torch.isfinite(tensor).all()) for tensor in copies.values())
         if self._ready is not None:
+            self._ready.synchronize()  # lets go of Python's lock, for which the loop waits while this thread begins
             with torch.cuda.stream(torch.cuda.Stream()):
-                self._ready.wait()
                 for entries, whole in flat:
                     here = whole.to("cpu")
                     self.finite &= bool(torch.isfinite(here).all())

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -19,7 +20,7 @@ from afina.data.audit.across import form, forms
 from afina.data.audit.finding import Finding
 from afina.data.audit.run import Audit
 from afina.data.audit.scan import join
-from afina.data.audit.tongue import LANGUAGES, languages
+from afina.data.audit.tongue import LANGUAGES, LETTERS, SHORT, _first_words, _lower, _short_words, languages
 from afina.recipe.schema import Data
 
 quietly = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -216,3 +217,15 @@ def test_code_has_no_language():
         "The 12 hens of the farm lay 3 eggs each, so that is 12 * 3 = <<12*3=36>>36 eggs for the market.",
     ]
     assert [LANGUAGES[code] for code in languages(join(texts))] == ["", "", "en"]
+
+
+@quietly
+@given(letters=st.text(st.sampled_from("abñ é1_.-"), max_size=60))
+def test_the_words_looked_up_are_those_of_a_plain_search(letters: str):
+    """Two to five letters, with nothing of a word on either side."""
+    low = b"\0" + letters.encode("latin-1").translate(_lower()) + bytes(LETTERS)
+    found = _short_words(np.frombuffer(low, np.uint8) != 0) + 1
+    eights = np.array([np.frombuffer(low[at : at + 8], np.uint64)[0] for at in found], np.uint64)
+    plain = [match for match in re.finditer(rb"[^\0]+", low) if 2 <= len(match.group()) <= SHORT]
+    assert found.tolist() == [match.start() for match in plain]
+    assert _first_words(eights).tolist() == [int.from_bytes(match.group(), "little") for match in plain]

@@ -165,7 +165,10 @@ def test_of_the_bundled_sets_nothing_is_said(name: str):
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_said_before_training(tmp_path: Path, capsys):
     """Where GGUF files are to be written; then the finding names what is not known."""
     from data.byte_level import build
+    from transformers import LlamaConfig
 
+    config = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=500)
+    LlamaConfig(**config, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "base")
     tokenizer = build(special=["<|im_start|>", "<|im_end|>"], eos="<|im_end|>")
     tokenizer.save_pretrained(tmp_path / "base")
     file = tmp_path / "base" / "tokenizer.json"

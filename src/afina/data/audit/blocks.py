@@ -10,7 +10,7 @@ import numpy as np
 from afina.data.lines import ROW_BYTES
 from afina.data.rows import Row, Shape, open_text, rows
 
-CHUNK = 2**17
+CHUNK = 2**18
 """Bytes read at once: the arrays made of them stay in the processor's second cache."""
 ROWS = 2000
 """Rows of a block where they come one by one."""

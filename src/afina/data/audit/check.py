@@ -24,13 +24,13 @@ from afina.data.audit.kinds import Severity, kinds
 from afina.data.audit.letters import Fault
 from afina.data.audit.quick import NOT_PLAIN, TYPED, Look, loose
 from afina.data.audit.scan import joined_apart, suspects
-from afina.data.audit.syntax import quotes
+from afina.data.audit.syntax import escaped_quotes
 from afina.data.audit.text import ALL, faults
 from afina.data.audit.tongue import languages
 from afina.data.conversation import ROLES, Message, Sample
 from afina.data.dialects import Make, Mapped, checked, dialect_of, maker
 from afina.data.near import Near
-from afina.data.rows import BadRow, Row, Shape
+from afina.data.rows import BadRow, Row, Shape, uncollected
 from afina.recipe.schema import Data
 
 KEYS_TOLD = 20
@@ -79,7 +79,7 @@ class Pass:
         before = self.report.rows, self.report.rejected
         lines = returns = 0
         for block in line_blocks(path, encoding) if quick_lines else row_blocks(path, shape, form):
-            self._block(path, block, reader)
+            uncollected(self._block, path, block, reader)
             self.report.size += block.size
             lines, returns = lines + len(block.raws), returns + block.returns
             advance(block.size)
@@ -161,13 +161,14 @@ class Pass:
         return looks, lengths, form, tongues
 
     def _tell(self, path: Path, block: Block, found: dict[int, list[Fault]]) -> None:
+        table = kinds()
         for row in sorted(found):
             begin, line = int(block.begins[row]), block.lines[row]
             rejected = False
             for fault in sorted(found[row], key=lambda fault: fault.begin):
                 finding = Finding(fault.kind, path, line, begin + fault.begin, begin + fault.end, fault.detail)
                 self.report.add(finding)
-                if not rejected and kinds()[fault.kind].severity is Severity.ERROR:
+                if not rejected and table[fault.kind].severity is Severity.ERROR:
                     rejected = True
                     self.report.reject(finding)
 
@@ -240,7 +241,7 @@ class _Reader:
         plain = look.spread(decoded)
         counts = np.fromiter(map(bytes.count, raws, repeat(b'"')), np.int64, len(raws))
         for at in np.flatnonzero(counts != plain.marks).tolist():
-            counts[at] = quotes(raws[at])
+            counts[at] -= escaped_quotes(raws[at])
         good = counts == plain.marks
         sound = {roles: _is_sound(roles) for roles in set(plain.roles)}
         if not all(sound.values()):
@@ -343,8 +344,8 @@ def _spoken(texts: list[str], counts: np.ndarray) -> np.ndarray:
     last = np.cumsum(counts) - 1
     first = last - counts + 1
     blank = np.fromiter(map(str.isspace, texts), np.bool_, len(texts))
-    blank |= np.fromiter(map(len, texts), np.int64, len(texts)) == 0
     hashed = np.fromiter(map(hash, texts), np.int64, len(texts))
+    blank |= hashed == hash("")
     return np.asarray(~np.logical_or.reduceat(blank, first) & (hashed[first] != hashed[last]))
 
 

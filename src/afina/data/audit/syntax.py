@@ -185,10 +185,12 @@ def strings(value: Any) -> int:
 
 def quotes(raw: bytes) -> int:
     """Quotation marks of a JSON text that are not escaped."""
-    count = raw.count(b'"')
-    if b"\\" in raw:
-        count -= raw.replace(b"\\\\", b"").count(b'\\"')
-    return count
+    return raw.count(b'"') - escaped_quotes(raw)
+
+
+def escaped_quotes(raw: bytes) -> int:
+    """Quotation marks of a JSON text that are."""
+    return raw.replace(b"\\\\", b"").count(b'\\"') if b"\\" in raw else 0
 
 
 def place(raw: bytes, text: str, begin: int, end: int) -> tuple[int, int]:

@@ -46,8 +46,8 @@ LANGUAGES = ("", *LATIN, *SCRIPTS)
 """The code of a language is its place here; 0 is none."""
 LEAST = 4
 """Little words, at least, that tell a language: twice as many as those of the next one, or nearly so many more."""
-SPARSE = 10
-"""A text in which fewer than one word of so many is such a word is code, or a list of names."""
+SPARSE = 60
+"""A text with fewer than one such word in so many characters is code, or a list of names."""
 SHORT = 5
 """Letters of the longest word that is looked up."""
 LETTERS = 8
@@ -73,7 +73,7 @@ SLOT_BITS = 14
 """The table stays in the processor's second cache."""
 MULTIPLIER = 0x9E3779B97F4AA73B
 """Keeps these words apart in the table; where they change, the search for another one begins here."""
-_MASKS = np.array([(1 << 8 * count) - 1 for count in range(LETTERS)] + [2**64 - 1], np.uint64)
+ONES, HIGHS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
 
 
 @cache
@@ -102,6 +102,22 @@ def _slots(keys: np.ndarray, multiplier: np.uint64) -> np.ndarray:
         return (keys * multiplier) >> np.uint64(64 - SLOT_BITS)
 
 
+def _short_words(inside: np.ndarray) -> np.ndarray:
+    """Where words of 2 to SHORT letters begin, less one. inside: (bytes,) bool, whether each is of a word."""
+    two = inside[:-1] & inside[1:]
+    four = two[:-2] & two[2:]
+    long = four[:-2] & two[4:]  # one letter more than SHORT
+    begins = two[1 : 1 + long.size - 1] & ~inside[: long.size - 1]
+    begins &= ~long[1:]
+    return np.flatnonzero(begins)
+
+
+def _first_words(eights: np.ndarray) -> np.ndarray:
+    """Of eight bytes each those before the first zero, which there is (Mycroft's test for a byte of zeros)."""
+    zeros = (eights - ONES) & ~eights & HIGHS
+    return np.asarray(eights & (((zeros & (~zeros + np.uint64(1))) >> np.uint64(7)) - np.uint64(1)))
+
+
 def languages(joined: Joined) -> np.ndarray:
     """(texts,) uint8: the language of each text, a place in LANGUAGES."""
     count = len(joined.texts)
@@ -111,15 +127,8 @@ def languages(joined: Joined) -> np.ndarray:
     narrow = codes if codes.dtype == np.uint8 else np.where(codes < 256, codes, 0).astype(np.uint8)
     raw = b"\n" + narrow.tobytes() + b"\n" * LETTERS
     low = np.frombuffer(raw.translate(_lower()), np.uint8)
-    inside = low != 0
-    edges = np.flatnonzero(inside[1:] != inside[:-1])
-    starts = edges[::2]
-    lengths = edges[1::2] - starts
-    words = np.diff(np.searchsorted(starts, np.append(joined.starts, codes.size)))
-    short = np.flatnonzero(lengths <= SHORT)
-    starts, lengths = starts[short], lengths[short]
-    eights = np.ndarray((low.size - LETTERS + 1,), np.uint64, low.data, strides=(1,))
-    keys = eights[starts + 1] & _MASKS[lengths]
+    starts = _short_words(low != 0)
+    keys = _first_words(np.ndarray((low.size - LETTERS + 1,), np.uint64, low.data, strides=(1,))[starts + 1])
     table, lanes, multiplier = _words()
     slots = _slots(keys, multiplier)
     hits = np.flatnonzero(table[slots] == keys)
@@ -133,9 +142,9 @@ def languages(joined: Joined) -> np.ndarray:
     top = scores[np.arange(count), best].astype(np.int64)
     scores[np.arange(count), best] = 0
     second = scores.max(1).astype(np.int64)
-    told = (
-        (top >= LEAST) & (top * SPARSE >= np.minimum(words, MOST)) & ((top >= 2 * second) | (top - second >= LEAST - 1))
-    )
+    # MOST words of prose come within a quarter of the characters that such a text may have
+    dense = top * SPARSE >= np.minimum(joined.lengths, MOST * SPARSE // 4)
+    told = (top >= LEAST) & dense & ((top >= 2 * second) | (top - second >= LEAST - 1))
     language = np.where(told, best + 1, 0).astype(np.uint8)
     if codes.dtype != np.uint8:
         _by_script(joined, language)

@@ -88,6 +88,11 @@ def decimal(value: float | None, digits: int = 3) -> str:
     return NOTHING if value is None else f"{value:.{digits}f}"
 
 
+def chance(value: float | None) -> str:
+    """A p-value: two digits, however small it is."""
+    return NOTHING if value is None else f"{value:.2g}"
+
+
 def cut(text: str) -> str:
     """The beginning of a long text."""
     return text if len(text) <= SHOWN_LETTERS else text[:SHOWN_LETTERS].rstrip() + " …"

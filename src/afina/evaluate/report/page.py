@@ -19,6 +19,7 @@ from afina.evaluate.report.facts import (
     NOTHING,
     Facts,
     bytes_said,
+    chance,
     count,
     cut,
     date,
@@ -73,6 +74,7 @@ def draw(run: Path) -> Path:
         "duration": lasting,
         "size": bytes_said,
         "decimal": decimal,
+        "chance": chance,
         "cut": cut,
         "tail": tail,
     }
