@@ -42,8 +42,8 @@ after three, or of as many as gpu.jsonl says. Each was measured in a process of 
 card that the row names (an H200's memory is 1.4 times as fast as an H100's); a figure of another card says so, and a
 star marks one of another day than ours. The floor is what no implementation in bf16 avoids: the products of base and
 head, forward and backward, and attention. Clocks fall with heat and power, so figures of different days differ by some
-percent: where there is a star, compare with care. All were timed as with `training.exact: false`, as the peers are; what
-the same bits in each run cost stands in [durability.md](durability.md).
+percent: where there is a star, compare with care. All were timed as with `training.exact: false`, as the peers are;
+what the same bits in each run cost stands in [durability.md](durability.md).
 
 | | workload | card | Afina | Unsloth | floor | goal (H200) |
 |---|---|---|---|---|---|---|
