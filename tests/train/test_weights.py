@@ -84,9 +84,9 @@ def test_a_head_that_waits_in_the_computers_memory_weighs_the_same():
     ends = Engine(model).ends
     rows = torch.randn(batch.targets.numel(), 32)
     found = []
-    for by in (ends._by_rows, ends._by_vocabulary):
+    for ends.passes_by in (False, True):
         d_rows = torch.empty_like(rows)
-        found.append((by(rows, batch, d_rows)[0], d_rows))
+        found.append((ends._summed(rows, batch, d_rows)[0], d_rows))
     (loss, d_loss), (other, d_other) = found
     torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(d_loss, d_other, rtol=1e-4, atol=1e-5)
