@@ -305,7 +305,7 @@ def test_gguf_begins_as_llama_cpp_does() -> None:
     class Begins:
         """tokenize and apply_template of a file whose texts begin with token 1."""
 
-        def tokenize(self, text: str, special: bool, *, add_special: bool = False) -> list[int]:
+        def tokenize(self, text: str, special: bool, *, add_special: bool = False, inside: bool = False) -> list[int]:
             return [1] * add_special + [ord(letter) for letter in text]
 
         def apply_template(self, messages: Sequence[dict[str, str]], given: object) -> str:
@@ -316,7 +316,7 @@ def test_gguf_begins_as_llama_cpp_does() -> None:
 
 def test_gguf_templates_that_drop_a_message_are_refused() -> None:
     class Deaf:
-        def tokenize(self, text: str, special: bool, *, add_special: bool = False) -> list[int]:
+        def tokenize(self, text: str, special: bool, *, add_special: bool = False, inside: bool = False) -> list[int]:
             return []
 
         def apply_template(self, messages: Sequence[dict[str, str]], given: object) -> str:
@@ -365,7 +365,7 @@ def test_gguf_tells_the_real_story(real_data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_gguf_turns_have_the_ids_of_training(real_data: Path, tmp_path: Path) -> None:
-    """With SentencePiece a space goes before each part, so the places of the cuts show."""
+    """SentencePiece marks the beginning of a text, and llama.cpp that of each part it is given."""
     pytest.importorskip("xllamacpp", reason='install "afina[gguf-run]" to talk to a GGUF file')
     from afina.export.gguf import write_gguf
     from afina.model.llamacpp import LlamaCpp

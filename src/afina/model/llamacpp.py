@@ -37,6 +37,8 @@ SILENT = -1
 """llama.cpp writes nothing, not even errors, to the terminal: what it refuses comes back as an answer."""
 
 Ended = Literal["end", "limit", "stop"]
+SENTENCEPIECE = {"llama", "t5"}
+"""What GGUF calls the tokenizers that mark the beginning of a text."""
 ENDS: dict[str, Ended] = {"eos": "end", "word": "stop"}
 """llama.cpp's reasons for ending, as ours."""
 
@@ -75,7 +77,9 @@ class LlamaCpp:
         cache: Literal["f16", "f32"] = "f16",
     ) -> None:
         self.path = Path(path)
-        self.template = GgufFile(self.path).value(TEMPLATE_KEY, str, None)  # nothing hostile reaches llama.cpp
+        file = GgufFile(self.path)  # nothing hostile reaches llama.cpp
+        self.template = file.value(TEMPLATE_KEY, str, None)
+        self._marks_beginnings = file.value("tokenizer.ggml.model", str, "") in SENTENCEPIECE
         self._key = secrets.token_hex(16)
         threads = threads or default_threads(self.path.stat().st_size)
         self._server: Any = _start(self.path, self._key, context, threads, gpu_layers, cache)
@@ -99,9 +103,14 @@ class LlamaCpp:
         """The tokens that prompt and answer may have together, as llama.cpp settled it."""
         return int(self._call("GET", "/props")["default_generation_settings"]["n_ctx"])
 
-    def tokenize(self, text: str, special: bool, *, add_special: bool = False) -> list[int]:
+    def tokenize(self, text: str, special: bool, *, add_special: bool = False, inside: bool = False) -> list[int]:
         """The ids of a text. `special` takes control tokens in it as such; `add_special` adds BOS and EOS as the file
-        says llama.cpp should."""
+        says llama.cpp should. `inside`: it goes on with a text before it, so that SentencePiece's mark of a beginning,
+        which llama.cpp puts before whatever it is given, is not put before it."""
+        if inside and self._marks_beginnings:
+            before, ids = self.tokenize("\n", special), self.tokenize(f"\n{text}", special)
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
         body = {"content": text, "parse_special": special, "add_special": add_special}
         return [int(index) for index in self._call("POST", "/tokenize", body)["tokens"]]
 

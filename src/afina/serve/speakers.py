@@ -182,8 +182,9 @@ class GgufSpeaker:
 
     def prompt(self, messages: Sequence[Message], given: Mapping[str, Any] | None = None) -> list[int]:
         """Ids of a conversation, cut where answers begin, as in training; control tokens in contents stay text."""
-        pieces = self._pieces(messages, given or {})
-        ids = [index for text, control in pieces for index in self.llama.tokenize(text, control)]
+        ids: list[int] = []
+        for place, (text, control) in enumerate(self._pieces(messages, given or {})):
+            ids += self.llama.tokenize(text, control, inside=place > 0)
         return ids if ids[: len(self._begin)] == self._begin else [*self._begin, *ids]
 
     def _pieces(self, messages: Sequence[Message], given: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
