@@ -11,21 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from afina.engine.block import Adapted, Block, Positions, Saved, added, room
-from afina.engine.elementwise import Norm, norm, norm_backward
+from afina.engine.block import Adapted, Positions, Saved, added
+from afina.engine.elementwise import norm, norm_backward
 from afina.engine.experts import Experts
 from afina.engine.products import Product
 from afina.engine.router import Router
+from afina.engine.stacked import Stacked
 
 
 @dataclass(kw_only=True, eq=False)
-class Mixture(Block):
-    """Its products and norms, router and experts, shared with the transformers layer it was made from."""
+class Mixture(Stacked):
+    """With router and experts, shared with the transformers layer it was made from."""
 
-    qkv: Product
-    o: Product
-    norm_attention: Norm
-    norm_mlp: Norm
     router: Router
     experts: Experts
 
@@ -33,11 +30,6 @@ class Mixture(Block):
     def products(self) -> tuple[Product, ...]:
         """See Block."""
         return self.qkv, self.o
-
-    @property
-    def norms(self) -> tuple[Norm, ...]:
-        """See Block."""
-        return self.norm_attention, self.norm_mlp
 
     @property
     def extra(self) -> int:
@@ -88,10 +80,7 @@ class Mixture(Block):
 
     def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
         """See Block."""
-        qkv, low_qkv = self._qkv(x, at)
-        turned = self.attention.turned(qkv[:, : self.qkv.n], at)
-        attended = self.attention.attend(turned, at)
-        h, low_o = self._h(attended.out.flatten(1), x, at)
+        h, qkv, attended, lows = self.below(x, at)
         keeps_gate_up = save and "gate_up" not in self.placement.again
         y, gate_up, routed = torch.empty_like(x), None, []
         for rows in [slice(0, x.shape[0])] if keeps_gate_up else self.chunks(x.shape[0]):
@@ -105,45 +94,21 @@ class Mixture(Block):
         if not save:
             return y, None
         kept = gate_up if keeps_gate_up else None
-        saved = self.keep(attended, {"qkv": low_qkv, "o": low_o}, x=x, qkv=qkv, h=h, gate_up=kept)
+        saved = self.keep(attended, lows, x=x, qkv=qkv, h=h, gate_up=kept)
         saved.routed = routed
         return y, saved
 
-    def backward(
-        self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """See Block."""
-        x, out = self.take(saved, "x"), self.bring_out(saved)
-        if x is None:
-            raise RuntimeError("a layer's input is not made again")
-        h, hidden = self.take(saved, "h"), x.shape[1]
-        if h is None:
-            h = self._h(out, x, at)[0]
-        wide_dh = room(x, self.o)
-        of_experts, of_router, of_norm_mlp = self._mixture_backward(
-            wide_dy, h, self.take(saved, "gate_up"), saved, wide_dh[:, :hidden]
-        )
-        del h
-
-        self.o.widen(wide_dh)
-        of_o = self.o.gradients(wide_dh, out, saved.lows["o"], self.seed(at, self.o))
-        d_out = self.o.backward(wide_dh, self.seed(at, self.o))
-        qkv = self.take(saved, "qkv")
-        if qkv is None:
-            qkv = self._qkv(x, at)[0]
-            if self.attention.norms is None:
-                self.attention.turned(qkv[:, : self.qkv.n], at)
-        self.attention.backward(saved.attended, d_out, qkv[:, : self.qkv.n], at)
-        del d_out, out
-        dx, of_qkv, of_norm = self.through_input(
-            qkv, self.qkv, self.norm_attention, x, wide_dh[:, :hidden], saved.lows["qkv"], at, below
-        )
-        return dx, [*of_qkv, *of_o, *of_norm, *of_norm_mlp, *of_experts, *of_router]
-
-    def _mixture_backward(
-        self, dy: torch.Tensor, h: torch.Tensor, gate_up: torch.Tensor | None, saved: Saved, dh: torch.Tensor
+    def back_through_above(
+        self,
+        wide_dy: torch.Tensor,
+        h: torch.Tensor,
+        gate_up: torch.Tensor | None,
+        saved: Saved,
+        _at: Positions,
+        wide_dh: torch.Tensor,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-        """Gradients of experts, router and norm; that of h goes into dh."""
+        """See Stacked."""
+        dy, dh = wide_dy[:, : h.shape[1]], wide_dh[:, : h.shape[1]]
         of_experts, of_router, of_norm = [], [], []  # type: ignore[var-annotated]
         for rows, routing, seen in saved.routed:
             n = norm(h[rows], self.norm_mlp, torch.empty_like(h[rows]))
@@ -151,10 +116,4 @@ class Mixture(Block):
             of_experts = added(of_experts, found)
             of_router = added(of_router, self.router.backward(routing, d_weights, n, d_n))
             of_norm = added(of_norm, norm_backward(d_n, h[rows], self.norm_mlp, dh[rows], residual=dy[rows]))
-        return of_experts, of_router, of_norm
-
-    def _qkv(self, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.widely(x, self.norm_attention, self.qkv, at)
-
-    def _h(self, out: torch.Tensor, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.o.forward_narrow(out, x, self.seed(at, self.o))
+        return [], of_norm, [*of_experts, *of_router]
