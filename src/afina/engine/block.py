@@ -221,6 +221,13 @@ class Block:
             tensor = self.offload.fetch(tensor)
         return tensor if isinstance(tensor, torch.Tensor) else None
 
+    def bring_input(self, saved: Saved) -> torch.Tensor:
+        """What entered the layer, (tokens, hidden)."""
+        x = self.take(saved, "x")
+        if x is None:
+            raise RuntimeError("a layer's input is not made again")
+        return x
+
     def bring_out(self, saved: Saved) -> torch.Tensor:
         """Attention's output (tokens, columns), back in its place."""
         out = self.take(saved, "out")

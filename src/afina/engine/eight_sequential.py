@@ -65,9 +65,7 @@ class EightSequential(Sequential):
         self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """See Block."""
-        x, out = self.take(saved, "x"), self.bring_out(saved)
-        if x is None:
-            raise RuntimeError("a layer's input is not made again")
+        x, out = self.bring_input(saved), self.bring_out(saved)
         h, hidden = self.take(saved, "h"), x.shape[1]
         if h is None:
             h = torch.add(x, self._of_o(out, at)[0])
@@ -79,11 +77,7 @@ class EightSequential(Sequential):
         d_low = self.o.d_low(dh8, seed)
         of_o = self.o.of_adapters(dh8, d_low, out, saved.lows["o"], seed)
         d_out = self.o.back(dh8, d_low, seed)
-        qkv = self.take(saved, "qkv")
-        if qkv is None:
-            qkv = self._qkv(x, at)[0]
-            if self.attention.norms is None:
-                self.attention.turned(qkv, at)
+        qkv = self.bring_qkv(saved, x, at)
         d8 = self._back_through_attention(saved.attended, d_out, qkv, at)
         del d_out, qkv, out, dh8
 

@@ -56,9 +56,7 @@ class Parallel(Block):
         self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """See Block."""
-        x, out = self.take(saved, "x"), self.bring_out(saved)
-        if x is None:
-            raise RuntimeError("a layer's input is not made again")
+        x, out = self.bring_input(saved), self.bring_out(saved)
         z, hidden, columns = self.take(saved, "z"), x.shape[1], self.attention.columns
         if z is None:
             z = self.widely(x, self.norm, self.inner, at)[0]

@@ -53,9 +53,7 @@ class Stacked(Block):
         self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """See Block."""
-        x, out = self.take(saved, "x"), self.bring_out(saved)
-        if x is None:
-            raise RuntimeError("a layer's input is not made again")
+        x, out = self.bring_input(saved), self.bring_out(saved)
         h, hidden = self.take(saved, "h"), x.shape[1]
         if h is None:
             h = self._h(out, x, at)[0]
@@ -67,17 +65,22 @@ class Stacked(Block):
         self.o.widen(wide_dh)
         of_o = self.o.gradients(wide_dh, out, saved.lows["o"], self.seed(at, self.o))
         d_out = self.o.backward(wide_dh, self.seed(at, self.o))
-        qkv = self.take(saved, "qkv")
-        if qkv is None:
-            qkv = self._qkv(x, at)[0]
-            if self.attention.norms is None:
-                self.attention.turned(qkv[:, : self.qkv.n], at)
+        qkv = self.bring_qkv(saved, x, at)
         self.attention.backward(saved.attended, d_out, qkv[:, : self.qkv.n], at)
         del d_out, out
         dx, of_qkv, of_norm = self.through_input(
             qkv, self.qkv, self.norm_attention, x, wide_dh[:, :hidden], saved.lows["qkv"], at, below
         )
         return dx, [*of_qkv, *of_o, *of_above, *of_norm, *of_norm_mlp, *of_rest]
+
+    def bring_qkv(self, saved: Saved, x: torch.Tensor, at: Positions) -> torch.Tensor:
+        """Queries, keys and values as `below` left them, in rows of at least their columns: saved or made again."""
+        qkv = self.take(saved, "qkv")
+        if qkv is None:
+            qkv = self._qkv(x, at)[0]
+            if self.attention.norms is None:
+                self.attention.turned(qkv[:, : self.qkv.n], at)
+        return qkv
 
     def _qkv(self, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
         return self.widely(x, self.norm_attention, self.qkv, at)

@@ -14,6 +14,7 @@ import signal
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -108,11 +109,15 @@ class LlamaCpp:
         says llama.cpp should. `inside`: it goes on with a text before it, so that SentencePiece's mark of a beginning,
         which llama.cpp puts before whatever it is given, is not put before it."""
         if inside and self._marks_beginnings:
-            before, ids = self.tokenize("\n", special), self.tokenize(f"\n{text}", special)
+            before, ids = self._line_end, self.tokenize(f"\n{text}", special)
             if ids[: len(before)] == before:
                 return ids[len(before) :]
         body = {"content": text, "parse_special": special, "add_special": add_special}
         return [int(index) for index in self._call("POST", "/tokenize", body)["tokens"]]
+
+    @cached_property
+    def _line_end(self) -> list[int]:
+        return self.tokenize("\n", False)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of ids, control tokens written out."""
