@@ -1,8 +1,8 @@
 """A file as blocks of some thousand rows: the raw lines of JSON Lines, and of all else the rows as they are read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,13 @@ ROWS = 2000
 
 @dataclass(slots=True)
 class Block:
-    """Rows in order. `raws`: the text of each; `lines`: its line; `begins`: its first byte; `sizes`: its bytes; `rows`:
+    """Rows in order. `raws`: the text of each; `lines`: its line (int64, as all numbers here); `begins`: its first byte; `sizes`: its bytes; `rows`:
     as the reader made them, None where the raw text is all there is. `cut`: the last one is longer than a row may be.
     `size`: bytes taken.
     """
 
     raws: list[bytes]
-    lines: Sequence[int]
+    lines: np.ndarray
     begins: np.ndarray
     sizes: np.ndarray
     rows: list[Row] | None = None
@@ -48,7 +48,8 @@ def line_blocks(path: Path, encoding: str) -> Iterator[Block]:
             raws[0] = rest + raws[0]
             rest = raws.pop()
             block = _block(raws, number, offset)
-            block.returns = chunk.count(b"\r\n")
+            if b"\r" in chunk:
+                block.returns = sum(map(bytes.endswith, raws, repeat(b"\r")))
             yield block
             number, offset = number + len(raws), offset + block.size
         if rest:
@@ -61,7 +62,7 @@ def line_blocks(path: Path, encoding: str) -> Iterator[Block]:
 def _block(raws: list[bytes], number: int, offset: int) -> Block:
     sizes = np.fromiter(map(len, raws), np.int64, len(raws))
     ends = np.cumsum(sizes + 1)
-    return Block(raws, range(number, number + len(raws)), ends - sizes - 1 + offset, sizes, size=int(ends[-1]))
+    return Block(raws, np.arange(number, number + len(raws)), ends - sizes - 1 + offset, sizes, size=int(ends[-1]))
 
 
 def row_blocks(path: Path, shape: Shape, form: str) -> Iterator[Block]:
@@ -74,5 +75,6 @@ def row_blocks(path: Path, shape: Shape, form: str) -> Iterator[Block]:
         raws = [row.raw for row in taken]
         begins = np.array([row.offset for row in taken], np.int64)
         sizes = np.fromiter(map(len, raws), np.int64, len(raws))
-        yield Block(raws, [row.line for row in taken], begins, sizes, taken, size=end - at)
+        lines = np.array([row.line for row in taken], np.int64)
+        yield Block(raws, lines, begins, sizes, taken, size=end - at)
         at = end

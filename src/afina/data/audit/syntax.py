@@ -44,10 +44,11 @@ def unreadable(raw: bytes) -> tuple[Any, list[Fault]]:
     except UnicodeDecodeError as error:
         return None, [undecodable(raw, error)]
     found: list[Fault] = []
+    head = text.lstrip()[:40].lower()
     for kind, begins in (("html-page", PAGES), ("pointer-file", ("version https://git-lfs",))):
-        if text.lstrip().lower().startswith(begins):
+        if head.startswith(begins):
             return None, [Fault(kind, 0, len(raw), text.strip()[:40])]
-    lone = _LONE.search(raw)
+    lone = _LONE.search(raw) if b"\\u" in raw else None
     if lone is not None and _is_open(raw, lone.start()):
         found.append(Fault("lone-surrogate", *lone.span(), lone.group().decode("ascii")))
     try:

@@ -118,37 +118,57 @@ def _first_words(eights: np.ndarray) -> np.ndarray:
     return np.asarray(eights & (((zeros & (~zeros + np.uint64(1))) >> np.uint64(7)) - np.uint64(1)))
 
 
-def languages(joined: Joined) -> np.ndarray:
-    """(texts,) uint8: the language of each text, a place in LANGUAGES."""
-    count = len(joined.texts)
-    if not count:
+def languages(*parts: Joined) -> np.ndarray:
+    """(texts,) uint8: the language of each text of all parts, a place in LANGUAGES."""
+    parts = tuple(part for part in parts if part.texts)
+    if not parts:
         return np.zeros(0, np.uint8)
+    raw = b"".join([b"\n", *(_narrow(part) for part in parts)])  # after each text there is a line end, in the end eight
+    firsts = np.cumsum([0, *(part.codes.size for part in parts[:-1])])
+    begins, stops = (
+        np.concatenate([edges + first for edges, first in zip(sides, firsts, strict=True)])
+        for sides in ([part.starts for part in parts], [part.ends for part in parts])
+    )
+    sums = _counted(np.frombuffer(raw.translate(_lower()), np.uint8), begins, stops)
+    scores = sums.astype("<u8").view(np.uint8).reshape(sums.size, 8)[:, : len(LATIN)].copy()
+    texts = np.arange(sums.size)
+    best = scores.argmax(1)
+    top = scores[texts, best].astype(np.int64)
+    scores[texts, best] = 0
+    second = scores.max(1).astype(np.int64)
+    # MOST words of prose come within a quarter of the characters that such a text may have
+    lengths = np.concatenate([part.lengths for part in parts])
+    dense = top * SPARSE >= np.minimum(lengths, MOST * SPARSE // 4)
+    told = (top >= LEAST) & dense & ((top >= 2 * second) | (top - second >= LEAST - 1))
+    language = np.where(told, best + 1, 0).astype(np.uint8)
+    end = 0
+    for part in parts:
+        begin, end = end, end + len(part.texts)
+        if part.codes.dtype != np.uint8:
+            _by_script(part, language[begin:end])
+    return language
+
+
+def _narrow(joined: Joined) -> bytes:
+    """The texts in Latin-1, what it does not know as zeros."""
     codes = joined.codes
-    narrow = codes if codes.dtype == np.uint8 else np.where(codes < 256, codes, 0).astype(np.uint8)
-    raw = b"\n" + narrow.tobytes() + b"\n" * LETTERS
-    low = np.frombuffer(raw.translate(_lower()), np.uint8)
+    return (codes if codes.dtype == np.uint8 else np.where(codes < 256, codes, 0).astype(np.uint8)).tobytes()
+
+
+def _counted(low: np.ndarray, begins: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """(texts,) uint64: the little words of each text, a byte for each language. low: a line end, and all texts."""
     starts = _short_words(low != 0)
     keys = _first_words(np.ndarray((low.size - LETTERS + 1,), np.uint64, low.data, strides=(1,))[starts + 1])
     table, lanes, multiplier = _words()
-    slots = _slots(keys, multiplier)
+    slots = _slots(keys, multiplier).view(np.int64)
     hits = np.flatnonzero(table[slots] == keys)
     found = np.append(lanes[slots[hits]], np.uint64(0))
-    bounds = np.searchsorted(starts[hits], joined.starts)
-    ends = np.minimum(np.append(bounds[1:], hits.size), bounds + MOST)
-    sums = np.add.reduceat(found, np.stack([bounds, ends], 1).ravel())[::2]
-    sums[bounds == ends] = 0  # of an empty range reduceat gives the element it begins with
-    scores = sums.astype("<u8").view(np.uint8).reshape(count, 8)[:, : len(LATIN)].copy()
-    best = scores.argmax(1)
-    top = scores[np.arange(count), best].astype(np.int64)
-    scores[np.arange(count), best] = 0
-    second = scores.max(1).astype(np.int64)
-    # MOST words of prose come within a quarter of the characters that such a text may have
-    dense = top * SPARSE >= np.minimum(joined.lengths, MOST * SPARSE // 4)
-    told = (top >= LEAST) & dense & ((top >= 2 * second) | (top - second >= LEAST - 1))
-    language = np.where(told, best + 1, 0).astype(np.uint8)
-    if codes.dtype != np.uint8:
-        _by_script(joined, language)
-    return language
+    places = starts[hits]
+    first = np.searchsorted(places, begins)
+    last = np.minimum(np.searchsorted(places, stops), first + MOST)
+    sums: np.ndarray = np.add.reduceat(found, np.stack([first, last], 1).ravel())[::2]
+    sums[first == last] = 0  # of an empty range reduceat gives the element it begins with
+    return sums
 
 
 def _by_script(joined: Joined, language: np.ndarray) -> None:
@@ -157,7 +177,7 @@ def _by_script(joined: Joined, language: np.ndarray) -> None:
     if high.size < LEAST:
         return
     codes, owners, count = joined.codes[high], joined.owners(high), len(joined.texts)
-    lengths = np.diff(joined.starts, append=joined.codes.size)
+    lengths = joined.ends - joined.starts
     scores = []
     for spans in SCRIPTS.values():
         inside = np.zeros(codes.size, np.bool_)
