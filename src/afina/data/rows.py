@@ -206,7 +206,7 @@ def open_text(path: Path, encoding: str) -> IO[bytes]:
     file = open_raw(path)
     if encoding.lower() not in ("utf-8", "utf8"):
         return io.BufferedReader(_Transcoded(path, file, encoding), CHUNK)
-    if file.peek(3)[:3] != codecs.BOM_UTF8:
+    if not file.peek(3).startswith(codecs.BOM_UTF8):
         return file
     return io.BufferedReader(_Marked(file), CHUNK)
 

@@ -125,9 +125,9 @@ class Across:
     def _groups(self, values: np.ndarray) -> Iterator[np.ndarray]:
         """Rows that share a hash, each group in order, the groups by their first row."""
         ordered = np.sort(values)  # takes half the time of bringing rows in order; mostly few share one, nearly told
-        several = np.zeros(2**16, np.bool_)  # by 16 of their bits
-        several[_sixteen(ordered[1:][ordered[1:] == ordered[:-1]])] = True
-        rows = np.flatnonzero(several[_sixteen(values)])
+        shared = np.zeros(2**16, np.bool_)  # by 16 of their bits
+        shared[_sixteen(ordered[1:][ordered[1:] == ordered[:-1]])] = True
+        rows = np.flatnonzero(shared[_sixteen(values)])
         order = rows[np.argsort(values[rows], kind="stable")]
         ordered = values[order]
         starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if ordered.size else np.zeros(0, np.int64)

@@ -24,7 +24,7 @@ from afina.data.audit.kinds import Severity, kinds
 from afina.data.audit.letters import Fault
 from afina.data.audit.quick import NOT_PLAIN, TYPED, Look, loose
 from afina.data.audit.scan import joined_apart, suspects
-from afina.data.audit.syntax import escaped_quotes
+from afina.data.audit.syntax import quotes_of
 from afina.data.audit.text import ALL, faults
 from afina.data.audit.tongue import languages
 from afina.data.conversation import ROLES, Message, Sample
@@ -180,8 +180,8 @@ class Pass:
 
 
 def _keep_freed_memory() -> None:
-    """Free a large array that was never written to: what the C library keeps of freed memory it judges by that, and a
-    block's arrays are then made of memory that is there, 300 pages of it, instead of asking the system anew each time."""
+    """Free a large array that was never written to: the C library (glibc) judges by it how much freed memory to keep.
+    A block's arrays then lie in memory that is there; else the system clears 300 pages for each block anew."""
     np.empty(KEPT, np.uint8)
 
 
@@ -251,18 +251,14 @@ class _Reader:
                 break
             except NOT_PLAIN:
                 rest.append(len(decoded) + len(rest))
-        raws = _without(raws, rest)
         plain = look.spread(decoded)
-        counts = np.fromiter(map(bytes.count, raws, repeat(b'"')), np.int64, len(raws))
-        for at in np.flatnonzero(counts != plain.marks).tolist():
-            counts[at] -= escaped_quotes(raws[at])
-        good = counts == plain.marks
+        places = np.delete(np.arange(start, len(block.raws)), rest)
+        good = quotes_of(block.text, block.begins - block.begins[0])[places] == plain.marks
         sound = {roles: _is_sound(roles) for roles in set(plain.roles)}
         if not all(sound.values()):
             good &= [sound[roles] for roles in plain.roles]
         if good.size:
             good &= _spoken(plain.texts, plain.counts)
-        places = np.delete(np.arange(start, len(block.raws)), rest)
         if good.all():
             taken.rows += places.tolist()
             taken.roles += plain.roles
@@ -333,14 +329,6 @@ class _Reader:
         if notes or odd:
             found[at] = notes + odd
         taken.add(at, roles, texts)
-
-
-def _without(rows: list[bytes], places: list[int]) -> list[bytes]:
-    if not places:
-        return rows
-    keep = np.ones(len(rows), np.bool_)
-    keep[places] = False
-    return list(compress(rows, keep))
 
 
 @cache

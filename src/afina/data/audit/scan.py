@@ -27,8 +27,8 @@ SECONDS = {
     "`": "`",
     **{first: phrase[phrase.rindex(first) + 1] for first, phrase in PHRASES.items()},
 }
-"""The characters that begin what is told by its spelling (control tokens, entities, fences, the middle of a phrase), and
-those that may follow."""
+"""The characters that begin what is told by its spelling (control tokens, entities, fences, the middle of a phrase),
+and those that may follow."""
 EIGHT = 8
 """Characters looked at in one step, a byte each."""
 ONES = np.uint64(0x0101010101010101)
@@ -154,10 +154,9 @@ def _places(joined: Joined) -> Iterator[tuple[int, np.ndarray]]:
         pairs = pairs[_pairs()[codes[pairs], np.where(second < 128, second, 0)] | (second == ord("｜"))]
         first = codes[pairs]
         yield FENCES, pairs[first == ord("`")]
-        letters = first >= ord("A")
-        letters &= (first != ord("`")) & (first != ord("["))
-        yield WORDS, pairs[letters]
-        pairs = pairs[~letters & (first != ord("`"))]
+        phrase = np.isin(first, [ord(letter) for letter in PHRASES])
+        yield WORDS, pairs[phrase]
+        pairs = pairs[~phrase & (first != ord("`"))]
         double = codes[pairs + 1] == ord("<")  # << is an operator; <<SYS>> is Llama 2's
         third = codes[pairs + 2]
         yield OPENING, pairs[~double | (third == ord("S")) | (third == ord("/"))]
@@ -171,7 +170,7 @@ def _having(flags: np.ndarray, eights: np.ndarray, flag: int) -> np.ndarray:
     """Where characters with a flag are, few among many."""
     some = np.flatnonzero((eights & (ONES * np.uint64(flag))) != 0)  # of other than booleans it takes ten times as long
     near = (some[:, None] * EIGHT + np.arange(EIGHT)).ravel()
-    return near[(flags[near] & flag) != 0]
+    return np.asarray(near[(flags[near] & flag) != 0])
 
 
 @cache
