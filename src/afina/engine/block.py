@@ -115,7 +115,7 @@ class Attention:
     def backward(self, attended: Attended, d_out: torch.Tensor, qkv: torch.Tensor, at: Positions) -> None:
         """Turn qkv (tokens, columns), as saved, before its norms if it has any, into its gradient in place."""
         turned = self.turned(qkv, at) if self.norms is not None else qkv
-        gather_rotated(self.d_heads(attended, d_out, turned, at), at.cos, at.sin, turned)
+        gather_rotated(turned, self.d_heads(attended, d_out, turned, at), at.cos, at.sin)
         if self.norms is not None:
             head_norms_backward(turned, qkv, self.norms, self.heads)
 
@@ -280,6 +280,13 @@ class Block:
 def room(x: torch.Tensor, product: Product) -> torch.Tensor:
     """Rows for a gradient of the product's output, and the extra columns."""
     return x.new_empty(x.shape[0], product.n + product.r)
+
+
+def widened(x: torch.Tensor, product: Product) -> torch.Tensor:
+    """x (tokens, K) in rows with the product's extra columns."""
+    wide = x.new_empty(x.shape[0], product.k + product.r)
+    wide[:, : product.k] = x
+    return wide
 
 
 def added(sums: list[torch.Tensor], more: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -229,14 +229,6 @@ class EightProduct(Product):
             y = y.add_(residual)
         return y if out is None else out.copy_(y)
 
-    def forward_narrow(
-        self, x: torch.Tensor, residual: torch.Tensor, seed: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See Product."""
-        rows = eight.quantise(x, self.inputs(x.shape[0]))
-        low = self.low(rows, seed)
-        return self.through(rows, low, seed).add_(residual), self.scaled(low)
-
     def widen(self, wide_dy: torch.Tensor) -> None:
         """See Product."""
         torch.mm(wide_dy[:, : self.n], self.up, out=wide_dy[:, self.n :][:, : self.r])

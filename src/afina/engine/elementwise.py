@@ -139,36 +139,31 @@ def head_norms_backward(d: torch.Tensor, x: torch.Tensor, norms: Sequence[Norm],
 
 
 @on_gpu
-def rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, width: int, *, backward: bool = False
-) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, width: int) -> torch.Tensor:
     """Turn the first `heads` heads of each row by its position's angles, in place (Su et al., 2021, arXiv:2104.09864).
 
     x: (tokens, columns), cos, sin: (tokens, half) fp32, where the first 2 half of a head's `width` are turned, its
-    halves against each other, as transformers does. `backward` turns back, which is also the gradient.
+    halves against each other, as transformers does. With -sin it turns back, which is also the gradient.
     """
     half = cos.shape[1]
     turned = x[:, : heads * width].unflatten(1, (heads, width))
     first, second = _at_least_fp32(turned[:, :, :half]), _at_least_fp32(turned[:, :, half : 2 * half])
-    c, s = cos[:, None], -sin[:, None] if backward else sin[:, None]
+    c, s = cos[:, None], sin[:, None]
     turned[:, :, :half], turned[:, :, half : 2 * half] = first * c - second * s, second * c + first * s
     return x
 
 
+@on_gpu
 def gather_rotated(
-    d_heads: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
+    out: torch.Tensor, d_heads: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
     """Gradients of turned queries and keys, and of values, side by side in `out` with the turn undone.
 
     d_heads: three of (samples, length, heads, width), any strides; out: (samples * length, columns).
     """
-    if out.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.gather_rotated(d_heads, cos, sin, out)
     out.copy_(torch.cat([part.flatten(0, 1).flatten(1) for part in d_heads], dim=1))
     heads, width = d_heads[0].shape[2:]
-    return rotate(out, cos, sin, heads + d_heads[1].shape[2], width, backward=True)
+    return rotate(out, cos, -sin, heads + d_heads[1].shape[2], width)
 
 
 @on_gpu
@@ -212,16 +207,13 @@ def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _at_least_fp32(torch.mm(a, b))
 
 
+@on_gpu
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of each row (rows,), at least fp32, and softmax - one-hot in `dtype`: the gradient of their sum.
 
     The gradient lies where the logits were: a chunk of them is the largest tensor there is.
     """
     slopes = logits.view(dtype)[:, : logits.shape[1]]
-    if logits.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.cross_entropy(logits, targets, slopes), slopes
     log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
     losses = log_sum - logits.gather(1, targets[:, None])
     gradient = logits.sub_(log_sum).exp_().scatter_add_(1, targets[:, None], torch.full_like(losses, -1))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from afina.engine.block import Block, Positions, Saved, room
+from afina.engine.block import Block, Positions, Saved, room, widened
 from afina.engine.elementwise import Norm, gelu, gelu_backward
 from afina.engine.products import Product
 
@@ -44,7 +44,8 @@ class Parallel(Block):
         z, low = self.widely(x, self.norm, self.inner, at)
         columns = self.attention.columns
         attended = self.attention.attend(self.attention.turned(z[:, :columns], at), at)
-        h, low_dense = self.dense.forward_narrow(attended.out.flatten(1), x, self.seed(at, self.dense))
+        wide = widened(attended.out.flatten(1), self.dense)
+        h, low_dense = self.dense.forward(wide, residual=x, seed=self.seed(at, self.dense)), self.dense.low_of(wide)
         wide = x.new_empty(x.shape[0], self.fc2.k + self.fc2.r)
         gelu(z[:, columns : self.inner.n], wide[:, : self.fc2.k])
         y = self.fc2.forward(wide, residual=h, out=h, seed=self.seed(at, self.fc2))

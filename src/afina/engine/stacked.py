@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from afina.engine.block import Block, Positions, Saved, room
+from afina.engine.block import Block, Positions, Saved, room, widened
 from afina.engine.elementwise import Norm
 from afina.engine.products import Product
 from afina.model.packed import Attended
@@ -86,4 +86,5 @@ class Stacked(Block):
         return self.widely(x, self.norm_attention, self.qkv, at)
 
     def _h(self, out: torch.Tensor, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.o.forward_narrow(out, x, self.seed(at, self.o))
+        wide = widened(out, self.o)
+        return self.o.forward(wide, residual=x, seed=self.seed(at, self.o)), self.o.low_of(wide)
