@@ -91,19 +91,6 @@ def test_rotate(heads, kept, width, half, dtype):
     close(exact(x), truth, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("rows, width", SHAPES)
-def test_gelu(rows, width, dtype):
-    x, d, out = draw(rows, width, dtype), draw(rows, width, dtype), draw(rows, width, dtype)
-    x *= 3
-    truth, slopes, again = torch.empty(rows, width, dtype=torch.float64), exact(x).clone(), exact(d).clone()
-    close(kernels.gelu(x, out), elementwise.gelu(exact(x), truth), dtype)
-    elementwise.gelu_backward(again, slopes)
-    close(again, truth, torch.float64)
-    close(kernels.gelu_backward(d, x), truth, dtype)
-    close(x, slopes, dtype)
-
-
 def test_copy_many():
     wide = torch.zeros(50, 40, dtype=torch.bfloat16, device=DEVICE)
     triples = []

@@ -221,20 +221,13 @@ class Block:
             tensor = self.offload.fetch(tensor)
         return tensor if isinstance(tensor, torch.Tensor) else None
 
-    def bring_input(self, saved: Saved) -> torch.Tensor:
-        """What entered the layer, (tokens, hidden)."""
-        x = self.take(saved, "x")
-        if x is None:
-            raise RuntimeError("a layer's input is not made again")
-        return x
-
-    def bring_out(self, saved: Saved) -> torch.Tensor:
-        """Attention's output (tokens, columns), back in its place."""
-        out = self.take(saved, "out")
-        if out is None:
-            raise RuntimeError("attention is not made again")
+    def bring_ends(self, saved: Saved) -> tuple[torch.Tensor, torch.Tensor]:
+        """What entered the layer (tokens, hidden), and attention's output (tokens, columns), back in its place."""
+        x, out = self.take(saved, "x"), self.take(saved, "out")
+        if x is None or out is None:
+            raise RuntimeError("neither a layer's input nor its attention is made again")
         saved.attended.out = out
-        return out.flatten(1)
+        return x, out.flatten(1)
 
     def through_input(
         self,

@@ -1,8 +1,8 @@
 """What stands between the products: norms, rotary positions, SwiGLU, GELU, cross-entropy; forward and backward.
 
-Each is one pass over memory: a Triton kernel on a GPU (kernels.py), the plain twin here elsewhere. The twins are the
-definition: the tests hold the kernels to them. Statistics, angles and logits are fp32 (or wider) in both. `out` may be
-a part of wider rows, so that a product finds its input where it wants it.
+Each is one pass over memory: a Triton kernel on a GPU (kernels.py), the plain twin here elsewhere; GELU is PyTorch's.
+The twins are the definition: the tests hold the kernels to them. Statistics, angles and logits are fp32 (or wider) in
+both. `out` may be a part of wider rows, so that a product finds its input where it wants it.
 """
 
 from collections.abc import Callable, Sequence
@@ -185,19 +185,14 @@ def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     return d.copy_(again)
 
 
-@on_gpu
-def gelu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out = gelu(x) by tanh, Phi's (Hendrycks & Gimpel, 2016, arXiv:1606.08415). x, out: (rows, width)."""
-    return out.copy_(torch.nn.functional.gelu(_at_least_fp32(x), approximate="tanh"))
+def gelu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """gelu(x) by tanh, Phi's (Hendrycks & Gimpel, 2016, arXiv:1606.08415). x, out: (rows, width)."""
+    return torch.ops.aten.gelu.out(x, approximate="tanh", out=torch.empty_like(x) if out is None else out)
 
 
-@on_gpu
-def gelu_backward(d: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Turn x into its gradient in place, and `d` (rows, width) into the forward's output. Returns `d`."""
-    wide = _at_least_fp32(x)
-    again = torch.nn.functional.gelu(wide, approximate="tanh")
-    x.copy_(torch.ops.aten.gelu_backward(_at_least_fp32(d), wide, approximate="tanh"))
-    return d.copy_(again)
+def gelu_backward(d: torch.Tensor, x: torch.Tensor) -> None:
+    """Turn x into its gradient in place; d: of the output, (rows, width)."""
+    torch.ops.aten.gelu_backward.grad_input(d, x, approximate="tanh", grad_input=x)
 
 
 def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -163,18 +163,16 @@ class Ends:
         for first, part, bias in self._passing():
             logits = _logits(normed, part, bias)
             log_sum = torch.logaddexp(log_sum, torch.logsumexp(logits, dim=1))
-            here = targets - first
-            inside = (here >= 0) & (here < part.shape[0])
-            truth += logits.gather(1, here.clamp(0, part.shape[0] - 1)[:, None])[:, 0] * inside
+            places, inside = _within(targets, first, part.shape[0])
+            truth += logits.gather(1, places)[:, 0] * inside
             del logits
         if not slopes_too:
             return log_sum - truth, normed
         d_normed = torch.zeros(normed.shape, dtype=wide, device=normed.device)
         for first, part, bias in self._passing():
             slopes = _logits(normed, part, bias).sub_(log_sum[:, None]).exp_()
-            here = targets - first
-            inside = (here >= 0) & (here < part.shape[0])
-            slopes.scatter_add_(1, here.clamp(0, part.shape[0] - 1)[:, None], -inside.to(wide)[:, None])
+            places, inside = _within(targets, first, part.shape[0])
+            slopes.scatter_add_(1, places, -inside.to(wide)[:, None])
             _add_product(d_normed, slopes.to(normed.dtype), part)
             del slopes
         return log_sum - truth, d_normed.to(normed.dtype)
@@ -205,6 +203,12 @@ class Ends:
         part = self.weight[first : first + VOCABULARY_AT_ONCE]
         with torch.cuda.stream(copying):
             place[: part.shape[0]].copy_(part, non_blocking=True)
+
+
+def _within(targets: torch.Tensor, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where targets (rows,) lie among `count` columns from `first` on, (rows, 1), and which of them do."""
+    here = targets - first
+    return here.clamp(0, count - 1)[:, None], (here >= 0) & (here < count)
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:

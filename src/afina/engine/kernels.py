@@ -5,7 +5,7 @@ Imported on a GPU only. Row strides are arguments, so that inputs and outputs ma
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -256,28 +256,18 @@ def _gather_rotated(
 
 def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """See elementwise.swiglu."""
-    return _activate(_swiglu, out, gate_up, backward=False)
+    return _gated(out, gate_up, backward=False)
 
 
 def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     """See elementwise.swiglu_backward."""
-    return _activate(_swiglu, d, gate_up, backward=True)
+    return _gated(d, gate_up, backward=True)
 
 
-def gelu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """See elementwise.gelu."""
-    return _activate(_gelu, out, x, backward=False)
-
-
-def gelu_backward(d: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """See elementwise.gelu_backward."""
-    return _activate(_gelu, d, x, backward=True)
-
-
-def _activate(kernel: Any, out: torch.Tensor, x: torch.Tensor, *, backward: bool) -> torch.Tensor:
-    grid = out.shape[0], triton.cdiv(out.shape[1], WIDE)
-    kernel[grid](out, out.stride(0), x, x.stride(0), out.shape[1], WIDE, backward, num_warps=8)
-    return out
+def _gated(d: torch.Tensor, gate_up: torch.Tensor, *, backward: bool) -> torch.Tensor:
+    grid = d.shape[0], triton.cdiv(d.shape[1], WIDE)
+    _swiglu[grid](d, d.stride(0), gate_up, gate_up.stride(0), d.shape[1], WIDE, backward, num_warps=8)
+    return d
 
 
 @triton.jit
@@ -295,23 +285,6 @@ def _swiglu(d, d_stride, gate_up, gate_up_stride, width, BLOCK: tl.constexpr, BA
         tl.store(place, slope * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
         tl.store(place + width, slope * silu, mask=inside)
     tl.store(d + row * d_stride + columns, silu * up, mask=inside)
-
-
-@triton.jit
-def _gelu(d, d_stride, x, x_stride, width, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)  # sqrt(2 / pi)
-    tanh = 1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0)
-    again = 0.5 * value * (1.0 + tanh)
-    if BACKWARD:
-        slope = tl.load(d + row * d_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        inner_slope = 0.7978845608028654 * (1.0 + 3 * 0.044715 * value * value)
-        found = slope * (0.5 * (1.0 + tanh) + 0.5 * value * (1.0 - tanh * tanh) * inner_slope)
-        tl.store(x + row * x_stride + columns, found, mask=inside)
-    tl.store(d + row * d_stride + columns, again, mask=inside)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

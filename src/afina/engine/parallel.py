@@ -57,16 +57,15 @@ class Parallel(Block):
         self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """See Block."""
-        x, out = self.bring_input(saved), self.bring_out(saved)
+        x, out = self.bring_ends(saved)
         z, hidden, columns = self.take(saved, "z"), x.shape[1], self.attention.columns
         if z is None:
             z = self.widely(x, self.norm, self.inner, at)[0]
             self.attention.turned(z[:, :columns], at)
+        inside = z[:, columns : self.inner.n]
         self.fc2.widen(wide_dy)
-        d_act = self.fc2.backward(wide_dy, self.seed(at, self.fc2))
-        act = gelu_backward(d_act, z[:, columns : self.inner.n])
-        of_fc2 = self.fc2.gradients(wide_dy, act, saved.lows["fc2"], self.seed(at, self.fc2))
-        del d_act, act
+        of_fc2 = self.fc2.gradients(wide_dy, gelu(inside), saved.lows["fc2"], self.seed(at, self.fc2))
+        gelu_backward(self.fc2.backward(wide_dy, self.seed(at, self.fc2)), inside)
 
         wide_dense = room(x, self.dense)
         wide_dense[:, :hidden] = wide_dy[:, :hidden]
