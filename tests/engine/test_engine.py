@@ -332,6 +332,21 @@ def test_a_four_bit_base_gives_the_references_loss_and_gradients():
         assert (gradient - truth).norm() <= 1e-4 * truth.norm(), name
 
 
+def test_four_bit_weights_are_kept_unpacked_where_there_is_room_and_the_numbers_are_the_same():
+    model = perturbed(four_bits(llama(hidden_size=64, intermediate_size=128)))
+    (batch,) = micro_batches(rows([20, 9, 31]), range(3), budget=1000, packing=True, pad_id=0)
+    engine = Engine(model)
+    truth = gradients(engine, model, batch)
+    one = engine.blocks[0].unpacked * engine.dtype.itemsize
+    none = choose(engine, 60, 60, choose(engine, 60, 60, 10**9, RATES).bytes - 2 * one, RATES)
+    assert (none.held, choose(engine, 60, 60, none.bytes + one, RATES).held) == (0, 1)
+    assert engine.plan(60, 60, 10**9).held == 2
+    assert all(product.wide is not None for block in engine.blocks for product in block.products)
+    assert engine.blocks[0].unpacked == 0
+    for a, b in zip(gradients(engine, model, batch), truth, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("family", ["llama", "phi"])
 @pytest.mark.parametrize("held", [0, 2])

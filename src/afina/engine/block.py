@@ -171,8 +171,8 @@ class Block:
 
     @property
     def unpacked(self) -> int:
-        """Elements that `hold` would add, where room that is left over is for that."""
-        return 0
+        """Elements that `hold` would add, where there is room for it."""
+        return sum(product.unpacked for product in self.products)
 
     def multiply_adds(self, made: str | None = None) -> int:
         """For a token: of all its products, or of the one that makes a saved tensor."""

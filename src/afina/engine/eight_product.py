@@ -100,8 +100,13 @@ class EightProduct(Product):
             found.append((adapter.b.detach(), self.up[adapter.rows, adapter.columns], adapter.scale))
         return found
 
+    @property
+    def unpacked(self) -> int:
+        """See Product: nothing, as these are held or unpacked into eight bits for each use."""
+        return 0
+
     def hold(self) -> None:
-        """They are held."""
+        """See `unpacked`."""
 
     def trial(self, tokens: int) -> Callable[[], object]:
         """See Product."""

@@ -5,10 +5,11 @@ The twins are the definition: the tests hold the kernels to them. Statistics, an
 both. `out` may be a part of wider rows, so that a product finds its input where it wants it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -112,30 +113,28 @@ def head_norms(x: torch.Tensor, norms: Sequence[Norm], heads: Sequence[int], out
 
     heads: how many heads queries and keys have; norms: one for each.
     """
-    width = norms[0].weight.numel()
     out.copy_(x)
-    first = 0
-    for by, count in zip(norms, heads, strict=True):
-        place = slice(first * width, (first + count) * width)
-        part = x[:, place].unflatten(1, (count, width))
-        out[:, place] = _scaled(_normed(part, by)[0], by, x.dtype).flatten(1)
-        first += count
+    for by, place, of_head in _by_head(norms, heads):
+        out[:, place] = _scaled(_normed(x[:, place].unflatten(1, of_head), by)[0], by, x.dtype).flatten(1)
     return out
 
 
 @on_gpu
 def head_norms_backward(d: torch.Tensor, x: torch.Tensor, norms: Sequence[Norm], heads: Sequence[int]) -> torch.Tensor:
     """Turn x, the input of `head_norms`, into its gradient in place; d: of the output. d, x: (tokens, columns)."""
-    width = norms[0].weight.numel()
-    first = 0
-    for by, count in zip(norms, heads, strict=True):
-        place = slice(first * width, (first + count) * width)
-        part, slope = (rows[:, place].unflatten(1, (count, width)).flatten(0, 1) for rows in (x, d))
+    slopes = d.clone()
+    for by, place, of_head in _by_head(norms, heads):
+        part, slope = (rows[:, place].unflatten(1, of_head).flatten(0, 1) for rows in (x, d))
         norm_backward(slope, part, by, part)
-        x[:, place] = part.unflatten(0, (d.shape[0], count)).flatten(1)
-        first += count
-    x[:, first * width :] = d[:, first * width :]
-    return x
+        slopes[:, place] = part.view(d.shape[0], -1)
+    return x.copy_(slopes)
+
+
+def _by_head(norms: Sequence[Norm], heads: Sequence[int]) -> Iterator[tuple[Norm, slice, tuple[int, int]]]:
+    """Each norm with the columns it is for, and with how many heads there are in them, how wide."""
+    width, ends = norms[0].weight.numel(), accumulate(heads)
+    for by, count, end in zip(norms, heads, ends, strict=True):
+        yield by, slice((end - count) * width, end * width), (count, width)
 
 
 @on_gpu

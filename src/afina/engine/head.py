@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from afina.engine.elementwise import Norm, cross_entropy, norm, norm_backward, wide_product
+from afina.engine.offload import brought
 from afina.model.loss import Targeted
 
 LOGITS_AT_ONCE = 2**26
@@ -178,31 +179,11 @@ class Ends:
         return log_sum - truth, d_normed.to(normed.dtype)
 
     def _passing(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-        """First row, rows and bias of each part of the head, on the device, in one of two places filled in turn."""
-        device, count = self.norm.weight.device, self.weight.shape[0]
-        starts = range(0, count, VOCABULARY_AT_ONCE)
-        if device.type != "cuda":
-            for first in starts:
-                part = self.weight[first : first + VOCABULARY_AT_ONCE]
-                yield first, part, None if self.bias is None else self.bias[first : first + part.shape[0]]
-            return
-        compute, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        places = self.weight.new_empty(2, min(VOCABULARY_AT_ONCE, count), self.weight.shape[1], device=device)
-        for number, first in enumerate(starts):
-            if number == 0:
-                self._fetch(places[0], 0, copying, compute)
-            compute.wait_stream(copying)
-            if first + VOCABULARY_AT_ONCE < count:
-                self._fetch(places[(number + 1) % 2], first + VOCABULARY_AT_ONCE, copying, compute)
-            part = places[number % 2][: min(VOCABULARY_AT_ONCE, count - first)]
+        """First row, rows and bias of each part of the head, on the device."""
+        parts = self.weight.split(VOCABULARY_AT_ONCE)
+        for number, part in enumerate(brought(parts) if self.norm.weight.is_cuda else parts):
+            first = number * VOCABULARY_AT_ONCE
             yield first, part, None if self.bias is None else self.bias[first : first + part.shape[0]]
-
-    def _fetch(self, place: torch.Tensor, first: int, copying: Any, compute: Any) -> None:
-        """Begin to fill a place, once what was asked of it so far is computed."""
-        copying.wait_stream(compute)
-        part = self.weight[first : first + VOCABULARY_AT_ONCE]
-        with torch.cuda.stream(copying):
-            place[: part.shape[0]].copy_(part, non_blocking=True)
 
 
 def _within(targets: torch.Tensor, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ a tensor on its way still takes room on the GPU, and a forward that ran ahead wo
 """
 
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,3 +72,22 @@ class Offload:
         torch.cuda.current_stream().wait_event(arrived)
         self._free[parked.host.shape, parked.host.dtype].append(parked.host)
         return tensor
+
+
+def brought(parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Tensors out of pinned memory on the GPU, one after another in two places: the next comes while one is used."""
+    compute, copying = torch.cuda.current_stream(), torch.cuda.Stream()
+    places = [torch.empty_like(part, device="cuda") for part in parts[:2]]
+
+    def begin(number: int) -> torch.Tensor:
+        copying.wait_stream(compute)  # what was asked of this place before has been computed then
+        with torch.cuda.stream(copying):
+            return places[number % 2][: parts[number].shape[0]].copy_(parts[number], non_blocking=True)
+
+    coming = begin(0)
+    for number in range(1, len(parts) + 1):
+        here = coming
+        compute.wait_stream(copying)
+        if number < len(parts):
+            coming = begin(number)
+        yield here

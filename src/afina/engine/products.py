@@ -130,6 +130,11 @@ class Product:
             if learnt.bias is not None and self.bias is not None:
                 self.bias[learnt.rows].copy_(learnt.bias.detach())
 
+    @property
+    def unpacked(self) -> int:
+        """Elements that `hold` would add."""
+        return (self.n + self.r) * (self.k + self.r) if self.packed and self.wide is None else 0
+
     def hold(self) -> None:
         """Turn four-bit weights into a buffer of their own, once: more memory, the same numbers."""
         if self.wide is None:
