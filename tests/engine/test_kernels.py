@@ -97,7 +97,7 @@ def test_copy_many():
     for number, (rows, columns) in enumerate([(3, 5), (16, 40), (31, 8)]):
         source = torch.randn(rows, columns, device=DEVICE)
         triples.append((source, wide[sum((3, 16, 31)[:number]) :][:rows, :columns], float(number + 1)))
-    movers.copy_many(movers.copy_table(triples), 3)
+    movers.Table(triples).run()
     for source, target, factor in triples:
         close(target, exact(source * factor), torch.bfloat16)
     assert wide[0, 5:].eq(0).all() and wide[:3, 5:].eq(0).all()

@@ -211,15 +211,13 @@ class Block:
     def expect(self, saved: Saved) -> None:
         """This layer's backward comes soon: what waits away may begin its way back."""
         for tensor in saved.tensors.values():
-            if isinstance(tensor, Parked) and self.offload is not None:
-                self.offload.begin_fetch(tensor)
+            if isinstance(tensor, Parked):
+                tensor.begin()
 
     def take(self, saved: Saved, name: str) -> torch.Tensor | None:
         """A saved tensor, and no longer saved; None when it is to be made again."""
         tensor = saved.tensors.pop(name)
-        if isinstance(tensor, Parked) and self.offload is not None:
-            tensor = self.offload.fetch(tensor)
-        return tensor if isinstance(tensor, torch.Tensor) else None
+        return tensor.fetch() if isinstance(tensor, Parked) else tensor
 
     def bring_ends(self, saved: Saved) -> tuple[torch.Tensor, torch.Tensor]:
         """What entered the layer (tokens, hidden), and attention's output (tokens, columns), back in its place."""

@@ -186,7 +186,9 @@ def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
 
 def gelu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """gelu(x) by tanh, Phi's (Hendrycks & Gimpel, 2016, arXiv:1606.08415). x, out: (rows, width)."""
-    return torch.ops.aten.gelu.out(x, approximate="tanh", out=torch.empty_like(x) if out is None else out)
+    out = torch.empty_like(x) if out is None else out
+    torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+    return out
 
 
 def gelu_backward(d: torch.Tensor, x: torch.Tensor) -> None:

@@ -13,30 +13,21 @@ import torch
 LAYERS_AT_ONCE = 2
 
 
-@dataclass
-class Parked:
-    """A tensor in pinned memory; `done` says when it has arrived there, `back` is its copy on the GPU, on its way."""
-
-    host: torch.Tensor
-    done: torch.cuda.Event
-    back: tuple[torch.Tensor, torch.cuda.Event] | None = None
-
-
 class Offload:
     """Streams and pinned buffers; buffers are kept from step to step."""
 
     def __init__(self, tensors: int = 1) -> None:
         """tensors: how many a layer sends."""
         self._at_once = LAYERS_AT_ONCE * tensors
-        self._out, self._in = torch.cuda.Stream(), torch.cuda.Stream()
+        self._out, self.incoming = torch.cuda.Stream(), torch.cuda.Stream()
         self._leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+        self.free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
 
-    def send(self, tensor: torch.Tensor) -> Parked:
+    def send(self, tensor: torch.Tensor) -> "Parked":
         """Begin to copy a tensor away. It stays on the GPU until the copy has ended."""
         while len(self._leaving) >= self._at_once:
             self._leaving.popleft()[1].synchronize()
-        free = self._free.setdefault((tensor.shape, tensor.dtype), [])
+        free = self.free.setdefault((tensor.shape, tensor.dtype), [])
         host = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         done = torch.cuda.Event()
         self._out.wait_stream(torch.cuda.current_stream())
@@ -44,33 +35,41 @@ class Offload:
             host.copy_(tensor, non_blocking=True)
             done.record()
         self._leaving.append((tensor, done))
-        return Parked(host, done)
+        return Parked(self, host, done)
 
     def settle(self) -> None:
         """Wait until all that was sent has left the GPU."""
         while self._leaving:
             self._leaving.popleft()[1].synchronize()
 
-    def begin_fetch(self, parked: Parked) -> None:
-        """Begin to copy a tensor back."""
-        if parked.back is None:
-            tensor = torch.empty(parked.host.shape, dtype=parked.host.dtype, device="cuda")
-            arrived = torch.cuda.Event()
-            self._in.wait_event(parked.done)
-            self._in.wait_stream(torch.cuda.current_stream())  # the room may have been another's until now
-            with torch.cuda.stream(self._in):
-                tensor.copy_(parked.host, non_blocking=True)
-                arrived.record()
-            parked.back = tensor, arrived
 
-    def fetch(self, parked: Parked) -> torch.Tensor:
+@dataclass
+class Parked:
+    """A tensor in pinned memory; `done` says when it has arrived there, `back` is its copy on the GPU, on its way."""
+
+    by: Offload
+    host: torch.Tensor
+    done: torch.cuda.Event
+    back: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def begin(self) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """Begin to copy it back."""
+        if self.back is None:
+            tensor = torch.empty(self.host.shape, dtype=self.host.dtype, device="cuda")
+            arrived = torch.cuda.Event()
+            self.by.incoming.wait_event(self.done)
+            self.by.incoming.wait_stream(torch.cuda.current_stream())  # the room may have been another's until now
+            with torch.cuda.stream(self.by.incoming):
+                tensor.copy_(self.host, non_blocking=True)
+                arrived.record()
+            self.back = tensor, arrived
+        return self.back
+
+    def fetch(self) -> torch.Tensor:
         """The tensor, usable on the current stream; its pinned buffer is free again."""
-        self.begin_fetch(parked)
-        if parked.back is None:
-            raise RuntimeError("nothing was fetched")
-        tensor, arrived = parked.back
+        tensor, arrived = self.begin()
         torch.cuda.current_stream().wait_event(arrived)
-        self._free[parked.host.shape, parked.host.dtype].append(parked.host)
+        self.by.free[self.host.shape, self.host.dtype].append(self.host)
         return tensor
 
 

@@ -267,23 +267,18 @@ class Copies:
     def __init__(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
         self._all = list(copies)
         self._table: Any = None
-        if self._all and self._all[0][0].is_cuda:
-            from afina.engine import movers
+        if self._all and self._all[0][0].is_cuda and len({(a.dtype, b.dtype) for a, b, _factor in self._all}) == 1:
+            from afina.engine.movers import Table
 
-            if len({(source.dtype, target.dtype) for source, target, _factor in self._all}) == 1:
-                self._table = movers.copy_table(self._all)
+            self._table = Table(self._all)
 
     def run(self) -> None:
         """Copy them as they are now."""
-        if not self._all:
-            return
         if self._table is not None:
-            from afina.engine import movers
-
-            movers.copy_many(self._table, len(self._all))
-            return
-        sources, targets, factors = zip(*self._all, strict=True)
-        torch._foreach_copy_(list(targets), torch._foreach_mul(list(sources), list(factors)))
+            self._table.run()
+        elif self._all:
+            sources, targets, factors = zip(*self._all, strict=True)
+            torch._foreach_copy_(list(targets), torch._foreach_mul(list(sources), list(factors)))
 
 
 class Replayed:
