@@ -275,9 +275,7 @@ def room(x: torch.Tensor, product: Product) -> torch.Tensor:
 
 def widened(x: torch.Tensor, product: Product) -> torch.Tensor:
     """x (tokens, K) in rows with the product's extra columns."""
-    wide = x.new_empty(x.shape[0], product.k + product.r)
-    wide[:, : product.k] = x
-    return wide
+    return torch.cat([x, x.new_empty(x.shape[0], product.r)], dim=1)  # by far the fastest copy into wider rows
 
 
 def added(sums: list[torch.Tensor], more: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -122,8 +122,8 @@ def prove_eight(
     products, handed_down, learnt = dict[str, float](), list[float](), list[float]()
     with perturbed(engine):
         engine._refresh()
-        at = engine._positions(batch, None)
-        x, inputs, saved = engine.ends.embed(batch.input_ids[0]), list[torch.Tensor](), list[Saved | None]()
+        ids, at = engine.rows(batch, None)
+        x, inputs, saved = engine.ends.embed(ids), list[torch.Tensor](), list[Saved | None]()
         for block in engine.blocks:
             inputs.append(x)
             x, kept = block.forward(x, at, save=True)

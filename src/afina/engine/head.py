@@ -109,13 +109,13 @@ class Ends:
         if not self.learnt or d_embedded is None:
             return []
         parameters, count = self.parameters(), len(self.norm.learnt)
-        rows = torch.ops.aten.embedding_dense_backward(d_embedded.contiguous(), ids, self.embedding.shape[0], -1, False)
-        if self.tied:  # a head's gradient is as large as the head, and fp32: it is read once
-            head = torch.addcmul(rows, found[count], d_loss, out=torch.empty_like(parameters[count]))
-            ends = [head, *(part.mul_(d_loss) for part in found[count + 1 :])]
+        found = [part.mul_(d_loss) for part in found]
+        if self.tied:
+            found[count].index_put_((ids,), d_embedded.to(found[count].dtype), accumulate=True)
         else:
-            ends = [rows, *(part.mul_(d_loss) for part in found[count:])]
-        found = [*(part.mul_(d_loss) for part in found[:count]), *ends]
+            rows = d_embedded.contiguous()
+            rows = torch.ops.aten.embedding_dense_backward(rows, ids, self.embedding.shape[0], -1, False)
+            found.insert(count, rows)
         return [part.to(parameter.dtype) for part, parameter in zip(found, parameters, strict=True)]
 
     def _summed(

@@ -293,7 +293,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtyp
     slopes = logits.view(dtype)[:, :width]
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _cross_entropy[(rows,)](
-        logits, logits.stride(0), targets, slopes, slopes.stride(0), losses, width, 4096, num_warps=16
+        logits, logits.stride(0), targets, slopes, slopes.stride(0), losses, width, 4096, num_warps=8
     )
     return losses, slopes
 
