@@ -196,6 +196,15 @@ def escaped_quotes(raw: bytes) -> int:
     return (raw.replace(b"\\\\", b"") if b"\\\\" in raw else raw).count(b'\\"')
 
 
+def quotes_in(text: bytes) -> int:
+    """`quotes` of many lines together. text: these with their line ends."""
+    codes = np.frombuffer(text, np.uint8)
+    after = codes[np.flatnonzero(codes == ord("\\")) + 1]
+    if (after == ord("\\")).any():
+        return int(quotes_of(text, np.zeros(1, np.int64))[0])
+    return int(np.count_nonzero(codes == ord('"')) - np.count_nonzero(after == ord('"')))
+
+
 def quotes_of(text: bytes, begins: np.ndarray) -> np.ndarray:
     """(lines,) int64: `quotes` of each line. text: lines with their line ends; begins: (lines,) where each begins."""
     codes = np.frombuffer(text, np.uint8)
