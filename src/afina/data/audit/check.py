@@ -44,8 +44,8 @@ ENOUGH = 50
 
 @dataclass
 class Taken:
-    """The conversations of a block, some at a time: of each its place in it, its roles, and how many texts; all texts, end
-    to end, and the hash of each."""
+    """The conversations of a block, some at a time: of each its place there, its roles, and how many texts it has;
+    all texts, end to end, and the hash of each."""
 
     roles: list[tuple[str, ...]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -355,8 +355,10 @@ def _is_sound(roles: tuple[str, ...]) -> bool:
 
 
 def _spoken(texts: list[str], hashed: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(rows,) bool: whether each row has no blank text, and its last one is not the one before it again. hashed: (texts,)
-    their hashes; counts: (rows,) texts of each row."""
+    """(rows,) bool: whether each row has no blank text, and its last one is not the one before it again.
+
+    hashed: (texts,) their hashes; counts: (rows,) texts of each row.
+    """
     stripped = list(map(str.strip, texts))
     if stripped != texts:  # mostly each of them is the very text
         hashed = np.fromiter(map(hash, stripped), np.int64, len(stripped))

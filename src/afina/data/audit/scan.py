@@ -38,9 +38,10 @@ ONES = np.uint64(0x0101010101010101)
 class Joined:
     """Texts end to end, those of ASCII first, a line end before the first, one after each, and EIGHT after the last.
 
-    `lengths`: characters of each of `texts`; `order`: of each that stands here its number in `texts`; `starts`, `ends`: where it begins, and the place after its
-    last character. A place is a UTF-16 unit: in `narrow` what it is in Latin-1, 0 where that has no such character; in
-    `flags` what is to be known of it; from `first` on, where texts are no more ASCII, in `wide` itself.
+    `lengths`: characters of each of `texts`; `order`: of each that stands here its number. `starts`, `ends`: where
+    it begins, and the place after its last character. A place is a UTF-16 unit: in `narrow` what it is in Latin-1, 0
+    where that has no such character; in `flags` what is to be known of it; from `first` on, where texts are no more of
+    ASCII, in `wide` itself.
     """
 
     texts: list[str]
@@ -55,11 +56,11 @@ class Joined:
 
     def owners(self, places: np.ndarray) -> np.ndarray:
         """Which of those that stand here each place lies in."""
-        return np.searchsorted(self.starts, places, side="right") - 1
+        return np.asarray(np.searchsorted(self.starts, places, side="right") - 1)
 
     def units(self, places: np.ndarray) -> np.ndarray:
         """(places,) uint16: what stands at these places."""
-        found = np.frombuffer(self.narrow, np.uint8)[places].astype(np.uint16)
+        found: np.ndarray = np.frombuffer(self.narrow, np.uint8)[places].astype(np.uint16)
         beyond = np.flatnonzero((found == 0) & (places >= self.first))
         found[beyond] = self.wide[places[beyond] - self.first]
         return found
