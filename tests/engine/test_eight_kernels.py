@@ -236,3 +236,19 @@ def test_unpack(rows, columns, nested, form):
         out[:, :rows].t().contiguous().view(torch.uint8), found.values[:, :columns].contiguous().view(torch.uint8)
     )
     assert out[:, rows:].float().eq(0).all()
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+@pytest.mark.parametrize("rows, width", [(1, 16), (7, 97), (3, 4100)])
+def test_cross_entropy_in_eight_bits(rows, width, form):
+    logits = torch.randn(rows, width, device=DEVICE) * 3
+    targets = torch.randint(width, (rows,), device=DEVICE)
+    logits[0, targets[0]] = 5.0
+    fold = torch.rand(width, device=DEVICE) + 0.01
+    found, truth = (empty(rows, width, form, -width % 16) for _ in range(2))
+    truth = on_cpu(truth)
+    losses = eight_kernels.cross_entropy_rows(logits, targets, fold, fold.amax(), found)
+    exact = eight.cross_entropy_rows(logits.cpu(), targets.cpu(), fold.cpu(), truth)
+    torch.testing.assert_close(losses.cpu(), exact, rtol=1e-5, atol=1e-5)
+    alike(found, truth)
+    assert (found.values[:, width:].view(torch.uint8) == 0x55).all()

@@ -166,6 +166,27 @@ SILU_SLOPE = 1.1
 """The largest slope of silu is 1.0998."""
 
 
+def cross_entropy_rows(logits: torch.Tensor, targets: torch.Tensor, fold: torch.Tensor, to: Rows) -> torch.Tensor:
+    """Loss of each row (rows,), and softmax - one-hot, its columns times `fold` (vocabulary,), into `to`.
+
+    None of a row is larger than 1 - the target's share, so no other pass looks for the largest.
+    """
+    if logits.is_cuda:
+        from afina.engine import eight_kernels
+
+        return eight_kernels.cross_entropy_rows(logits, targets, fold, fold.amax(), to)
+    log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
+    losses = (log_sum - logits.gather(1, targets[:, None]))[:, 0]
+    slopes = (logits - log_sum).exp().scatter_add_(1, targets[:, None], torch.full_like(log_sum, -1))
+    least = (1 - (-losses).exp()).clamp(min=LEAST_SLOPE) + losses * 0
+    to.write(slopes * fold, to.form.largest, least * fold.amax())
+    return losses
+
+
+LEAST_SLOPE = 2.0**-20
+"""The least 1 - share that a row's scale is made for: fp32 knows it no better."""
+
+
 def gather_rotated_rows(
     d_heads: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, fold: torch.Tensor, to: Rows
 ) -> Rows:

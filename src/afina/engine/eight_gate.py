@@ -7,16 +7,17 @@ nothing can multiply so, the exact products stay, and a sentence says why.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
 
 from afina.engine.block import Block, Saved
 from afina.engine.eight import FP8, INT8, Format
+from afina.engine.eight_head import EightHead
 from afina.engine.eight_product import ALIGN, EightProduct
 from afina.engine.eight_sequential import in_eight_bits
-from afina.engine.engine import Engine
+from afina.engine.engine import HEAD, Engine
 from afina.engine.parallel import Parallel
 from afina.engine.products import Product, Scratch
 from afina.engine.proof import perturbed
@@ -92,7 +93,7 @@ def try_eight_bits(engine: Engine, batch: Targeted, asked: str, *, hold: bool = 
     if reason is not None or form is None:
         return _("exact products, not in eight bits: {reason}").format(reason=reason)
     proof = prove_eight(engine, batch, form)
-    if proof.failing and len(proof.failing) < len(proof.products):
+    if proof.failing and proof.products.keys() - {HEAD} - proof.failing:
         proof = prove_eight(engine, batch, form, exact=proof.failing)
     found = {"products": min(proof.products.values()), "layers": proof.layers, "learnt": proof.learnt}
     if not proof.holds:
@@ -119,6 +120,7 @@ def prove_eight(
     """
     count = len(engine.blocks)
     chosen = {round(number * (count - 1) / max(1, layers - 1)) for number in range(layers)}
+    of_layers = exact - {HEAD}
     products, handed_down, learnt = dict[str, float](), list[float](), list[float]()
     with perturbed(engine):
         engine._refresh()
@@ -129,12 +131,18 @@ def prove_eight(
             x, kept = block.forward(x, at, save=True)
             saved.append(kept)
         wide = engine.ends.loss(x, batch, engine.blocks[-1].extra)[1][0]
+        if engine.head_goes_along(form, exact):
+            ends = replace(engine.ends, eight=EightHead.of(engine.ends.weight))
+            products[HEAD] = _cosine([ends.loss(x, batch, 0)[1][0]], [wide[:, : x.shape[1]]])
         for number in reversed(range(count)):
             block, kept, below = engine.blocks[number], _present(saved.pop()), engine.blocks[max(0, number - 1)].extra
             if number not in chosen:
                 wide = _present(block.backward(wide, kept, at, below)[0])
                 continue
-            eight, dy = _placed(in_eight_bits(block, form, Scratch(), Scratch(), exact=exact, keep=True)), wide.clone()
+            eight, dy = (
+                _placed(in_eight_bits(block, form, Scratch(), Scratch(), exact=of_layers, keep=True)),
+                wide.clone(),
+            )
             with _watched(block, eight, products):
                 block.forward(inputs[number], at, save=False)
                 wide, true = block.backward(wide, kept, at, below)

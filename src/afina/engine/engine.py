@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from afina.engine.block import Block, Placement, Positions, Saved
-from afina.engine.eight import Format
+from afina.engine.eight import FP8, Format
+from afina.engine.eight_head import EightHead
 from afina.engine.eight_sequential import in_eight_bits
 from afina.engine.families import final_norm, make_block, turned_half
 from afina.engine.head import Ends, Host
@@ -19,6 +20,9 @@ from afina.engine.offload import Offload
 from afina.engine.plan import Plan, choose
 from afina.engine.products import Copies, Scratch
 from afina.model.loss import Targeted
+
+HEAD = "head"
+"""Its name among products."""
 
 
 class Engine:
@@ -86,17 +90,27 @@ class Engine:
         self._copies = None
         self.ends.leave(host)
 
+    def head_goes_along(self, form: Format, exact: Collection[str]) -> bool:
+        """Whether the head's backward is in eight bits too where the layers are."""
+        return form is FP8 and HEAD not in exact and not self.ends.passes_by and not self.ends.learnt
+
     @torch.no_grad()
     def into_eight_bits(self, form: Format, *, exact: Collection[str] = (), hold: bool = True) -> None:
         """Multiply in eight bits from now on. Frozen weights are held so too, layer by layer, so that what is freed
         makes room: the transformers model has none of these layers' any more. Weights of four bits may stay as they
-        are, to be unpacked for each use, unless `hold`. exact: names of the layers' products that stay as they are.
+        are, to be unpacked for each use, unless `hold`. exact: names of the products that stay as they are, among them
+        the head, whose gradient e4m3 alone has the range for.
         """
         straight, turned = Scratch(), Scratch()
-        self.blocks = [in_eight_bits(block, form, straight, turned, exact=exact, hold=hold) for block in self.blocks]
+        of_layers = set(exact) - {HEAD}
+        self.blocks = [
+            in_eight_bits(block, form, straight, turned, exact=of_layers, hold=hold) for block in self.blocks
+        ]
+        if self.head_goes_along(form, exact):
+            self.ends.eight = EightHead.of(self.ends.weight)
         self._products = [product for block in self.blocks for product in block.products]
         self._turned, self._copies = (straight, turned), None
-        if not exact:
+        if not of_layers:
             self._scratch.let_go()
 
     @torch.no_grad()

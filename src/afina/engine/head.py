@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from afina.engine.eight_head import EightHead
 from afina.engine.elementwise import Norm, cross_entropy, norm, norm_backward, wide_product
 from afina.model.loss import Targeted
 
@@ -28,7 +29,8 @@ class Ends:
     """embedding, weight (the head's): (vocabulary, hidden), the same tensor where they are tied. bias: of the head.
 
     `learnt`: the parameters behind embedding, head and bias, where they learn; a tied one stands once. `passes_by`: the
-    head waits in the computer's memory. `shared`: the model's own embedding and head.
+    head waits in the computer's memory. `shared`: the model's own embedding and head. `eight`: what dx is made of in
+    eight bits.
     """
 
     embedding: torch.Tensor
@@ -38,6 +40,7 @@ class Ends:
     learnt: tuple[nn.Parameter, ...] = ()
     passes_by: bool = False
     shared: tuple[nn.Parameter, ...] = ()
+    eight: EightHead | None = None
 
     @property
     def logits_at_once(self) -> int:
@@ -63,7 +66,7 @@ class Ends:
         self.embedding = _pinned(self.embedding)
         if which == "both":
             self.weight = self.embedding if tied else _pinned(self.weight)
-            self.passes_by = True
+            self.passes_by, self.eight = True, None
         for parameter, ours in zip(self.shared, (self.embedding, self.weight), strict=False):
             parameter.data = ours
 
@@ -137,6 +140,8 @@ class Ends:
                 losses, d_normed = self._by_vocabulary(normed, targets, d_rows is not None)
                 if weights is not None:
                     losses, d_normed = losses * weights, d_normed * weights[:, None].to(d_normed)
+            elif self.eight is not None and d_rows is not None:
+                losses, d_normed = self.eight.loss(_logits(normed, self.weight, self.bias), targets, weights, chunk)
             else:
                 losses, slopes = cross_entropy(_logits(normed, self.weight, self.bias), targets, rows.dtype)
                 if weights is not None:

@@ -152,6 +152,8 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
         standing -= rungs[number].kept * element
     ends_away = {"neither": 0, "embedding": 1, "both": 1 if ends.tied else 2}[plan.host]
     needed += WORKSPACE + engine.to_come - element * hidden * vocabulary * ends_away
+    if plan.host == "both" and ends.eight is not None:
+        needed -= ends.eight.bytes
     copying = sum(rung.away for rung in rungs) * element / rates.copies
     passes = 3 if ends.learnt else 2
     base = (block.multiply_adds() * layers + vocabulary * hidden) * tokens / rates.products
