@@ -13,7 +13,7 @@ from afina.engine.eight_gate import format_of, prove_eight, try_eight_bits, why_
 from afina.engine.eight_head import EightHead
 from afina.engine.eight_product import EightProduct
 from afina.engine.engine import Engine
-from afina.engine.plan import ladder, room_to_hold
+from afina.engine.plan import choose, ladder, room_to_hold
 from afina.engine.products import Scratch
 from afina.errors import ModelError
 from afina.model.attach import attach
@@ -155,7 +155,9 @@ def test_the_heads_gradient_is_that_of_softmax_in_eight_bits(tokens, vocabulary)
         logits[row, targets[row]] = logits[row].logsumexp(0) + 2 + row / 3
     truth = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     slopes = (logits.softmax(1) - torch.nn.functional.one_hot(targets, vocabulary)) * weights[:, None]
-    losses, found = EightHead.of(weight.float()).loss(logits.float(), targets, weights, weight.float())
+    given = logits.float().split(2)  # two rows at a time, whatever they are said to be made from
+    rows, given = torch.zeros(tokens, 48), iter(given)
+    losses, found = EightHead.of(weight.float()).loss(lambda _rows: next(given), rows, targets, weights, 2)
     torch.testing.assert_close(losses.double(), truth * weights, rtol=1e-5, atol=1e-5)
     for row, true, size in zip(found.double(), slopes @ weight, weight[targets].norm(dim=1), strict=True):
         assert (row - true).norm() <= 0.06 * true.norm() + 1e-6 * size  # fp32 knows the sum of such logits no better
@@ -164,7 +166,8 @@ def test_the_heads_gradient_is_that_of_softmax_in_eight_bits(tokens, vocabulary)
 def test_a_loss_that_is_no_number_stays_visible_behind_the_head():
     logits = torch.randn(3, 32)
     logits[1, 4] = float("nan")
-    losses, found = EightHead.of(torch.randn(32, 16)).loss(logits, torch.tensor([1, 2, 3]), None, torch.ones(1))
+    targets = torch.tensor([1, 2, 3])
+    losses, found = EightHead.of(torch.randn(32, 16)).loss(lambda _rows: logits, torch.zeros(3, 16), targets, None, 3)
     assert losses[[0, 2]].isfinite().all() and found[[0, 2]].isfinite().all()
     assert not losses[1].isfinite() and not found[1].isfinite().any()
 
@@ -202,6 +205,29 @@ def test_what_is_made_again_changes_nothing(family, form):
             again = gradients(engine, model, batch)
             for a, b in zip(kept, again, strict=True):
                 assert (a - b).norm() <= 1e-5 * a.norm(), level
+
+
+@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_weights_turned_over_for_good_are_those_turned_over_at_each_use(form, hold):
+    model, batch = perturbed(four_bits(llama(hidden_size=64, intermediate_size=128))), packed([20, 9, 31])
+    engine = Engine(model)
+    engine.into_eight_bits(form, hold=hold)
+    each = engine.blocks[0].unpacked * engine.dtype.itemsize
+    whole = choose(engine, 60, 60, 10**9)
+    assert each > 0 and whole.held == len(engine.blocks)
+    assert choose(engine, 60, 60, whole.bytes - 1).held == len(engine.blocks) - 1
+    for _step in range(2):  # the adapters behind them are written anew
+        at_each_use = gradients(engine, model, batch)
+        engine.place(whole.placements, held=1)
+        found = gradients(engine, model, batch)
+        assert all(torch.equal(a, b) for a, b in zip(at_each_use, found, strict=True))
+        for product in engine.blocks[-1].products:
+            assert product.own is not None
+            product.own = None
+        with torch.no_grad():
+            for parameter in engine.parameters:
+                parameter.mul_(1.25)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)

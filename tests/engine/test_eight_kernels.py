@@ -185,8 +185,13 @@ def test_low_rank_products(rows, width, r, form):
             both = [found[:, :r] + found[:, r : 2 * r] for found in (ours, again)]
             assert (both[0] - both[1]).norm() <= 1e-2 * both[1].norm()
             assert torch.equal(ours[:, :r], ours[:, 2 * r : 3 * r]) and ours[:, 3 * r :].eq(0).all()
-    truth = eight.outward(on_cpu(x), low.cpu())
-    found = eight_matrix.outward(x, low)
+    truth = eight.outward(on_cpu(x), low.cpu(), torch.float32)
+    found = eight_matrix.outward(x, low, torch.float32)
+    assert (found.cpu() - truth).norm() <= (1e-2 if CUDA else 1e-5) * truth.norm()
+    first = (torch.arange(width, device=DEVICE) // -(-width // (r // 8)) * 8).int()  # adapters of rank 8
+    truth = eight.outward_turned(on_cpu(x), low.cpu(), first.cpu(), unfold.cpu(), 8, torch.float32)
+    found = eight_matrix.outward_turned(x, low, first, unfold, 8, torch.float32)
+    assert found.shape == (width, 8)
     assert (found.cpu() - truth).norm() <= (1e-2 if CUDA else 1e-5) * truth.norm()
 
 

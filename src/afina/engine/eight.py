@@ -218,12 +218,30 @@ def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: torc
     return (found * x.scales[:, None]).to(small.dtype)
 
 
-def outward(x: Rows, low: torch.Tensor) -> torch.Tensor:
-    """low^T x (r, width), at least fp32: gradients of adapters. low: (rows, r)."""
+def outward(x: Rows, low: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """low^T x (r, width), summed in at least fp32: gradients of adapters' A. low: (rows, r)."""
     if x.values.is_cuda:
         from afina.engine import eight_matrix
 
-        return eight_matrix.outward(x, low)
+        return eight_matrix.outward(x, low, dtype)
+    return _outward(x, low).to(dtype)
+
+
+def outward_turned(
+    x: Rows, low: torch.Tensor, first: torch.Tensor, factors: torch.Tensor, rank: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """x^T low (width, rank), each row times its factor, of `rank` columns of low, beginning at `first`: gradients of
+    adapters' B, one below the other. low: (rows, r); first, factors: (width,)."""
+    if x.values.is_cuda:
+        from afina.engine import eight_matrix
+
+        return eight_matrix.outward_turned(x, low, first, factors, rank, dtype)
+    columns = first.long()[:, None] + torch.arange(rank)
+    found = _outward(x, low).t().gather(1, columns.clamp(max=low.shape[1] - 1))
+    return (found * factors[:, None]).to(dtype)
+
+
+def _outward(x: Rows, low: torch.Tensor) -> torch.Tensor:
     wide = torch.promote_types(low.dtype, torch.float32)
     return (low.to(wide) * x.scales[:, None]).t() @ x.values[:, : x.width].to(wide)
 

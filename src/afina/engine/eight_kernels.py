@@ -337,4 +337,4 @@ def _gather_rotated_rows(
 
 
 def _warps(block: int) -> int:
-    return 4 if block <= 2048 else 8 if block <= 8192 else 16
+    return 4 if block <= 4096 else 8 if block <= 8192 else 16

@@ -30,6 +30,12 @@ class EightSequential(Sequential):
         """See Block."""
         return super().saves(tokens) | {"gate_up": tokens * self.gate_up.n, "qkv": tokens * self.qkv.n}
 
+    @property
+    def unpacked(self) -> int:
+        """See Block: weights that are turned over for good."""
+        turned = sum(part.turned_bytes for part in (self.qkv, self.o, self.gate_up, self.down))
+        return turned // self.qkv.like.element_size()
+
     def at_work(self, rows: int) -> int:
         """See Block: d of the activation, and in eight bits the gradient of gate and up and the activation again."""
         return rows * (self.down.k + (self.gate_up.n + self.down.k) // 2)

@@ -13,6 +13,7 @@ from torch import nn
 from afina.engine.block import Block, Placement, Positions, Saved
 from afina.engine.eight import FP8, Format
 from afina.engine.eight_head import EightHead
+from afina.engine.eight_product import Beside, EightProduct
 from afina.engine.eight_sequential import in_eight_bits
 from afina.engine.families import final_norm, make_block, turned_half
 from afina.engine.head import Ends, Host
@@ -21,6 +22,7 @@ from afina.engine.plan import Plan, choose
 from afina.engine.products import Copies, Scratch
 from afina.model.loss import Targeted
 
+BESIDE = True
 HEAD = "head"
 """Its name among products."""
 
@@ -38,6 +40,7 @@ class Engine:
         self.dtype = dtype or inside.embed_tokens.weight.dtype
         self._scratch = Scratch()
         self._turned: tuple[Scratch, ...] = ()
+        self._beside: Beside | None = None
         layers = enumerate(inside.layers)
         self.blocks: list[Block] = [make_block(layer, config, n, self._scratch, self.dtype) for n, layer in layers]
         self.ends = _ends(inside.embed_tokens.weight, head, final_norm(inside, config, self.dtype), self.dtype)
@@ -110,6 +113,11 @@ class Engine:
             self.ends.eight = EightHead.of(self.ends.weight)
         self._products = [product for block in self.blocks for product in block.products]
         self._turned, self._copies = (straight, turned), None
+        if BESIDE and self.device.type == "cuda":
+            self._beside = Beside(self.device)
+            for product in self._products:
+                if isinstance(product, EightProduct):
+                    product.beside = self._beside
         if not of_layers:
             self._scratch.let_go()
 
@@ -172,6 +180,8 @@ class Engine:
                 self.blocks[place - 1].expect(saved[place - 1])
             wide, of_block = self.blocks[place].backward(wide, saved.pop(), at, below)
             gradients.append(of_block)
+        if self._beside is not None:
+            self._beside.join()
         of_ends = self.ends.gradients(found, ids, wide, d_loss)
         return [*(gradient for of_block in reversed(gradients) for gradient in of_block), *of_ends]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from afina.engine.block import HERE, Placement
+from afina.engine.eight_head import CHUNKS
 from afina.engine.head import LOGITS_AT_ONCE, VOCABULARY_AT_ONCE, Host
 
 if TYPE_CHECKING:
@@ -144,6 +145,8 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
     at_once = min(tokens * vocabulary, ends.logits_at_once)
     if plan.host == "both":
         at_once = min(tokens * VOCABULARY_AT_ONCE, 4 * LOGITS_AT_ONCE) * 2 + 2 * VOCABULARY_AT_ONCE * hidden
+    if ends.eight is not None and plan.host != "both":
+        at_once += min(CHUNKS * at_once, tokens * vocabulary) // 4
     standing = sum(rung.kept for rung in rungs) * element
     needed = standing + of_head + at_once * 4 + 4 * tokens * hidden * element
     for number in range(layers - 1, -1, -1):
@@ -152,7 +155,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
         standing -= rungs[number].kept * element
     ends_away = {"neither": 0, "embedding": 1, "both": 1 if ends.tied else 2}[plan.host]
     needed += WORKSPACE + engine.to_come - element * hidden * vocabulary * ends_away
-    if plan.host == "both" and ends.eight is not None:
+    if ends.eight is not None and plan.host == "both":
         needed -= ends.eight.bytes
     copying = sum(rung.away for rung in rungs) * element / rates.copies
     passes = 3 if ends.learnt else 2
