@@ -16,12 +16,11 @@ from afina.engine.block import Block, Saved
 from afina.engine.eight import FP8, INT8, Format
 from afina.engine.eight_head import EightHead
 from afina.engine.eight_product import ALIGN, EightProduct
-from afina.engine.eight_sequential import in_eight_bits
+from afina.engine.eight_sequential import Scratches, in_eight_bits
 from afina.engine.engine import HEAD, Engine
-from afina.engine.parallel import Parallel
-from afina.engine.products import Product, Scratch
+from afina.engine.mixture import Mixture
+from afina.engine.products import Product
 from afina.engine.proof import perturbed
-from afina.engine.sequential import Sequential
 from afina.language import _
 from afina.model.loss import Targeted
 
@@ -76,8 +75,6 @@ def format_of(asked: str, device: torch.device, dtype: torch.dtype) -> Format | 
 def why_exact(engine: Engine, asked: str) -> str | None:
     """Why this engine's products cannot be in eight bits; None where they can."""
     products = [product for block in engine.blocks for product in block.products]
-    if any(type(block) not in (Parallel, Sequential) for block in engine.blocks):
-        return _("mixtures of experts are multiplied exactly")
     if any(product.learnt for product in products):
         return _("every weight learns")
     if any(size % ALIGN for product in products for size in (product.n, product.k)):
@@ -139,20 +136,30 @@ def prove_eight(
             if number not in chosen:
                 wide = _present(block.backward(wide, kept, at, below)[0])
                 continue
-            eight, dy = (
-                _placed(in_eight_bits(block, form, Scratch(), Scratch(), exact=of_layers, keep=True)),
-                wide.clone(),
-            )
+            eight, dy = _placed(in_eight_bits(block, form, Scratches(), exact=of_layers, keep=True)), wide.clone()
             with _watched(block, eight, products):
                 block.forward(inputs[number], at, save=False)
                 wide, true = block.backward(wide, kept, at, below)
             wide = _present(wide)
-            kept = _present(eight.forward(inputs[number], at, save=True)[1])
+            with _routed(block, kept):
+                kept = _present(eight.forward(inputs[number], at, save=True)[1])
             found, of_adapters = eight.backward(dy, kept, at, below)
             hidden = inputs[number].shape[1]
             handed_down.append(_cosine([_present(found)[:, :hidden]], [wide[:, :hidden]]))
             learnt.append(_cosine(of_adapters, true))
     return EightProof(products, _least(handed_down), _least(learnt), exact)
+
+
+@contextmanager
+def _routed(block: Block, kept: Saved) -> Iterator[None]:
+    """Within, a mixture's tokens go to the experts to which they went before: near ties would hide all else."""
+    if isinstance(block, Mixture):
+        block.router.told = torch.cat([routing.ids for _rows, routing, _seen in kept.routed])
+    try:
+        yield
+    finally:
+        if isinstance(block, Mixture):
+            block.router.told = block.router.missed = None
 
 
 def _placed(block: Block) -> Block:

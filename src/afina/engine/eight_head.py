@@ -50,8 +50,8 @@ class EightHead:
         weights: torch.Tensor | None,
         at_once: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of each row (rows,) times its weight, and rows' gradient (rows, hidden) in their dtype. targets, weights:
-        (rows,); logits: of some rows (at_once, hidden), at least fp32."""
+        """Loss of each row (rows,) times its weight, and the gradient of rows (rows, hidden) in their dtype. targets,
+        weights: (rows,); logits: of some rows (at_once, hidden), at least fp32."""
         count, vocabulary = rows.shape[0], self.fold.shape[0]
         slopes = Rows.empty(count, vocabulary, self.turned.shape[1] - vocabulary, FP8, rows.device)
         slopes.values[:, vocabulary:] = torch.zeros((), dtype=FP8.dtype)

@@ -22,8 +22,6 @@ from afina.engine import eight
 from afina.engine.eight import FP8, Format, Rows
 from afina.engine.elementwise import wide_product
 from afina.engine.products import Product, Scratch
-from afina.errors import ModelError
-from afina.language import _
 
 ALIGN = 16
 """Bytes at which every row of a factor must begin."""
@@ -56,7 +54,8 @@ class Beside:
 class EightProduct(Product):
     """See Product. weights8: (N, K + appended) in eight bits, or scales alone where they are unpacked for each use
     into `straight`; down: (r, K) every A; up: (N, r) every sB in its place; units: of their columns. first, factors:
-    (N,) an output's first column of `up`, and what dB is to be multiplied by after dy was folded. own: the weights turned over, for good.
+    (N,) an output's first column of `up`, and what dB is multiplied by, as dy is folded. own: the weights turned over
+    for good.
     """
 
     form: Format
@@ -85,12 +84,7 @@ class EightProduct(Product):
         appended = -(-3 * r // TILE) * TILE if form is FP8 else 0
         weights = Rows.empty(n, k, appended, form, device)
         weights.values[:, k:] = torch.zeros((), dtype=form.dtype, device=device)
-        eight.quantise(exact.weights()[:n, :k], weights, weights=True)
-        if not weights.scales.isfinite().all():
-            raise ModelError(
-                _("A weight of the base model is not a number, so it cannot be held in eight bits."),
-                hint=_("Check the file of the base model, or set training.products to exact."),
-            )
+        eight.refuse_no_numbers(eight.quantise(exact.weights()[:n, :k], weights, weights=True))
         turned.ask(k * (n + appended))
         packed = [] if hold else exact.packed
         if packed:
@@ -134,7 +128,7 @@ class EightProduct(Product):
 
     @property
     def turned_bytes(self) -> int:
-        """What `hold` takes."""
+        """See Product."""
         return self.k * (self.n + self._appended)
 
     def hold(self) -> None:

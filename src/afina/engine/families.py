@@ -190,7 +190,17 @@ def _matrix(base: Any, name: str, adapter: LowRank | None, scratch: Scratch, dty
     weight = getattr(base, name).detach().to(dtype)
     plain = weight.transpose(1, 2) if hasattr(base, "limit") else weight
     like = weight.new_empty(0)
-    return Matrix(plain.shape[0], plain.shape[1], plain.shape[2], like, scratch, plain, bias=bias, adapter=adapter)
+    return Matrix(
+        plain.shape[0],
+        plain.shape[1],
+        plain.shape[2],
+        like,
+        scratch,
+        plain,
+        bias=bias,
+        adapter=adapter,
+        base=getattr(base, name),
+    )
 
 
 def _beneath(module: Any) -> tuple[Any, dict[str, LowRank]]:

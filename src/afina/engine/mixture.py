@@ -57,7 +57,8 @@ class Mixture(Stacked):
     def unpacked(self) -> int:
         """See Block."""
         packed = [part for part in (self.experts.gate_up, self.experts.down) if part.plain is None]
-        return sum(part.experts * part.n * part.k for part in packed)
+        turned = sum(product.turned_bytes for product in self.products)
+        return sum(part.experts * part.n * part.k for part in packed) + turned // self.qkv.like.element_size()
 
     def saves(self, tokens: int) -> dict[str, int]:
         """See Block."""

@@ -130,6 +130,11 @@ class Product:
             if learnt.bias is not None and self.bias is not None:
                 self.bias[learnt.rows].copy_(learnt.bias.detach())
 
+    @property
+    def turned_bytes(self) -> int:
+        """Of weights in eight bits turned over, which `hold` would keep beside them."""
+        return 0
+
     def hold(self) -> None:
         """Turn four-bit weights into a buffer of their own, once: more memory, the same numbers."""
         if self.wide is None:
