@@ -21,7 +21,7 @@ import torch
 from afina.engine import eight
 from afina.engine.eight import FP8, Format, Rows
 from afina.engine.elementwise import wide_product
-from afina.engine.products import Product, Scratch
+from afina.engine.products import FOUR_BITS, Product, Scratch
 
 ALIGN = 16
 """Bytes at which every row of a factor must begin."""
@@ -125,6 +125,13 @@ class EightProduct(Product):
             found.append((adapter.a.detach(), self.down[adapter.columns], 1.0))
             found.append((adapter.b.detach(), self.up[adapter.rows, adapter.columns], adapter.scale))
         return found
+
+    @property
+    def moved(self) -> int:
+        """See Product."""
+        if self.packed:
+            return round((2 if self.own is None else 1) * (FOUR_BITS + 1) * self.n * self.k)
+        return 2 * self.n * self.k if self.own is None else 0
 
     @property
     def turned_bytes(self) -> int:

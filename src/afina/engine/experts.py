@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from afina.engine.eight import FP8, Format, Rows, refuse_no_numbers, spread, wide_of
 from afina.engine.elementwise import twin_of, wide_product
 from afina.engine.grouped import grouped, grouped_add, grouped_outer
-from afina.engine.products import Scratch
+from afina.engine.products import FOUR_BITS, Scratch
 from afina.engine.router import LowRank, Routing
 from afina.model.mxfp4 import dequantise
 
@@ -51,6 +51,14 @@ class Matrix:
     def r(self) -> int:
         """Rank of the low-rank term as it is computed, 0 for none."""
         return 0 if self.adapter is None else -(-self.adapter.a.shape[0] // self.experts // ALIGN) * ALIGN
+
+    @property
+    def moved(self) -> int:
+        """Bytes that unpacking it forward and backward moves."""
+        if self.plain is not None:
+            return 0
+        packed = FOUR_BITS if self.eight is None else 1
+        return round(2 * (packed + self.like.element_size()) * self.experts * self.n * self.k)
 
     def hold(self) -> None:
         """Unpack for good: more memory, the same numbers."""
