@@ -134,9 +134,9 @@ class EightProduct(Product):
         return 2 * self.n * self.k if self.own is None else 0
 
     @property
-    def turned_bytes(self) -> int:
-        """See Product."""
-        return self.k * (self.n + self._appended)
+    def unpacked(self) -> int:
+        """See Product: weights that are turned over for good, in elements of what is computed in."""
+        return 0 if self.own is not None else self.k * (self.n + self._appended) // self.like.element_size()
 
     def hold(self) -> None:
         """Keep the weights turned over too, where there is room, rather than turn them over at each use."""
@@ -273,14 +273,6 @@ class EightProduct(Product):
         if residual is not None:
             y = y.add_(residual)
         return y if out is None else out.copy_(y)
-
-    def forward_narrow(
-        self, x: torch.Tensor, residual: torch.Tensor, seed: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See Product."""
-        rows = eight.quantise(x, self.inputs(x.shape[0]))
-        low = self.low(rows, seed)
-        return self.through(rows, low, seed).add_(residual), self.scaled(low)
 
     def widen(self, wide_dy: torch.Tensor) -> None:
         """See Product."""

@@ -31,11 +31,6 @@ class EightSequential(Sequential):
         """See Block."""
         return super().saves(tokens) | {"gate_up": tokens * self.gate_up.n, "qkv": tokens * self.qkv.n}
 
-    @property
-    def unpacked(self) -> int:
-        """See Block: weights that are turned over for good."""
-        return sum(product.turned_bytes for product in self.products) // self.qkv.like.element_size()
-
     def at_work(self, rows: int) -> int:
         """See Block: d of the activation, and in eight bits the gradient of gate and up and the activation again."""
         return rows * (self.down.k + (self.gate_up.n + self.down.k) // 2)
@@ -71,7 +66,7 @@ class EightSequential(Sequential):
         self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """See Block."""
-        x, out = self.bring_input(saved), self.bring_out(saved)
+        x, out = self.bring_ends(saved)
         h, hidden = self.take(saved, "h"), x.shape[1]
         if h is None:
             h = torch.add(x, self._of_o(out, at)[0])

@@ -57,8 +57,7 @@ class Mixture(Stacked):
     def unpacked(self) -> int:
         """See Block."""
         packed = [part for part in (self.experts.gate_up, self.experts.down) if part.plain is None]
-        turned = sum(product.turned_bytes for product in self.products)
-        return sum(part.experts * part.n * part.k for part in packed) + turned // self.qkv.like.element_size()
+        return super().unpacked + sum(part.experts * part.n * part.k for part in packed)
 
     @property
     def passing(self) -> int:

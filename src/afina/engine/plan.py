@@ -29,7 +29,7 @@ OVERHEAD = 0.1
 """Of that time comes on top whatever is computed: the more tokens at once, the better."""
 ROWS_AT_ONCE = 4096
 """Tokens that go through the widest products together where their output is not kept."""
-MEANWHILE = 0.12
+MEANWHILE = 0.04
 """A copy slows what computes meanwhile: beyond the computation its time counts in full, within it so much."""
 PASSED = frozenset({"gate_up", "h"})
 """Gone from the GPU when a layer's backward has come to its attention."""
@@ -42,6 +42,15 @@ ATTENTION = 3.5 / 0.47
 """How often a forward's scores and sums are multiplied in all, over the share of a product's rate they are done at."""
 WORKSPACE = 96 * 2**20
 """Bytes that cuBLAS and cuDNN take for themselves."""
+SIZES = 32
+"""Micro-batches are filled up with a sample of padding to one of so many sizes between a power of two and the next: for
+each new size cuBLAS looks for algorithms anew, 60 us a product, which short micro-batches cannot hide."""
+
+
+def filled(tokens: int, device: torch.device) -> int:
+    """How many tokens are computed where so many are wanted."""
+    step = 1 if device.type != "cuda" else max(8, 2 ** (tokens // SIZES).bit_length() // 2)
+    return -(-tokens // step) * step
 
 
 def ladder(names: frozenset[str]) -> list[Placement]:
@@ -148,7 +157,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
 
     longest: tokens of a sample, unset all; rows of shorter ones take less time.
     """
-    tokens, element, layers = plan.tokens, engine.dtype.itemsize, len(engine.blocks)
+    tokens, element, layers = filled(plan.tokens, engine.device), engine.dtype.itemsize, len(engine.blocks)
     block, ends = engine.blocks[0], engine.ends
     cut = all(placement.again for placement in plan.placements) and tokens > ROWS_AT_ONCE
     cut = cut and "gate_up" in block.saves(1)
