@@ -266,5 +266,5 @@ def measure(engine: "Engine") -> Rates:
     plain = Product.trial(widest, 2048)
     products, exact = (2048 * widest.n * widest.k / microseconds(trial) for trial in (widest.trial(2048), plain))
     copies = here.numel() / microseconds(lambda: host.copy_(here, non_blocking=True))
-    large = torch.empty(2, 2**27, dtype=torch.uint8, device=engine.device)  # beyond what its caches hold
+    large = torch.empty(2, 2**26, dtype=torch.uint8, device=engine.device)  # beyond what its caches hold
     return Rates(products, copies, large.numel() / microseconds(lambda: large[0].copy_(large[1])), exact)
