@@ -51,19 +51,6 @@ def test_fixed_memory_writes_the_same(model):
         assert [row.ids for row in rows] == one_by_one(model, PROMPTS, ends)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "head_dim": 16}])
-def test_graphs_on_a_gpu_write_the_same(changes):
-    """Rows that end at different steps, graphs made anew for those that are left, prompts read in several parts."""
-    model = llama(4, vocab_size=64, **changes).cuda().double()
-    dice = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 40, (60,), generator=dice).tolist()
-    prompts = [torch.randint(3, 64, (length,), generator=dice).tolist() for length in lengths]
-    for ends in ((1,), (2, 31), tuple(range(20, 40))):
-        found = [one.ids for one in written(model, prompts, end_ids=ends, max_new_tokens=40)]
-        assert found == one_by_one(model, prompts, ends, 40)
-
-
 def test_prompts_are_read_in_parts(model, monkeypatch):
     monkeypatch.setattr(fixed, "READ_AT_ONCE", 12)
     rows = [Row(place, list(ids), 0, room=20) for place, ids in enumerate(sorted(PROMPTS, key=len, reverse=True))]

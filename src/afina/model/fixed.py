@@ -1,9 +1,13 @@
 """Writing over fixed memory: keys and values stay where they are, and on a GPU one step is a CUDA graph.
 
-A token then costs one launch instead of hundreds, and nothing is copied to grow. Greedy only.
+A token then costs one launch instead of hundreds, and nothing is copied to grow. Greedy only. A model whose step waits
+for the GPU (8-bit layers look for outliers, some mixtures for how many tokens an expert has) cannot be a graph, and takes its steps one
+launch at a time.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -127,6 +131,8 @@ class _Steps:
         )
         self.at = torch.full((1,), at, device=ids.device)
         self.graph: Any = None
+        self.warm = False
+        self.waits = ids.device.type != "cuda"
 
     def advance(self, steps: int) -> list[list[int]]:
         """The next `steps` tokens of each row."""
@@ -147,18 +153,20 @@ class _Steps:
     def _one(self) -> None:
         if self.graph is not None:
             self.graph.replay()
-            return
-        if self.ids.device.type != "cuda":
+        elif self.waits:
             self._compute()
-            return
-        # The first step runs as it is, on a stream of its own, as capturing asks; the second is captured.
-        if not hasattr(self, "_warm"):
-            self._warm = torch.cuda.Stream()
-            self._warm.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._warm):
+        elif self.warm:
+            self.graph = self._captured()
+            self.graph.replay()  # capturing computes nothing
+        else:  # the first step runs as it is, on a stream of its own, as capturing asks; the second is captured
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside), _waits() as noted:
                 self._compute()
-            torch.cuda.current_stream().wait_stream(self._warm)
-            return
+            torch.cuda.current_stream().wait_stream(aside)
+            self.warm, self.waits = True, bool(noted)
+
+    def _captured(self) -> Any:
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # a cast that was remembered would not be in the graph
         graph = torch.cuda.CUDAGraph()
@@ -167,8 +175,7 @@ class _Steps:
                 self._compute()
         finally:
             torch.set_autocast_cache_enabled(cached)
-        self.graph = graph
-        self.graph.replay()  # capturing computes nothing
+        return graph
 
     def _compute(self) -> None:
         self.mask.index_fill_(3, self.at, True)
@@ -176,3 +183,17 @@ class _Steps:
         self.ids.copy_(logits.argmax(-1)[:, None])
         self.position.add_(1)
         self.at.add_(1)
+
+
+@contextmanager
+def _waits() -> Iterator[list[str]]:
+    """Holds after the block what in it made the computer wait for the GPU, which capturing would not survive."""
+    before, found = torch.cuda.get_sync_debug_mode(), list[str]()
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+            found += [text for one in noted if "called a synchronizing" in (text := str(one.message))]
