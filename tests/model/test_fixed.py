@@ -1,15 +1,16 @@
-"""Steps over fixed memory as CUDA graphs, against one prompt at a time: every family, method and base that may be one."""
+"""Steps over fixed memory as CUDA graphs, against transformers' generate: every family, method and base that may be one."""
 
 import pytest
 import torch
 from families import NAMED, build
-from model.test_decode import one_by_one, written
+from model.test_decode import written
 from small import llama, perturb_adapters, spread
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from afina.model import fixed
 from afina.model.attach import attach
 from afina.model.fixed import can_be_fixed
+from afina.model.generate import generate
 from afina.model.load import Hardware, load_model
 from afina.recipe.schema import Lora, Model
 
@@ -22,6 +23,11 @@ def prompts_of(count: int, vocabulary: int = 64, longest: int = 40) -> list[list
     dice = torch.Generator().manual_seed(count)
     lengths = torch.randint(1, longest + 1, (count,), generator=dice).tolist()
     return [torch.randint(3, vocabulary, (length,), generator=dice).tolist() for length in lengths]
+
+
+def plainly(model, prompts, ends, new) -> list[list[int]]:
+    """Whom test_generate holds to one prompt at a time; on a GPU that would be most of these tests' time."""
+    return generate(model, prompts, end_ids=ends, pad_id=0, max_new_tokens=new)
 
 
 @pytest.fixture
@@ -47,7 +53,7 @@ def test_rows_that_end_apart_write_the_same(changes, graphs, monkeypatch):
     prompts = prompts_of(60)
     for ends in (NEVER, (2, 31), EARLY):
         found = [one.ids for one in written(model, prompts, end_ids=ends, max_new_tokens=40)]
-        assert found == one_by_one(model, prompts, ends, 40)
+        assert found == plainly(model, prompts, ends, 40)
     assert len(graphs) > 3 and len(set(graphs)) > 2
 
 
@@ -60,7 +66,7 @@ def test_every_family_in_fp32_with_its_adapter(family, count, graphs):
     prompts = prompts_of(count, 97)
     for ends in (NEVER, EARLY):
         found = [one.ids for one in written(model, prompts, end_ids=ends, max_new_tokens=21)]
-        assert found == one_by_one(model, prompts, ends, 21)
+        assert found == plainly(model, prompts, ends, 21)
     assert graphs
 
 
@@ -94,7 +100,7 @@ def test_a_mixture_writes_the_same_whether_or_not_it_can_be_a_graph():
     prompts = prompts_of(9)
     for ends in (NEVER, EARLY):
         found = [one.ids for one in written(model, prompts, end_ids=ends, max_new_tokens=20)]
-        assert found == one_by_one(model, prompts, ends, 20)
+        assert found == plainly(model, prompts, ends, 20)
     torch.rand(3, device="cuda")  # a capture that failed would leave chance unusable
 
 
