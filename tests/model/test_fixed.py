@@ -1,4 +1,4 @@
-"""Steps over fixed memory as CUDA graphs, against transformers' generate: every family, method and base that may be one."""
+"""Steps over fixed memory as CUDA graphs, against transformers' generate: every family, method and base."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
 """Writing over fixed memory: keys and values stay where they are, and on a GPU one step is a CUDA graph.
 
 A token then costs one launch instead of hundreds, and nothing is copied to grow. Greedy only. A model whose step waits
-for the GPU (8-bit layers look for outliers, some mixtures for how many tokens an expert has) cannot be a graph, and takes its steps one
-launch at a time.
+for the GPU (8-bit layers look for outliers, some mixtures for how many tokens an expert has) cannot be a graph: each of
+its launches is Python's.
 """
 
 import warnings
