@@ -136,9 +136,9 @@ def weights_in(parameter: torch.Tensor) -> int:
 def made_portable(model: nn.Module) -> nn.Module:
     """Quantised layers compute on a CPU as they do on a GPU.
 
-    With bf16 instructions bitsandbytes would lay four-bit weights out anew at the first evaluation and multiply in bf16,
-    whatever the precision asked for. And of eight-bit weights, which PEFT's DoRA moves to the CPU where they are already, it would
-    take a second time the scales that it took before, and find none.
+    With bf16 instructions bitsandbytes would lay four-bit weights out anew at the first evaluation, and multiply in
+    bf16, whatever the precision asked for. And of eight-bit weights, which PEFT's DoRA moves to the CPU where they
+    are already, it would take a second time the scales that it took before, and find none.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
