@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import llama
+from small import llama, loud_llama
 
 from afina.errors import ModelError
 from afina.model import decode, fixed
@@ -49,6 +49,18 @@ def test_fixed_memory_writes_the_same(model):
         with torch.inference_mode():
             write_fixed(model, rows, Settings(frozenset(ends), 0, 0.0))
         assert [row.ids for row in rows] == one_by_one(model, PROMPTS, ends)
+
+
+def test_fixed_memory_under_autocast():
+    """Keys are fp32 there and values bf16, where weights are fp32. Tokens are the likeliest in fp32, but for ties."""
+    model, rows = loud_llama(), [Row(place, list(ids), 0, room=20) for place, ids in enumerate(PROMPTS)]
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        write_fixed(model, rows, Settings(frozenset((2,)), 0, 0.0))
+    for row in rows:
+        with torch.inference_mode():
+            logits = model(torch.tensor([row.prompt + row.ids])).logits[0, len(row.prompt) - 1 : -1]
+        gaps = logits.max(-1).values - logits.gather(1, torch.tensor(row.ids)[:, None])[:, 0]
+        assert gaps.max() < 0.1 * logits.std() and (gaps == 0).float().mean() > 0.8
 
 
 def test_prompts_are_read_in_parts(model, monkeypatch):

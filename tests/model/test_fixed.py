@@ -67,6 +67,17 @@ def test_every_family_in_fp32_with_its_adapter(family, count, graphs):
     for ends in (NEVER, EARLY):
         found = [one.ids for one in written(model, prompts, end_ids=ends, max_new_tokens=21)]
         assert found == plainly(model, prompts, ends, 21)
+    assert graphs or family == "phi3"  # whose long turns ask how far the longest row is
+
+
+@GPU
+def test_weights_of_fp32_under_autocast(graphs, monkeypatch):
+    """As a full fine-tuning holds them: keys come out in another precision than values."""
+    model, prompts = llama(4, vocab_size=64).cuda(), prompts_of(33)
+    with torch.autocast("cuda", torch.bfloat16):
+        replayed = [one.ids for one in written(model, prompts, end_ids=EARLY, max_new_tokens=30)]
+        monkeypatch.setattr(fixed._Steps, "_one", fixed._Steps._compute)
+        assert [one.ids for one in written(model, prompts, end_ids=EARLY, max_new_tokens=30)] == replayed
     assert graphs
 
 

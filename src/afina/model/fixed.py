@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from afina.model.attention import attending
 from afina.model.rows import Row, Settings, device_of, next_logits, padded
@@ -65,6 +66,7 @@ def _read(model: nn.Module, rows: Sequence[Row], settings: Settings) -> "_Steps"
     device, width = device_of(model), max(len(row.prompt) for row in rows)
     length = _rounded(width + max(row.room for row in rows))
     cache = StaticCache(config=model.config, max_cache_len=length)
+    cache.layers = [_Layer(length) for _layer in cache.layers]
     seen = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
     first = torch.zeros(len(rows), 1, dtype=torch.long, device=device)
     start = 0
@@ -76,7 +78,8 @@ def _read(model: nn.Module, rows: Sequence[Row], settings: Settings) -> "_Steps"
         first[start:stop, 0] = next_logits(model, ids, mask.long(), positions, read).argmax(-1)
         for fixed, layer in zip(cache.layers, read.layers, strict=True):
             if not fixed.is_initialized:
-                whole = (part[:1].expand(len(rows), -1, -1, -1) for part in (layer.keys, layer.values))
+                kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+                whole = (part[:1].expand(len(rows), -1, -1, -1).to(kind) for part in (layer.keys, layer.values))
                 fixed.lazy_initialization(*whole)
             fixed.keys[start:stop, :, here], fixed.values[start:stop, :, here] = layer.keys, layer.values
         seen[start:stop, here] = mask
@@ -85,6 +88,15 @@ def _read(model: nn.Module, rows: Sequence[Row], settings: Settings) -> "_Steps"
         fixed.cumulative_length.fill_(width)
     position = torch.tensor([[len(row.prompt)] for row in rows], device=device)
     return _Steps(model, cache, seen[:, None, None], position, first, width)
+
+
+class _Layer(StaticLayer):
+    """Keys and values in one precision, that of the products: under autocast over fp32 weights, as in a full
+    fine-tuning, turned keys come in fp32 and values in bf16, and attention takes both in bf16."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """See StaticLayer."""
+        return super().update(key_states.to(self.dtype), value_states.to(self.dtype), *args, **kwargs)
 
 
 def _rounded(length: int) -> int:
