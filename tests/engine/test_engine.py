@@ -10,7 +10,7 @@ from afina.engine.block import HERE, Placement
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
 from afina.engine.nf4 import from_bitsandbytes
-from afina.engine.plan import Rates, choose, ladder
+from afina.engine.plan import Rates, choose, filled, ladder
 from afina.engine.products import keep_mask
 from afina.engine.proof import prove
 from afina.model.attach import attach, learning
@@ -122,6 +122,29 @@ def test_any_plain_lora_is_the_references(method):
 def gradients(engine, model, batch):
     parameters = [parameter for _name, parameter in learning(model)]
     return torch.autograd.grad(engine.summed_loss(model, batch), parameters)
+
+
+@pytest.mark.parametrize("method", [Lora(rank=4), Full(name="full")], ids=["lora", "full"])
+@pytest.mark.parametrize("family", ["llama", "llama, tied, one kv head", "mistral, a short window", "phi"])
+def test_a_micro_batch_that_is_filled_up_has_the_same_loss_and_gradients(family, method, monkeypatch):
+    model = perturb_adapters(attach(FAMILIES[family](), method, seed=0)).double()
+    (batch,) = micro_batches(rows([20, 9, 31]), range(3), budget=1000, packing=True, pad_id=0)
+    engine = Engine(model)
+    loss, truth = engine.summed_loss(model, batch).item(), gradients(engine, model, batch)
+    seen = []
+    monkeypatch.setattr("afina.engine.engine.filled", lambda tokens, _device: seen.append(tokens) or 96)
+    with torch.no_grad():
+        assert engine.summed_loss(model, batch).item() == pytest.approx(loss, rel=1e-12)
+    for a, b in zip(gradients(engine, model, batch), truth, strict=True):
+        assert (a - b).norm() <= 1e-12 * b.norm()
+    assert seen == [60, 60]
+
+
+def test_there_are_few_sizes_and_little_padding():
+    gpu = torch.device("cuda")
+    found = [filled(tokens, gpu) for tokens in range(1, 20_000)]
+    assert all(tokens <= size <= max(tokens + 7, tokens * 1.04) for tokens, size in enumerate(found, 1))
+    assert len(set(found[8191:16384])) == 33 and filled(8192, gpu) == 8192 and filled(61, torch.device("cpu")) == 61
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3, half turned", "phi"])
@@ -330,6 +353,21 @@ def test_a_four_bit_base_gives_the_references_loss_and_gradients():
     assert loss == pytest.approx(expected, rel=1e-5)
     for name, gradient, truth in zip(names, found, plain, strict=True):
         assert (gradient - truth).norm() <= 1e-4 * truth.norm(), name
+
+
+def test_four_bit_weights_are_kept_unpacked_where_there_is_room_and_the_numbers_are_the_same():
+    model = perturbed(four_bits(llama(hidden_size=64, intermediate_size=128)))
+    (batch,) = micro_batches(rows([20, 9, 31]), range(3), budget=1000, packing=True, pad_id=0)
+    engine = Engine(model)
+    truth = gradients(engine, model, batch)
+    one = engine.blocks[0].unpacked * engine.dtype.itemsize
+    none = choose(engine, 60, 60, choose(engine, 60, 60, 10**9, RATES).bytes - 2 * one, RATES)
+    assert (none.held, choose(engine, 60, 60, none.bytes + one, RATES).held) == (0, 1)
+    assert engine.plan(60, 60, 10**9).held == 2
+    assert all(product.wide is not None for block in engine.blocks for product in block.products)
+    assert engine.blocks[0].unpacked == 0
+    for a, b in zip(gradients(engine, model, batch), truth, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -175,7 +175,7 @@ def gather_rotated_rows(
 
         return eight_kernels.gather_rotated_rows(d_heads, cos, sin, fold, to)
     out = torch.empty(cos.shape[0], to.width, dtype=_wide(d_heads[0]).dtype)
-    to.write(gather_rotated([_wide(part) for part in d_heads], cos, sin, out) * fold)
+    to.write(gather_rotated(out, [_wide(part) for part in d_heads], cos, sin) * fold)
     return to
 
 

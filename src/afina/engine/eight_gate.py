@@ -122,8 +122,8 @@ def prove_eight(
     products, handed_down, learnt = dict[str, float](), list[float](), list[float]()
     with perturbed(engine):
         engine._refresh()
-        at = engine._positions(batch, None)
-        x, inputs, saved = engine.ends.embed(batch.input_ids[0]), list[torch.Tensor](), list[Saved | None]()
+        ids, at = engine.rows(batch, None)
+        x, inputs, saved = engine.ends.embed(ids), list[torch.Tensor](), list[Saved | None]()
         for block in engine.blocks:
             inputs.append(x)
             x, kept = block.forward(x, at, save=True)
@@ -163,16 +163,11 @@ def _watched(exact: Block, eight: Block, found: dict[str, float]) -> Iterator[No
         found[name] = _least([found.get(name, 1.0), _cosine([ours], [theirs])])
 
     def watch(name: str, product: Product, other: Product) -> None:
-        forward, narrow, backward = product.forward, product.forward_narrow, product.backward
+        forward, backward = product.forward, product.backward
 
         def compared(wide_x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
             note(name, other.forward(wide_x.clone()), forward(wide_x.clone()))
             return forward(wide_x, *rest, **named)
-
-        def compared_narrow(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            nothing = torch.zeros_like(residual)
-            note(name, other.forward_narrow(x, nothing)[0], narrow(x, nothing)[0])
-            return narrow(x, residual, *rest)
 
         def compared_backward(wide_dy: torch.Tensor, *rest: Any) -> torch.Tensor:
             dx = backward(wide_dy, *rest)
@@ -180,7 +175,6 @@ def _watched(exact: Block, eight: Block, found: dict[str, float]) -> Iterator[No
             return dx
 
         product.forward = compared  # type: ignore[method-assign]
-        product.forward_narrow = compared_narrow  # type: ignore[assignment,method-assign]
         product.backward = compared_backward  # type: ignore[assignment,method-assign]
 
     pairs = []
@@ -193,7 +187,7 @@ def _watched(exact: Block, eight: Block, found: dict[str, float]) -> Iterator[No
         yield
     finally:
         for product in pairs:
-            del product.forward, product.forward_narrow, product.backward
+            del product.forward, product.backward
 
 
 def _least(cosines: Sequence[float]) -> float:

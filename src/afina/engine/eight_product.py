@@ -100,8 +100,13 @@ class EightProduct(Product):
             found.append((adapter.b.detach(), self.up[adapter.rows, adapter.columns], adapter.scale))
         return found
 
+    @property
+    def unpacked(self) -> int:
+        """See Product: nothing, as these are held or unpacked into eight bits for each use."""
+        return 0
+
     def hold(self) -> None:
-        """They are held."""
+        """See `unpacked`."""
 
     def trial(self, tokens: int) -> Callable[[], object]:
         """See Product."""
@@ -228,14 +233,6 @@ class EightProduct(Product):
         if residual is not None:
             y = y.add_(residual)
         return y if out is None else out.copy_(y)
-
-    def forward_narrow(
-        self, x: torch.Tensor, residual: torch.Tensor, seed: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See Product."""
-        rows = eight.quantise(x, self.inputs(x.shape[0]))
-        low = self.low(rows, seed)
-        return self.through(rows, low, seed).add_(residual), self.scaled(low)
 
     def widen(self, wide_dy: torch.Tensor) -> None:
         """See Product."""

@@ -65,7 +65,7 @@ class EightSequential(Sequential):
         self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """See Block."""
-        x, out = self.bring_input(saved), self.bring_out(saved)
+        x, out = self.bring_ends(saved)
         h, hidden = self.take(saved, "h"), x.shape[1]
         if h is None:
             h = torch.add(x, self._of_o(out, at)[0])

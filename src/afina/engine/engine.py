@@ -16,7 +16,7 @@ from afina.engine.eight_sequential import in_eight_bits
 from afina.engine.families import final_norm, make_block, turned_half
 from afina.engine.head import Ends, Host
 from afina.engine.offload import Offload
-from afina.engine.plan import Plan, choose
+from afina.engine.plan import Plan, choose, filled
 from afina.engine.products import Copies, Scratch
 from afina.model.loss import Targeted
 
@@ -59,7 +59,7 @@ class Engine:
         self._refresh()
         if not torch.is_grad_enabled():
             with torch.autocast(self.device.type, enabled=False):
-                hidden, _saved = self._hidden(batch, self._positions(batch, None), save=False)
+                hidden, _saved = self._hidden(*self.rows(batch, None), save=False)
                 return self.ends.loss(hidden, batch, None)[0]
         loss: torch.Tensor = _Run.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
         return loss
@@ -117,16 +117,23 @@ class Engine:
             self.ends.refresh()
 
     @torch.no_grad()
-    def _positions(self, batch: Targeted, seed: int | None) -> Positions:
+    def rows(self, batch: Targeted, seed: int | None) -> tuple[torch.Tensor, Positions]:
+        """The tokens (tokens,) that are computed, and where each stands."""
         if batch.lengths is None:
             raise RuntimeError("the engine runs packed batches only")
+        ids, places, lengths = batch.input_ids, batch.position_ids, batch.lengths
+        more = filled(ids.numel(), self.device) - ids.numel()
+        if more and len(set(lengths)) > 1:  # equal samples go through attention that is faster, and their sizes recur
+            ids = torch.cat([ids, ids.new_zeros(1, more)], dim=1)
+            places = torch.cat([places, torch.arange(more, device=places.device)[None]], dim=1)
+            lengths = *lengths, more
         like = torch.zeros(1, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
-        cos, sin = self._rotary(like, batch.position_ids)
+        cos, sin = self._rotary(like, places)
         half = turned_half(self._config, cos)
-        return Positions(batch.lengths, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), seed)
+        return ids[0], Positions(lengths, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), seed)
 
-    def _hidden(self, batch: Targeted, at: Positions, *, save: bool) -> tuple[torch.Tensor, list[Saved | None]]:
-        x = self.ends.embed(batch.input_ids[0])
+    def _hidden(self, ids: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, list[Saved | None]]:
+        x = self.ends.embed(ids)
         saved: list[Saved | None] = []
         offload = self.blocks[0].offload if save else None
         for block in self.blocks:
@@ -141,10 +148,10 @@ class Engine:
     def forward(self, batch: Targeted) -> tuple[torch.Tensor, list[Any]]:
         """The loss, and what `backward` needs."""
         drops = self._training() and any(product.dropout for product in self._products)
-        at = self._positions(batch, int(torch.randint(2**48, ())) if drops else None)
-        hidden, saved = self._hidden(batch, at, save=True)
+        ids, at = self.rows(batch, int(torch.randint(2**48, ())) if drops else None)
+        hidden, saved = self._hidden(ids, at, save=True)
         loss, kept = self.ends.loss(hidden, batch, self.blocks[-1].extra)
-        return loss, [at, saved, kept, batch.input_ids[0]]
+        return loss, [at, saved, kept, ids]
 
     def backward(self, d_loss: torch.Tensor, kept: list[Any]) -> list[torch.Tensor]:
         """The gradients of what learns, in the order of `parameters`; layers are let go as they are done."""

@@ -6,6 +6,7 @@ here define what the Triton kernels (expert_kernels.py) do.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from afina.engine.elementwise import twin_of, wide_product
 from afina.engine.grouped import grouped, grouped_add, grouped_outer
 from afina.engine.products import Scratch
-from afina.engine.router import LowRank, Routing
+from afina.engine.router import LowRank, Routing, beneath
 from afina.model.mxfp4 import dequantise
 
 on_gpu = twin_of("expert_kernels")
@@ -218,6 +219,29 @@ class Experts:
     def parameters(self) -> list[nn.Parameter]:
         """What learns, in the order of `backward`'s gradients."""
         return [*self.gate_up.parameters(), *self.down.parameters()]
+
+
+def make_experts(module: Any, scratch: Scratch, dtype: torch.dtype) -> Experts:
+    """Of transformers' experts, packed or not, or of PEFT's wrappers around them; plain weights are shared."""
+    base, adapters = beneath(module)
+    interleaved = hasattr(base, "limit")  # gpt-oss's, packed or not
+    gating = Gating(float(base.alpha), float(base.limit), 1.0, True) if interleaved else Gating()
+    gate_up, down = (_matrix(base, name, adapters.get(name), scratch, dtype) for name in ("gate_up_proj", "down_proj"))
+    return Experts(gate_up, down, gating)
+
+
+def _matrix(base: Any, name: str, adapter: LowRank | None, scratch: Scratch, dtype: torch.dtype) -> Matrix:
+    bias = getattr(base, f"{name}_bias", None)
+    bias = None if bias is None else bias.detach()
+    if hasattr(base, f"{name}_blocks"):
+        blocks, scales = getattr(base, f"{name}_blocks"), getattr(base, f"{name}_scales")
+        count, k, n = base.shape_of(name)
+        like = torch.empty(0, dtype=dtype, device=blocks.device)
+        return Matrix(count, n, k, like, scratch, None, blocks, scales, bias, adapter)
+    weight = getattr(base, name).detach().to(dtype)
+    plain = weight.transpose(1, 2) if hasattr(base, "limit") else weight
+    like = weight.new_empty(0)
+    return Matrix(plain.shape[0], plain.shape[1], plain.shape[2], like, scratch, plain, bias=bias, adapter=adapter)
 
 
 @on_gpu

@@ -57,7 +57,7 @@ class Mixture(Stacked):
     def unpacked(self) -> int:
         """See Block."""
         packed = [part for part in (self.experts.gate_up, self.experts.down) if part.plain is None]
-        return sum(part.experts * part.n * part.k for part in packed)
+        return super().unpacked + sum(part.experts * part.n * part.k for part in packed)
 
     def saves(self, tokens: int) -> dict[str, int]:
         """See Block."""
