@@ -33,6 +33,7 @@ DOORS = {
         "model/decode.py",
         "model/fixed.py",
         "model/packed.py",
+        "model/padded.py",
         "data/tokenizer.py",
         "model/translator.py",
     ),

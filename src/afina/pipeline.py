@@ -54,7 +54,10 @@ def train(
         refuse_other_recipe(place, wanted)
         base = begun(lambda: _base(wanted, folder))  # hashing gigabytes takes as long as all that is imported below
 
-        from afina.evaluate.during import while_training  # after what fails at once: this loads torch, for seconds
+        from afina.model.load import spare_imports  # after what fails at once: this loads torch, for seconds
+
+        spare_imports()
+        from afina.evaluate.during import while_training
         from afina.export.card import model_card
         from afina.train.run import train_run
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from afina.engine.block import HERE, Placement
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
 from afina.engine.nf4 import from_bitsandbytes
-from afina.engine.plan import Rates, choose, ladder
+from afina.engine.plan import ATTENTION, PASSES, Plan, Rates, choose, count_up, filled, ladder
 from afina.engine.products import keep_mask
 from afina.engine.proof import prove
 from afina.model.attach import attach, learning
@@ -124,6 +126,29 @@ def gradients(engine, model, batch):
     return torch.autograd.grad(engine.summed_loss(model, batch), parameters)
 
 
+@pytest.mark.parametrize("method", [Lora(rank=4), Full(name="full")], ids=["lora", "full"])
+@pytest.mark.parametrize("family", ["llama", "llama, tied, one kv head", "mistral, a short window", "phi"])
+def test_a_micro_batch_that_is_filled_up_has_the_same_loss_and_gradients(family, method, monkeypatch):
+    model = perturb_adapters(attach(FAMILIES[family](), method, seed=0)).double()
+    (batch,) = micro_batches(rows([20, 9, 31]), range(3), budget=1000, packing=True, pad_id=0)
+    engine = Engine(model)
+    loss, truth = engine.summed_loss(model, batch).item(), gradients(engine, model, batch)
+    seen = []
+    monkeypatch.setattr("afina.engine.engine.filled", lambda tokens, _device: seen.append(tokens) or 96)
+    with torch.no_grad():
+        assert engine.summed_loss(model, batch).item() == pytest.approx(loss, rel=1e-12)
+    for a, b in zip(gradients(engine, model, batch), truth, strict=True):
+        assert (a - b).norm() <= 1e-12 * b.norm()
+    assert seen == [60, 60]
+
+
+def test_there_are_few_sizes_and_little_padding():
+    gpu = torch.device("cuda")
+    found = [filled(tokens, gpu) for tokens in range(1, 20_000)]
+    assert all(tokens <= size <= max(tokens + 7, tokens * 1.04) for tokens, size in enumerate(found, 1))
+    assert len(set(found[8191:16384])) == 33 and filled(8192, gpu) == 8192 and filled(61, torch.device("cpu")) == 61
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3, half turned", "phi"])
 @pytest.mark.parametrize("rows_at_once", [0, 7])
 def test_what_is_made_again_changes_nothing(family, rows_at_once):
@@ -171,6 +196,25 @@ def test_the_plan_keeps_everything_where_it_fits_and_lets_go_of_no_more_than_it_
     assert leanest.tokens == 256 and leanest.placements[0].again and leanest.bytes < whole.bytes
     assert engine.plan(4096, 256, 0).bytes == leanest.bytes
     assert [block.placement for block in engine.blocks] == leanest.placements
+
+
+def test_the_plan_counts_attention_the_head_and_what_passes_between_products():
+    """8-bit products are faster, what lies around them is not: each term by itself, off by nothing."""
+    engine = Engine(perturbed(four_bits(llama(hidden_size=64, intermediate_size=128))))
+    block, plan = engine.blocks[0], Plan(4096, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0)
+
+    def spent(longest=4096, **rates):
+        return count_up(engine, plan, replace(RATES, **rates), longest).microseconds
+
+    assert block.moved == sum(round(2 * 4.53 * product.n * product.k) for product in block.products)
+    passing = 2 * (block.moved + 4096 * PASSES * 4 * sum(product.n + product.k for product in block.products))
+    assert spent(memory=1e3) - spent() == pytest.approx(passing / 1e3)
+    scores = 2 * 4096 * 4096 * block.attention.heads[0] * block.attention.width * ATTENTION
+    assert spent() - spent(longest=1024) == pytest.approx(scores * 0.75 / 1e2)
+    head = 2 * 4096 * engine.ends.weight.numel()
+    assert spent(exact=5e1) - spent() == pytest.approx((scores + head) / 1e2)
+    products = 2 * 4096 * 2 * sum(product.n * product.k for product in block.products)
+    assert spent() - spent(products=2e2, exact=1e2) == pytest.approx(products / 2e2)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +374,21 @@ def test_a_four_bit_base_gives_the_references_loss_and_gradients():
     assert loss == pytest.approx(expected, rel=1e-5)
     for name, gradient, truth in zip(names, found, plain, strict=True):
         assert (gradient - truth).norm() <= 1e-4 * truth.norm(), name
+
+
+def test_four_bit_weights_are_kept_unpacked_where_there_is_room_and_the_numbers_are_the_same():
+    model = perturbed(four_bits(llama(hidden_size=64, intermediate_size=128)))
+    (batch,) = micro_batches(rows([20, 9, 31]), range(3), budget=1000, packing=True, pad_id=0)
+    engine = Engine(model)
+    truth = gradients(engine, model, batch)
+    one = engine.blocks[0].unpacked * engine.dtype.itemsize
+    none = choose(engine, 60, 60, choose(engine, 60, 60, 10**9, RATES).bytes - 2 * one, RATES)
+    assert (none.held, choose(engine, 60, 60, none.bytes + one, RATES).held) == (0, 1)
+    assert engine.plan(60, 60, 10**9).held == 2
+    assert all(product.wide is not None for block in engine.blocks for product in block.products)
+    assert engine.blocks[0].unpacked == 0
+    for a, b in zip(gradients(engine, model, batch), truth, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

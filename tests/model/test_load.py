@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -207,3 +209,17 @@ def test_the_base_drops_nothing_but_says_so_still():
     assert without_dropout(model) == 0.5 and without_dropout(model) == 0.0
     assert torch.equal(model(ids).logits, model(ids).logits)
     assert model.config.resid_pdrop == 0.5, "the configuration is the base's own, and is exported"
+
+
+def test_what_transformers_does_not_need_is_not_loaded():
+    """In a process of its own, as packages are asked for once; what is left out is there for others afterwards."""
+    code = """
+import sys
+from afina.model.load import load_model, spare_imports
+spare_imports()
+import afina.model.attach, afina.model.decode, transformers.loss.loss_utils, transformers.generation.candidate_generator
+print(sorted({"scipy", "sklearn", "torchao"} & set(sys.modules)))
+import sklearn.metrics
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == "[]"

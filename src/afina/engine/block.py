@@ -115,7 +115,7 @@ class Attention:
     def backward(self, attended: Attended, d_out: torch.Tensor, qkv: torch.Tensor, at: Positions) -> None:
         """Turn qkv (tokens, columns), as saved, before its norms if it has any, into its gradient in place."""
         turned = self.turned(qkv, at) if self.norms is not None else qkv
-        gather_rotated(self.d_heads(attended, d_out, turned, at), at.cos, at.sin, turned)
+        gather_rotated(turned, self.d_heads(attended, d_out, turned, at), at.cos, at.sin)
         if self.norms is not None:
             head_norms_backward(turned, qkv, self.norms, self.heads)
 
@@ -171,8 +171,18 @@ class Block:
 
     @property
     def unpacked(self) -> int:
-        """Elements that `hold` would add, where room that is left over is for that."""
-        return 0
+        """Elements that `hold` would add, where there is room for it."""
+        return sum(product.unpacked for product in self.products)
+
+    @property
+    def passing(self) -> int:
+        """Elements that a token's products read and write."""
+        return sum(product.n + product.k for product in self.products)
+
+    @property
+    def moved(self) -> int:
+        """Bytes of weights that pass through memory, forward and backward, before products read them."""
+        return sum(product.moved for product in self.products)
 
     def multiply_adds(self, made: str | None = None) -> int:
         """For a token: of all its products, or of the one that makes a saved tensor."""
@@ -211,30 +221,21 @@ class Block:
     def expect(self, saved: Saved) -> None:
         """This layer's backward comes soon: what waits away may begin its way back."""
         for tensor in saved.tensors.values():
-            if isinstance(tensor, Parked) and self.offload is not None:
-                self.offload.begin_fetch(tensor)
+            if isinstance(tensor, Parked):
+                tensor.begin()
 
     def take(self, saved: Saved, name: str) -> torch.Tensor | None:
         """A saved tensor, and no longer saved; None when it is to be made again."""
         tensor = saved.tensors.pop(name)
-        if isinstance(tensor, Parked) and self.offload is not None:
-            tensor = self.offload.fetch(tensor)
-        return tensor if isinstance(tensor, torch.Tensor) else None
+        return tensor.fetch() if isinstance(tensor, Parked) else tensor
 
-    def bring_input(self, saved: Saved) -> torch.Tensor:
-        """What entered the layer, (tokens, hidden)."""
-        x = self.take(saved, "x")
-        if x is None:
-            raise RuntimeError("a layer's input is not made again")
-        return x
-
-    def bring_out(self, saved: Saved) -> torch.Tensor:
-        """Attention's output (tokens, columns), back in its place."""
-        out = self.take(saved, "out")
-        if out is None:
-            raise RuntimeError("attention is not made again")
+    def bring_ends(self, saved: Saved) -> tuple[torch.Tensor, torch.Tensor]:
+        """What entered the layer (tokens, hidden), and attention's output (tokens, columns), back in its place."""
+        x, out = self.take(saved, "x"), self.take(saved, "out")
+        if x is None or out is None:
+            raise RuntimeError("neither a layer's input nor its attention is made again")
         saved.attended.out = out
-        return out.flatten(1)
+        return x, out.flatten(1)
 
     def through_input(
         self,
@@ -280,6 +281,11 @@ class Block:
 def room(x: torch.Tensor, product: Product) -> torch.Tensor:
     """Rows for a gradient of the product's output, and the extra columns."""
     return x.new_empty(x.shape[0], product.n + product.r)
+
+
+def widened(x: torch.Tensor, product: Product) -> torch.Tensor:
+    """x (tokens, K) in rows with the product's extra columns."""
+    return torch.cat([x, x.new_empty(x.shape[0], product.r)], dim=1)  # by far the fastest copy into wider rows
 
 
 def added(sums: list[torch.Tensor], more: Sequence[torch.Tensor]) -> list[torch.Tensor]:

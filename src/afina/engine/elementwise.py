@@ -1,14 +1,15 @@
 """What stands between the products: norms, rotary positions, SwiGLU, GELU, cross-entropy; forward and backward.
 
-Each is one pass over memory: a Triton kernel on a GPU (kernels.py), the plain twin here elsewhere. The twins are the
-definition: the tests hold the kernels to them. Statistics, angles and logits are fp32 (or wider) in both. `out` may be
-a part of wider rows, so that a product finds its input where it wants it.
+Each is one pass over memory: a Triton kernel on a GPU (kernels.py), the plain twin here elsewhere; GELU is PyTorch's.
+The twins are the definition: the tests hold the kernels to them. Statistics, angles and logits are fp32 (or wider) in
+both. `out` may be a part of wider rows, so that a product finds its input where it wants it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -112,63 +113,56 @@ def head_norms(x: torch.Tensor, norms: Sequence[Norm], heads: Sequence[int], out
 
     heads: how many heads queries and keys have; norms: one for each.
     """
-    width = norms[0].weight.numel()
     out.copy_(x)
-    first = 0
-    for by, count in zip(norms, heads, strict=True):
-        place = slice(first * width, (first + count) * width)
-        part = x[:, place].unflatten(1, (count, width))
-        out[:, place] = _scaled(_normed(part, by)[0], by, x.dtype).flatten(1)
-        first += count
+    for by, place, of_head in _by_head(norms, heads):
+        out[:, place] = _scaled(_normed(x[:, place].unflatten(1, of_head), by)[0], by, x.dtype).flatten(1)
     return out
 
 
 @on_gpu
 def head_norms_backward(d: torch.Tensor, x: torch.Tensor, norms: Sequence[Norm], heads: Sequence[int]) -> torch.Tensor:
     """Turn x, the input of `head_norms`, into its gradient in place; d: of the output. d, x: (tokens, columns)."""
-    width = norms[0].weight.numel()
-    first = 0
-    for by, count in zip(norms, heads, strict=True):
-        place = slice(first * width, (first + count) * width)
-        part, slope = (rows[:, place].unflatten(1, (count, width)).flatten(0, 1) for rows in (x, d))
+    slopes = d.clone()
+    for by, place, of_head in _by_head(norms, heads):
+        part, slope = (rows[:, place].unflatten(1, of_head).flatten(0, 1) for rows in (x, d))
         norm_backward(slope, part, by, part)
-        x[:, place] = part.unflatten(0, (d.shape[0], count)).flatten(1)
-        first += count
-    x[:, first * width :] = d[:, first * width :]
-    return x
+        slopes[:, place] = part.view(d.shape[0], -1)
+    return x.copy_(slopes)
+
+
+def _by_head(norms: Sequence[Norm], heads: Sequence[int]) -> Iterator[tuple[Norm, slice, tuple[int, int]]]:
+    """Each norm with the columns it is for, and with how many heads there are in them, how wide."""
+    width, ends = norms[0].weight.numel(), accumulate(heads)
+    for by, count, end in zip(norms, heads, ends, strict=True):
+        yield by, slice((end - count) * width, end * width), (count, width)
 
 
 @on_gpu
-def rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, width: int, *, backward: bool = False
-) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, width: int) -> torch.Tensor:
     """Turn the first `heads` heads of each row by its position's angles, in place (Su et al., 2021, arXiv:2104.09864).
 
     x: (tokens, columns), cos, sin: (tokens, half) fp32, where the first 2 half of a head's `width` are turned, its
-    halves against each other, as transformers does. `backward` turns back, which is also the gradient.
+    halves against each other, as transformers does. With -sin it turns back, which is also the gradient.
     """
     half = cos.shape[1]
     turned = x[:, : heads * width].unflatten(1, (heads, width))
     first, second = _at_least_fp32(turned[:, :, :half]), _at_least_fp32(turned[:, :, half : 2 * half])
-    c, s = cos[:, None], -sin[:, None] if backward else sin[:, None]
+    c, s = cos[:, None], sin[:, None]
     turned[:, :, :half], turned[:, :, half : 2 * half] = first * c - second * s, second * c + first * s
     return x
 
 
+@on_gpu
 def gather_rotated(
-    d_heads: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
+    out: torch.Tensor, d_heads: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
     """Gradients of turned queries and keys, and of values, side by side in `out` with the turn undone.
 
     d_heads: three of (samples, length, heads, width), any strides; out: (samples * length, columns).
     """
-    if out.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.gather_rotated(d_heads, cos, sin, out)
     out.copy_(torch.cat([part.flatten(0, 1).flatten(1) for part in d_heads], dim=1))
     heads, width = d_heads[0].shape[2:]
-    return rotate(out, cos, sin, heads + d_heads[1].shape[2], width, backward=True)
+    return rotate(out, cos, -sin, heads + d_heads[1].shape[2], width)
 
 
 @on_gpu
@@ -190,19 +184,16 @@ def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     return d.copy_(again)
 
 
-@on_gpu
-def gelu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out = gelu(x) by tanh, Phi's (Hendrycks & Gimpel, 2016, arXiv:1606.08415). x, out: (rows, width)."""
-    return out.copy_(torch.nn.functional.gelu(_at_least_fp32(x), approximate="tanh"))
+def gelu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """gelu(x) by tanh, Phi's (Hendrycks & Gimpel, 2016, arXiv:1606.08415). x, out: (rows, width)."""
+    out = torch.empty_like(x) if out is None else out
+    torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+    return out
 
 
-@on_gpu
-def gelu_backward(d: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Turn x into its gradient in place, and `d` (rows, width) into the forward's output. Returns `d`."""
-    wide = _at_least_fp32(x)
-    again = torch.nn.functional.gelu(wide, approximate="tanh")
-    x.copy_(torch.ops.aten.gelu_backward(_at_least_fp32(d), wide, approximate="tanh"))
-    return d.copy_(again)
+def gelu_backward(d: torch.Tensor, x: torch.Tensor) -> None:
+    """Turn x into its gradient in place; d: of the output, (rows, width)."""
+    torch.ops.aten.gelu_backward.grad_input(d, x, approximate="tanh", grad_input=x)
 
 
 def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -212,16 +203,13 @@ def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _at_least_fp32(torch.mm(a, b))
 
 
+@on_gpu
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of each row (rows,), at least fp32, and softmax - one-hot in `dtype`: the gradient of their sum.
 
     The gradient lies where the logits were: a chunk of them is the largest tensor there is.
     """
     slopes = logits.view(dtype)[:, : logits.shape[1]]
-    if logits.is_cuda:
-        from afina.engine import kernels
-
-        return kernels.cross_entropy(logits, targets, slopes), slopes
     log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
     losses = log_sum - logits.gather(1, targets[:, None])
     gradient = logits.sub_(log_sum).exp_().scatter_add_(1, targets[:, None], torch.full_like(losses, -1))

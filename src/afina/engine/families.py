@@ -7,12 +7,12 @@ from torch import nn
 
 from afina.engine.block import Attention, Block, norm_of
 from afina.engine.elementwise import Norm
-from afina.engine.experts import Experts, Gating, Matrix
+from afina.engine.experts import make_experts
 from afina.engine.mixture import Mixture
 from afina.engine.nf4 import from_bitsandbytes
 from afina.engine.parallel import Parallel
 from afina.engine.products import Scratch, make_product
-from afina.engine.router import LowRank, Router
+from afina.engine.router import make_router
 from afina.engine.sequential import Sequential
 from afina.language import _
 
@@ -133,8 +133,13 @@ def make_block(layer: Any, config: Any, number: int, scratch: Scratch, dtype: to
             o=product(attention.o_proj),
             norm_attention=norm_of(layer.input_layernorm, float(eps), dtype),  # type: ignore[arg-type]
             norm_mlp=norm_of(layer.post_attention_layernorm, float(eps), dtype),  # type: ignore[arg-type]
-            router=_router(mlp.router if hasattr(mlp, "router") else mlp.gate, config, dtype),
-            experts=_experts(mlp.experts, scratch, dtype),
+            router=make_router(
+                mlp.router if hasattr(mlp, "router") else mlp.gate,
+                int(config.num_experts_per_tok),
+                over_all=config.model_type == "qwen3_moe" and not config.norm_topk_prob,
+                dtype=dtype,
+            ),
+            experts=make_experts(mlp.experts, scratch, dtype),
         )
     fused = config.model_type == "phi3"
     return Sequential(
@@ -152,53 +157,3 @@ def make_block(layer: Any, config: Any, number: int, scratch: Scratch, dtype: to
 def turned_half(config: Any, cos: torch.Tensor) -> int:
     """Into how many columns of a model's cosines its angles fit: all but gpt-oss have them twice, side by side."""
     return int(cos.shape[-1]) // (1 if config.model_type == "gpt_oss" else 2)
-
-
-def routers(model: nn.Module) -> list[nn.Module]:
-    """The modules of a mixture that choose experts, layer by layer; they return the chosen ones third."""
-    return [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
-
-
-def _router(module: Any, config: Any, dtype: torch.dtype) -> Router:
-    base, adapters = _beneath(module)
-    bias = getattr(base, "bias", None)
-    return Router(
-        weight=base.weight.detach().to(dtype),
-        bias=None if bias is None else bias.detach(),
-        chosen=int(config.num_experts_per_tok),
-        over_all=config.model_type == "qwen3_moe" and not config.norm_topk_prob,
-        adapter=adapters.get("weight"),
-    )
-
-
-def _experts(module: Any, scratch: Scratch, dtype: torch.dtype) -> Experts:
-    base, adapters = _beneath(module)
-    interleaved = hasattr(base, "limit")  # gpt-oss's, packed or not
-    gating = Gating(float(base.alpha), float(base.limit), 1.0, True) if interleaved else Gating()
-    gate_up, down = (_matrix(base, name, adapters.get(name), scratch, dtype) for name in ("gate_up_proj", "down_proj"))
-    return Experts(gate_up, down, gating)
-
-
-def _matrix(base: Any, name: str, adapter: LowRank | None, scratch: Scratch, dtype: torch.dtype) -> Matrix:
-    bias = getattr(base, f"{name}_bias", None)
-    bias = None if bias is None else bias.detach()
-    if hasattr(base, f"{name}_blocks"):
-        blocks, scales = getattr(base, f"{name}_blocks"), getattr(base, f"{name}_scales")
-        count, k, n = base.shape_of(name)
-        like = torch.empty(0, dtype=dtype, device=blocks.device)
-        return Matrix(count, n, k, like, scratch, None, blocks, scales, bias, adapter)
-    weight = getattr(base, name).detach().to(dtype)
-    plain = weight.transpose(1, 2) if hasattr(base, "limit") else weight
-    like = weight.new_empty(0)
-    return Matrix(plain.shape[0], plain.shape[1], plain.shape[2], like, scratch, plain, bias=bias, adapter=adapter)
-
-
-def _beneath(module: Any) -> tuple[Any, dict[str, LowRank]]:
-    """What lies under PEFT's adapters of single parameters, and these by the parameter's name."""
-    found = {}
-    while hasattr(module, "lora_A"):
-        name = module.active_adapters[0]
-        a, b = module.lora_A[name].weight, module.lora_B[name].weight
-        found[module.parameter_name] = LowRank(a, b, float(module.scaling[name]))
-        module = module.base_layer
-    return module, found

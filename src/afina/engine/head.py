@@ -7,12 +7,15 @@ in parts of the vocabulary, twice: for the sum of exponentials, then for the gra
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from afina.engine.eight_head import CHUNKS, EightHead
 from afina.engine.elementwise import Norm, cross_entropy, norm, norm_backward, wide_product
+from afina.engine.offload import brought
 from afina.model.loss import Targeted
 
 LOGITS_AT_ONCE = 2**26
@@ -28,7 +31,8 @@ class Ends:
     """embedding, weight (the head's): (vocabulary, hidden), the same tensor where they are tied. bias: of the head.
 
     `learnt`: the parameters behind embedding, head and bias, where they learn; a tied one stands once. `passes_by`: the
-    head waits in the computer's memory. `shared`: the model's own embedding and head.
+    head waits in the computer's memory. `shared`: the model's own embedding and head. `eight`: what dx is made of in
+    eight bits.
     """
 
     embedding: torch.Tensor
@@ -38,6 +42,7 @@ class Ends:
     learnt: tuple[nn.Parameter, ...] = ()
     passes_by: bool = False
     shared: tuple[nn.Parameter, ...] = ()
+    eight: EightHead | None = None
 
     @property
     def logits_at_once(self) -> int:
@@ -63,7 +68,7 @@ class Ends:
         self.embedding = _pinned(self.embedding)
         if which == "both":
             self.weight = self.embedding if tied else _pinned(self.weight)
-            self.passes_by = True
+            self.passes_by, self.eight = True, None
         for parameter, ours in zip(self.shared, (self.embedding, self.weight), strict=False):
             parameter.data = ours
 
@@ -108,13 +113,13 @@ class Ends:
         if not self.learnt or d_embedded is None:
             return []
         parameters, count = self.parameters(), len(self.norm.learnt)
-        rows = torch.ops.aten.embedding_dense_backward(d_embedded.contiguous(), ids, self.embedding.shape[0], -1, False)
-        if self.tied:  # a head's gradient is as large as the head, and fp32: it is read once
-            head = torch.addcmul(rows, found[count], d_loss, out=torch.empty_like(parameters[count]))
-            ends = [head, *(part.mul_(d_loss) for part in found[count + 1 :])]
+        found = [part.mul_(d_loss) for part in found]
+        if self.tied:
+            found[count].index_put_((ids,), d_embedded.to(found[count].dtype), accumulate=True)
         else:
-            ends = [rows, *(part.mul_(d_loss) for part in found[count:])]
-        found = [*(part.mul_(d_loss) for part in found[:count]), *ends]
+            rows = d_embedded.contiguous()
+            rows = torch.ops.aten.embedding_dense_backward(rows, ids, self.embedding.shape[0], -1, False)
+            found.insert(count, rows)
         return [part.to(parameter.dtype) for part, parameter in zip(found, parameters, strict=True)]
 
     def _summed(
@@ -128,7 +133,9 @@ class Ends:
         heads = [part for part in (self.weight, self.bias) if part is not None and learns]
         heads = [torch.zeros(part.shape, dtype=wide, device=rows.device) for part in heads]
         of_norm: list[torch.Tensor] = []
-        step = max(1, self.logits_at_once // (VOCABULARY_AT_ONCE if self.passes_by else self.weight.shape[0]))
+        at_once = max(1, self.logits_at_once // (VOCABULARY_AT_ONCE if self.passes_by else self.weight.shape[0]))
+        eight = self.eight if d_rows is not None else None
+        step = at_once if eight is None else CHUNKS * at_once
         for start in range(0, rows.shape[0], step):
             chunk, targets = rows[start : start + step], batch.targets[start : start + step]
             weights = None if batch.weights is None else batch.weights[start : start + step]
@@ -137,6 +144,9 @@ class Ends:
                 losses, d_normed = self._by_vocabulary(normed, targets, d_rows is not None)
                 if weights is not None:
                     losses, d_normed = losses * weights, d_normed * weights[:, None].to(d_normed)
+            elif eight is not None:
+                logits = partial(_logits, head=self.weight, bias=self.bias)
+                losses, d_normed = eight.loss(logits, normed, targets, weights, at_once)
             else:
                 losses, slopes = cross_entropy(_logits(normed, self.weight, self.bias), targets, rows.dtype)
                 if weights is not None:
@@ -163,48 +173,32 @@ class Ends:
         for first, part, bias in self._passing():
             logits = _logits(normed, part, bias)
             log_sum = torch.logaddexp(log_sum, torch.logsumexp(logits, dim=1))
-            here = targets - first
-            inside = (here >= 0) & (here < part.shape[0])
-            truth += logits.gather(1, here.clamp(0, part.shape[0] - 1)[:, None])[:, 0] * inside
+            places, inside = _within(targets, first, part.shape[0])
+            truth += logits.gather(1, places)[:, 0] * inside
             del logits
         if not slopes_too:
             return log_sum - truth, normed
         d_normed = torch.zeros(normed.shape, dtype=wide, device=normed.device)
         for first, part, bias in self._passing():
             slopes = _logits(normed, part, bias).sub_(log_sum[:, None]).exp_()
-            here = targets - first
-            inside = (here >= 0) & (here < part.shape[0])
-            slopes.scatter_add_(1, here.clamp(0, part.shape[0] - 1)[:, None], -inside.to(wide)[:, None])
+            places, inside = _within(targets, first, part.shape[0])
+            slopes.scatter_add_(1, places, -inside.to(wide)[:, None])
             _add_product(d_normed, slopes.to(normed.dtype), part)
             del slopes
         return log_sum - truth, d_normed.to(normed.dtype)
 
     def _passing(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-        """First row, rows and bias of each part of the head, on the device, in one of two places filled in turn."""
-        device, count = self.norm.weight.device, self.weight.shape[0]
-        starts = range(0, count, VOCABULARY_AT_ONCE)
-        if device.type != "cuda":
-            for first in starts:
-                part = self.weight[first : first + VOCABULARY_AT_ONCE]
-                yield first, part, None if self.bias is None else self.bias[first : first + part.shape[0]]
-            return
-        compute, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        places = self.weight.new_empty(2, min(VOCABULARY_AT_ONCE, count), self.weight.shape[1], device=device)
-        for number, first in enumerate(starts):
-            if number == 0:
-                self._fetch(places[0], 0, copying, compute)
-            compute.wait_stream(copying)
-            if first + VOCABULARY_AT_ONCE < count:
-                self._fetch(places[(number + 1) % 2], first + VOCABULARY_AT_ONCE, copying, compute)
-            part = places[number % 2][: min(VOCABULARY_AT_ONCE, count - first)]
+        """First row, rows and bias of each part of the head, on the device."""
+        parts = self.weight.split(VOCABULARY_AT_ONCE)
+        for number, part in enumerate(brought(parts) if self.norm.weight.is_cuda else parts):
+            first = number * VOCABULARY_AT_ONCE
             yield first, part, None if self.bias is None else self.bias[first : first + part.shape[0]]
 
-    def _fetch(self, place: torch.Tensor, first: int, copying: Any, compute: Any) -> None:
-        """Begin to fill a place, once what was asked of it so far is computed."""
-        copying.wait_stream(compute)
-        part = self.weight[first : first + VOCABULARY_AT_ONCE]
-        with torch.cuda.stream(copying):
-            place[: part.shape[0]].copy_(part, non_blocking=True)
+
+def _within(targets: torch.Tensor, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where targets (rows,) lie among `count` columns from `first` on, (rows, 1), and which of them do."""
+    here = targets - first
+    return here.clamp(0, count - 1)[:, None], (here >= 0) & (here < count)
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:

@@ -183,31 +183,24 @@ def _head_norms(
         tl.store(out + token * out_stride + place, found, mask=inside)
 
 
-def rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, width: int, *, backward: bool = False
-) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, width: int) -> torch.Tensor:
     """See elementwise.rotate."""
     tokens, half = cos.shape
-    group = max(1, 1024 // triton.next_power_of_2(half))
-    grid = (tokens, triton.cdiv(heads, group))
-    _rotate[grid](
-        x, x.stride(0), cos, sin, half, width, heads, group, triton.next_power_of_2(half), backward, num_warps=4
-    )
+    block = triton.next_power_of_2(half)
+    group = max(1, 1024 // block)
+    grid = tokens, triton.cdiv(heads, group)
+    _rotate[grid](x, x.stride(0), cos, sin, half, width, heads, group, block, num_warps=4)
     return x
 
 
 @triton.jit
-def _rotate(
-    x, x_stride, cos, sin, half, width, heads, GROUP: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr
-):  # fmt: skip
+def _rotate(x, x_stride, cos, sin, half, width, heads, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (head < heads) & (column < half)
     c = tl.load(cos + token * half + column, mask=column < half, other=0.0)
     s = tl.load(sin + token * half + column, mask=column < half, other=0.0)
-    if BACKWARD:
-        s = -s
     place = x + token * x_stride + head * width + column
     first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
@@ -216,7 +209,7 @@ def _rotate(
 
 
 def gather_rotated(
-    d_heads: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
+    out: torch.Tensor, d_heads: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
     """See elementwise.gather_rotated."""
     q, k, v = d_heads
@@ -263,17 +256,17 @@ def _gather_rotated(
 
 def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """See elementwise.swiglu."""
-    _swiglu[(out.shape[0], triton.cdiv(out.shape[1], WIDE))](
-        out, out.stride(0), gate_up, gate_up.stride(0), out.shape[1], WIDE, False, num_warps=8
-    )
-    return out
+    return _gated(out, gate_up, backward=False)
 
 
 def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     """See elementwise.swiglu_backward."""
-    _swiglu[(d.shape[0], triton.cdiv(d.shape[1], WIDE))](
-        d, d.stride(0), gate_up, gate_up.stride(0), d.shape[1], WIDE, True, num_warps=8
-    )
+    return _gated(d, gate_up, backward=True)
+
+
+def _gated(d: torch.Tensor, gate_up: torch.Tensor, *, backward: bool) -> torch.Tensor:
+    grid = d.shape[0], triton.cdiv(d.shape[1], WIDE)
+    _swiglu[grid](d, d.stride(0), gate_up, gate_up.stride(0), d.shape[1], WIDE, backward, num_warps=8)
     return d
 
 
@@ -294,65 +287,37 @@ def _swiglu(d, d_stride, gate_up, gate_up_stride, width, BLOCK: tl.constexpr, BA
     tl.store(d + row * d_stride + columns, silu * up, mask=inside)
 
 
-def gelu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """See elementwise.gelu."""
-    _gelu[(out.shape[0], triton.cdiv(out.shape[1], WIDE))](
-        out, out.stride(0), x, x.stride(0), out.shape[1], WIDE, False, num_warps=8
-    )
-    return out
-
-
-def gelu_backward(d: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """See elementwise.gelu_backward."""
-    _gelu[(d.shape[0], triton.cdiv(d.shape[1], WIDE))](
-        d, d.stride(0), x, x.stride(0), d.shape[1], WIDE, True, num_warps=8
-    )
-    return d
-
-
-@triton.jit
-def _gelu(d, d_stride, x, x_stride, width, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)  # sqrt(2 / pi)
-    tanh = 1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0)
-    again = 0.5 * value * (1.0 + tanh)
-    if BACKWARD:
-        slope = tl.load(d + row * d_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        inner_slope = 0.7978845608028654 * (1.0 + 3 * 0.044715 * value * value)
-        found = slope * (0.5 * (1.0 + tanh) + 0.5 * value * (1.0 - tanh * tanh) * inner_slope)
-        tl.store(x + row * x_stride + columns, found, mask=inside)
-    tl.store(d + row * d_stride + columns, again, mask=inside)
-
-
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, d_logits: torch.Tensor) -> torch.Tensor:
-    """See elementwise.cross_entropy. d_logits may begin where logits does, its elements being no wider."""
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """See elementwise.cross_entropy."""
     rows, width = logits.shape
+    slopes = logits.view(dtype)[:, :width]
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _cross_entropy[(rows,)](
-        logits, logits.stride(0), targets, d_logits, d_logits.stride(0), losses, width, 4096, num_warps=16
+        logits, logits.stride(0), targets, slopes, slopes.stride(0), losses, width, 4096, num_warps=8
     )
-    return losses
+    return losses, slopes
 
 
 @triton.jit
-def _cross_entropy(logits, logits_stride, targets, out, out_stride, losses, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def log_sum_exp(logits, width, BLOCK: tl.constexpr):
+    """Of one row."""
     largest = tl.full((BLOCK,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):  # a running maximum per lane, joined once at the end
         columns = start + tl.arange(0, BLOCK)
-        value = tl.load(logits + row * logits_stride + columns, mask=columns < width, other=-float("inf")).to(
-            tl.float32
-        )
+        value = tl.load(logits + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(largest, value)
         shift = tl.where(higher == -float("inf"), 0.0, higher)
         total = total * tl.exp(largest - shift) + tl.exp(value - shift)
         largest = higher
     peak = tl.max(largest, axis=0)
-    log_sum = peak + tl.log(tl.sum(total * tl.exp(largest - peak), axis=0))
+    return peak + tl.log(tl.sum(total * tl.exp(largest - peak), axis=0))
+
+
+@triton.jit
+def _cross_entropy(logits, logits_stride, targets, out, out_stride, losses, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    log_sum = log_sum_exp(logits + row * logits_stride, width, BLOCK)
     target = tl.load(targets + row)
     truth = tl.load(logits + row * logits_stride + target).to(tl.float32)
     tl.store(losses + row, log_sum - truth)

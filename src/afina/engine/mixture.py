@@ -57,7 +57,18 @@ class Mixture(Stacked):
     def unpacked(self) -> int:
         """See Block."""
         packed = [part for part in (self.experts.gate_up, self.experts.down) if part.plain is None]
-        return sum(part.experts * part.n * part.k for part in packed)
+        return super().unpacked + sum(part.experts * part.n * part.k for part in packed)
+
+    @property
+    def passing(self) -> int:
+        """See Block."""
+        gate_up, down = self.experts.gate_up, self.experts.down
+        return super().passing + self.router.chosen * (gate_up.n + gate_up.k + down.n + down.k)
+
+    @property
+    def moved(self) -> int:
+        """See Block."""
+        return super().moved + self.experts.gate_up.moved + self.experts.down.moved
 
     def saves(self, tokens: int) -> dict[str, int]:
         """See Block."""

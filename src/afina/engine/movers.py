@@ -13,9 +13,6 @@ import triton.language as tl
 if TYPE_CHECKING:
     from afina.engine.nf4 import Nf4
 
-Copies = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Places and sizes, factors, and a tensor of each precision: what is read and what is written."""
-
 
 def fill_nf4(weight: "Nf4", out: torch.Tensor) -> None:
     """See nf4.Nf4.fill."""
@@ -51,27 +48,22 @@ def _fill_nf4(
     tl.store(out + row * out_stride + column, tl.interleave(first, second), mask=inside[:, None])
 
 
-def copy_table(pairs: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> Copies:
-    """What `copy_many` needs of (from, to, factor) triples of fp32 or 16-bit matrices on one GPU."""
-    rows = [
-        (source.data_ptr(), target.data_ptr(), *source.shape, source.stride(0), target.stride(0))
-        for source, target, _factor in pairs
-    ]
-    if any(tensor.stride(1) != 1 for pair in pairs for tensor in pair[:2]):
-        raise RuntimeError("rows must lie side by side")
-    device = pairs[0][0].device
-    return (
-        torch.tensor(rows, dtype=torch.int64).to(device),
-        torch.tensor([factor for _source, _target, factor in pairs]).to(device),
-        pairs[0][0],
-        pairs[0][1],
-    )
+class Table:
+    """Matrices of one precision on one GPU to be copied into places of one precision, each times a factor: hundreds of
+    adapters in one launch. `copies`: from, to, factor; rows lie side by side."""
 
+    def __init__(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
+        if any(tensor.stride(1) != 1 for copy in copies for tensor in copy[:2]):
+            raise RuntimeError("rows must lie side by side")
+        rows = [(a.data_ptr(), b.data_ptr(), *a.shape, a.stride(0), b.stride(0)) for a, b, _factor in copies]
+        self._source, self._target, _factor = copies[0]
+        self._places = torch.tensor(rows, dtype=torch.int64).to(self._source.device)
+        self._factors = torch.tensor([factor for _a, _b, factor in copies]).to(self._source.device)
 
-def copy_many(table: Copies, count: int) -> None:
-    """Copy all of a table, each times its factor, in one launch: there are hundreds of adapters."""
-    places, factors, source, target = table
-    _copy_many[(count, 16)](places, factors, source, target, 1024, num_warps=4)
+    def run(self) -> None:
+        """Copy them as they are now."""
+        grid = self._factors.numel(), 16
+        _copy_many[grid](self._places, self._factors, self._source, self._target, 1024, num_warps=4)
 
 
 @triton.jit

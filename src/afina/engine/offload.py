@@ -5,20 +5,12 @@ a tensor on its way still takes room on the GPU, and a forward that ran ahead wo
 """
 
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 LAYERS_AT_ONCE = 2
-
-
-@dataclass
-class Parked:
-    """A tensor in pinned memory; `done` says when it has arrived there, `back` is its copy on the GPU, on its way."""
-
-    host: torch.Tensor
-    done: torch.cuda.Event
-    back: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
 
 class Offload:
@@ -27,15 +19,15 @@ class Offload:
     def __init__(self, tensors: int = 1) -> None:
         """tensors: how many a layer sends."""
         self._at_once = LAYERS_AT_ONCE * tensors
-        self._out, self._in = torch.cuda.Stream(), torch.cuda.Stream()
+        self._out, self.incoming = torch.cuda.Stream(), torch.cuda.Stream()
         self._leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+        self.free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
 
-    def send(self, tensor: torch.Tensor) -> Parked:
+    def send(self, tensor: torch.Tensor) -> "Parked":
         """Begin to copy a tensor away. It stays on the GPU until the copy has ended."""
         while len(self._leaving) >= self._at_once:
             self._leaving.popleft()[1].synchronize()
-        free = self._free.setdefault((tensor.shape, tensor.dtype), [])
+        free = self.free.setdefault((tensor.shape, tensor.dtype), [])
         host = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         done = torch.cuda.Event()
         self._out.wait_stream(torch.cuda.current_stream())
@@ -43,31 +35,58 @@ class Offload:
             host.copy_(tensor, non_blocking=True)
             done.record()
         self._leaving.append((tensor, done))
-        return Parked(host, done)
+        return Parked(self, host, done)
 
     def settle(self) -> None:
         """Wait until all that was sent has left the GPU."""
         while self._leaving:
             self._leaving.popleft()[1].synchronize()
 
-    def begin_fetch(self, parked: Parked) -> None:
-        """Begin to copy a tensor back."""
-        if parked.back is None:
-            tensor = torch.empty(parked.host.shape, dtype=parked.host.dtype, device="cuda")
-            arrived = torch.cuda.Event()
-            self._in.wait_event(parked.done)
-            self._in.wait_stream(torch.cuda.current_stream())  # the room may have been another's until now
-            with torch.cuda.stream(self._in):
-                tensor.copy_(parked.host, non_blocking=True)
-                arrived.record()
-            parked.back = tensor, arrived
 
-    def fetch(self, parked: Parked) -> torch.Tensor:
+@dataclass
+class Parked:
+    """A tensor in pinned memory; `done` says when it has arrived there, `back` is its copy on the GPU, on its way."""
+
+    by: Offload
+    host: torch.Tensor
+    done: torch.cuda.Event
+    back: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def begin(self) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """Begin to copy it back."""
+        if self.back is None:
+            tensor = torch.empty(self.host.shape, dtype=self.host.dtype, device="cuda")
+            arrived = torch.cuda.Event()
+            self.by.incoming.wait_event(self.done)
+            self.by.incoming.wait_stream(torch.cuda.current_stream())  # the room may have been another's until now
+            with torch.cuda.stream(self.by.incoming):
+                tensor.copy_(self.host, non_blocking=True)
+                arrived.record()
+            self.back = tensor, arrived
+        return self.back
+
+    def fetch(self) -> torch.Tensor:
         """The tensor, usable on the current stream; its pinned buffer is free again."""
-        self.begin_fetch(parked)
-        if parked.back is None:
-            raise RuntimeError("nothing was fetched")
-        tensor, arrived = parked.back
+        tensor, arrived = self.begin()
         torch.cuda.current_stream().wait_event(arrived)
-        self._free[parked.host.shape, parked.host.dtype].append(parked.host)
+        self.by.free[self.host.shape, self.host.dtype].append(self.host)
         return tensor
+
+
+def brought(parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Tensors out of pinned memory on the GPU, one after another in two places: the next comes while one is used."""
+    compute, copying = torch.cuda.current_stream(), torch.cuda.Stream()
+    places = [torch.empty_like(part, device="cuda") for part in parts[:2]]
+
+    def begin(number: int) -> torch.Tensor:
+        copying.wait_stream(compute)  # what was asked of this place before has been computed then
+        with torch.cuda.stream(copying):
+            return places[number % 2][: parts[number].shape[0]].copy_(parts[number], non_blocking=True)
+
+    coming = begin(0)
+    for number in range(1, len(parts) + 1):
+        here = coming
+        compute.wait_stream(copying)
+        if number < len(parts):
+            coming = begin(number)
+        yield here

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from afina.engine.block import Block, Positions, Saved, room
+from afina.engine.block import Block, Positions, Saved, room, widened
 from afina.engine.elementwise import Norm, gelu, gelu_backward
 from afina.engine.products import Product
 
@@ -44,7 +44,8 @@ class Parallel(Block):
         z, low = self.widely(x, self.norm, self.inner, at)
         columns = self.attention.columns
         attended = self.attention.attend(self.attention.turned(z[:, :columns], at), at)
-        h, low_dense = self.dense.forward_narrow(attended.out.flatten(1), x, self.seed(at, self.dense))
+        wide = widened(attended.out.flatten(1), self.dense)
+        h, low_dense = self.dense.forward(wide, residual=x, seed=self.seed(at, self.dense)), self.dense.low_of(wide)
         wide = x.new_empty(x.shape[0], self.fc2.k + self.fc2.r)
         gelu(z[:, columns : self.inner.n], wide[:, : self.fc2.k])
         y = self.fc2.forward(wide, residual=h, out=h, seed=self.seed(at, self.fc2))
@@ -56,16 +57,15 @@ class Parallel(Block):
         self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """See Block."""
-        x, out = self.bring_input(saved), self.bring_out(saved)
+        x, out = self.bring_ends(saved)
         z, hidden, columns = self.take(saved, "z"), x.shape[1], self.attention.columns
         if z is None:
             z = self.widely(x, self.norm, self.inner, at)[0]
             self.attention.turned(z[:, :columns], at)
+        inside = z[:, columns : self.inner.n]
         self.fc2.widen(wide_dy)
-        d_act = self.fc2.backward(wide_dy, self.seed(at, self.fc2))
-        act = gelu_backward(d_act, z[:, columns : self.inner.n])
-        of_fc2 = self.fc2.gradients(wide_dy, act, saved.lows["fc2"], self.seed(at, self.fc2))
-        del d_act, act
+        of_fc2 = self.fc2.gradients(wide_dy, gelu(inside), saved.lows["fc2"], self.seed(at, self.fc2))
+        gelu_backward(self.fc2.backward(wide_dy, self.seed(at, self.fc2)), inside)
 
         wide_dense = room(x, self.dense)
         wide_dense[:, :hidden] = wide_dy[:, :hidden]

@@ -30,6 +30,9 @@ ALIGN = {"cuda": 64}
 """Elements to which the extra columns are rounded up: every row of a 16-bit buffer begins at 128 bytes, the GPU's line.
 Products are made 64 columns at a time there, so fewer would save nothing; with 8 they are 2% slower on an H100."""
 
+FOUR_BITS = 0.53
+"""Bytes of a weight in four bits, its share of the scales included."""
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -130,6 +133,16 @@ class Product:
             if learnt.bias is not None and self.bias is not None:
                 self.bias[learnt.rows].copy_(learnt.bias.detach())
 
+    @property
+    def moved(self) -> int:
+        """Bytes of weights that pass through memory for a forward and a backward before the products read them."""
+        return 0 if self.wide is not None else round(2 * (FOUR_BITS + self.like.element_size()) * self.n * self.k)
+
+    @property
+    def unpacked(self) -> int:
+        """Elements that `hold` would add."""
+        return (self.n + self.r) * (self.k + self.r) if self.packed and self.wide is None else 0
+
     def hold(self) -> None:
         """Turn four-bit weights into a buffer of their own, once: more memory, the same numbers."""
         if self.wide is None:
@@ -196,24 +209,9 @@ class Product:
             torch.mm(wide_x, weight, out=out) if self.bias is None else torch.addmm(self.bias, wide_x, weight, out=out)
         )
 
-    def forward_narrow(
-        self, x: torch.Tensor, residual: torch.Tensor, seed: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `forward` for an input (tokens, K) without the extra room; returns y + residual and the `low_of`."""
-        wide = self.weights()
-        y = torch.addmm(residual, x, wide[: self.n, : self.k].t())
-        low = torch.mm(self.dropped(x, seed), wide[self.n :, : self.k].t())
-        if self.r:
-            y.addmm_(low, wide[: self.n, self.k :].t())
-        return (y if self.bias is None else y.add_(self.bias)), self.scaled(low)
-
     def low_of(self, wide_x: torch.Tensor) -> torch.Tensor:
         """s x A^T (tokens, used) after `forward`, which dB needs, in memory of its own."""
-        return self.scaled(wide_x[:, self.k :])
-
-    def scaled(self, low: torch.Tensor) -> torch.Tensor:
-        """Each adapter's columns times its scale."""
-        return low[:, : self.used] * self.scales[: self.used]
+        return wide_x[:, self.k :][:, : self.used] * self.scales[: self.used]
 
     def dropped(self, x: torch.Tensor, seed: int | None) -> torch.Tensor:
         """x (tokens, K) as the adapters see it: a share of it zero, the rest larger, the same for the same seed."""
@@ -228,11 +226,8 @@ class Product:
 
     def widen(self, wide_dy: torch.Tensor) -> None:
         """Write dy sB into the last columns of wide_dy (tokens, N + r), whose first N hold dy."""
-        wide = self.weights() if self.adapters else wide_dy
-        for adapter in self.adapters:  # the last one's zeros, too: what was there before may be NaN
-            columns = slice(adapter.columns.start, self.r if adapter is self.adapters[-1] else adapter.columns.stop)
-            up = wide[adapter.rows, self.k :][:, columns]
-            torch.mm(wide_dy[:, adapter.rows], up, out=wide_dy[:, self.n :][:, columns])
+        if self.r:  # the zeros beside B too: what was in these columns before may be no number
+            torch.mm(wide_dy[:, : self.n], self.weights()[: self.n, self.k :], out=wide_dy[:, self.n :])
 
     def backward(self, wide_dy: torch.Tensor, seed: int | None = None) -> torch.Tensor:
         """dx (tokens, K) from wide_dy (tokens, N + r), after `widen`."""
@@ -248,10 +243,11 @@ class Product:
         """Of what learns, after `widen`; x: (tokens, K), low: `low_of` of it. dA: (rank, K), dB: (rows, rank)."""
         found = []
         if self.adapters:
-            lows = wide_product(wide_dy[:, self.n :][:, : self.used].t(), self.dropped(x, seed))
+            downs = wide_product(wide_dy[:, self.n :][:, : self.used].t(), self.dropped(x, seed))
+            ups = wide_product(wide_dy[:, : self.n].t(), low)
             for adapter in self.adapters:
-                up = wide_product(wide_dy[:, adapter.rows].t(), low[:, adapter.columns])
-                found += [lows[adapter.columns].to(adapter.a.dtype), up.to(adapter.b.dtype)]
+                up = ups[adapter.rows, adapter.columns].contiguous()
+                found += [downs[adapter.columns].to(adapter.a.dtype), up.to(adapter.b.dtype)]
         if self.learnt:  # one product for all of them: small ones alone leave most of a GPU idle
             exact = self.learnt[0].weight.element_size() > 2
             dy = wide_dy[:, : self.n]
@@ -279,23 +275,18 @@ class Copies:
     def __init__(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
         self._all = list(copies)
         self._table: Any = None
-        if self._all and self._all[0][0].is_cuda:
-            from afina.engine import movers
+        if self._all and self._all[0][0].is_cuda and len({(a.dtype, b.dtype) for a, b, _factor in self._all}) == 1:
+            from afina.engine.movers import Table
 
-            if len({(source.dtype, target.dtype) for source, target, _factor in self._all}) == 1:
-                self._table = movers.copy_table(self._all)
+            self._table = Table(self._all)
 
     def run(self) -> None:
         """Copy them as they are now."""
-        if not self._all:
-            return
         if self._table is not None:
-            from afina.engine import movers
-
-            movers.copy_many(self._table, len(self._all))
-            return
-        sources, targets, factors = zip(*self._all, strict=True)
-        torch._foreach_copy_(list(targets), torch._foreach_mul(list(sources), list(factors)))
+            self._table.run()
+        elif self._all:
+            sources, targets, factors = zip(*self._all, strict=True)
+            torch._foreach_copy_(list(targets), torch._foreach_mul(list(sources), list(factors)))
 
 
 class Replayed:

@@ -3,16 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from afina.engine.engine import Engine
-from afina.engine.families import routers
 from afina.engine.mixture import Mixture
-from afina.engine.router import Router
+from afina.engine.router import routed_alike
 from afina.model.loss import Targeted, summed_loss
 
 
@@ -48,10 +46,11 @@ def prove(
     called, to place what the engine saves.
     """
     found: list[tuple[float, tuple[torch.Tensor, ...]]] = []
+    told = [block.router for block in engine.blocks if isinstance(block, Mixture)]
     trains = model.training
     model.eval()
     try:
-        with perturbed(engine), routed_alike(engine, model) as told:
+        with perturbed(engine), routed_alike(told, model):
             for loss_fn in (summed_loss, engine.summed_loss):
                 if lean is not None and found:
                     lean()
@@ -98,22 +97,3 @@ def saved_elsewhere(model: nn.Module) -> AbstractContextManager[None]:
         return found
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-@contextmanager
-def routed_alike(engine: Engine, model: nn.Module) -> Iterator[list[Router]]:
-    """Within, the engine's tokens go to the experts to which the reference's last went. Gives the engine's routers."""
-    told = [block.router for block in engine.blocks if isinstance(block, Mixture)]
-    asked = zip(routers(model) if told else [], told, strict=True)
-    hooks = [module.register_forward_hook(partial(_tell, router)) for module, router in asked]
-    try:
-        yield told
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for router in told:
-            router.told = router.missed = None
-
-
-def _tell(router: Router, _module: nn.Module, _given: Any, output: Any) -> None:
-    router.told = output[2].detach()

@@ -4,7 +4,11 @@ Pairs of token and expert are sorted by expert, so that each expert's rows lie t
 depends on where tokens go, and nothing waits for the GPU.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,8 +76,10 @@ class Router:
             logits.addmm_(self._low(n, self.adapter), self.adapter.b.detach().to(logits.dtype).t())
         highest, ids = torch.topk(logits, self.chosen, dim=1)
         if self.told is not None:
-            self.missed = (self.told[:, :, None] != ids[:, None, :]).all(2).float().mean()
-            highest, ids = logits.gather(1, self.told), self.told
+            told = self.told.shape[0]  # padding may follow
+            self.missed = (self.told[:, :, None] != ids[:told, None, :]).all(2).float().mean()
+            ids = torch.cat([self.told, ids[told:]])
+            highest = logits.gather(1, ids)
         shares = torch.softmax(logits, dim=1) if self.over_all else None
         weights = torch.softmax(highest, dim=1) if shares is None else shares.gather(1, ids)
         narrow = torch.uint8 if self.weight.shape[0] <= 256 else ids.dtype  # a GPU sorts 8 bits at a time
@@ -107,3 +113,40 @@ class Router:
     def _low(self, n: torch.Tensor, adapter: LowRank) -> torch.Tensor:
         """s n A^T (tokens, rank), at least fp32."""
         return wide_product(n, adapter.a.detach().to(n.dtype).t()) * adapter.scale
+
+
+def make_router(module: Any, chosen: int, *, over_all: bool, dtype: torch.dtype) -> Router:
+    """Of transformers' router, or of PEFT's wrapper around it; see Router."""
+    base, adapters = beneath(module)
+    bias = getattr(base, "bias", None)
+    bias = None if bias is None else bias.detach()
+    return Router(base.weight.detach().to(dtype), bias, chosen, over_all, adapters.get("weight"))
+
+
+def beneath(module: Any) -> tuple[Any, dict[str, LowRank]]:
+    """What lies under PEFT's adapters of single parameters, and these by the parameter's name."""
+    found = {}
+    while hasattr(module, "lora_A"):
+        name = module.active_adapters[0]
+        a, b = module.lora_A[name].weight, module.lora_B[name].weight
+        found[module.parameter_name] = LowRank(a, b, float(module.scaling[name]))
+        module = module.base_layer
+    return module, found
+
+
+@contextmanager
+def routed_alike(told: Sequence[Router], model: nn.Module) -> Iterator[None]:
+    """Within, what each router sends goes to the experts to which its twin in the transformers model sent last."""
+    twins = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")] if told else []
+    hooks = [twin.register_forward_hook(partial(_tell, router)) for twin, router in zip(twins, told, strict=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for router in told:
+            router.told = router.missed = None
+
+
+def _tell(router: Router, _module: nn.Module, _given: Any, output: Any) -> None:
+    router.told = output[2].detach()

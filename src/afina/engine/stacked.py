@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from afina.engine.block import Block, Positions, Saved, room
+from afina.engine.block import Block, Positions, Saved, room, widened
 from afina.engine.elementwise import Norm
 from afina.engine.products import Product
 from afina.model.packed import Attended
@@ -53,7 +53,7 @@ class Stacked(Block):
         self, wide_dy: torch.Tensor, saved: Saved, at: Positions, below: int | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """See Block."""
-        x, out = self.bring_input(saved), self.bring_out(saved)
+        x, out = self.bring_ends(saved)
         h, hidden = self.take(saved, "h"), x.shape[1]
         if h is None:
             h = self._h(out, x, at)[0]
@@ -86,4 +86,5 @@ class Stacked(Block):
         return self.widely(x, self.norm_attention, self.qkv, at)
 
     def _h(self, out: torch.Tensor, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.o.forward_narrow(out, x, self.seed(at, self.o))
+        wide = widened(out, self.o)
+        return self.o.forward(wide, residual=x, seed=self.seed(at, self.o)), self.o.low_of(wide)

@@ -18,7 +18,7 @@ from afina.language import _
 from afina.model.beginnings import begin_with_loss, doubled_alpha, since, start_of
 from afina.model.experts import adapts_packed, mixture_targets, plain_adapters, refuse_packed, stand_ins
 from afina.model.load import unpack
-from afina.model.quantize import is_quantised, without_foreign_kernels
+from afina.model.quantize import absent, is_quantised, without_foreign_kernels
 from afina.model.targets import check_modules, chosen, in_layers, layer_numbers
 from afina.model.virtual import BIASES
 from afina.model.vocabulary import Pieces, fit_vocabulary, learning_rows, make_room
@@ -35,7 +35,10 @@ with without_foreign_kernels():  # PEFT imports bitsandbytes where it is install
         get_peft_model_state_dict,
         set_peft_model_state_dict,
     )
+    from peft.import_utils import is_torchao_available
     from peft.utils import load_peft_weights
+with absent("torchao"):  # PEFT remembers that it is not there; it would be loaded to look whether layers are its
+    is_torchao_available()
 
 BEGINNINGS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa", "loftq": True}
 """What PEFT calls them; LoftQ's own is not used, as it takes every adapter's scale for 1."""
@@ -129,9 +132,7 @@ def _check_tokens(method: Method) -> None:
             )
             if not saves
             else _("Turn tokens learn by rows of their own, which does not go together with method.modules_to_save."),
-            hint=_(
-                "Take method lora, or full with all layers, or a template of tokens that the model has (model.turn_tokens)."
-            ),
+            hint=_("Take method lora, or full with all layers, or a template of tokens that the model has."),
             key=("model", "turn_tokens"),
         )
 

@@ -14,7 +14,7 @@ from afina.model.as_stored import compute_in_fp32
 from afina.model.foreign import check_weights, checked_config, quantised_as, read_config
 from afina.model.gguf_start import figures, is_packed, kind_of, read_tensors
 from afina.model.mxfp4 import PACKED, pack_experts, packed_experts, unpack_experts
-from afina.model.quantize import HELD, check_layers, dequantised, held_in, made_portable, settings
+from afina.model.quantize import HELD, UNNEEDED, absent, check_layers, dequantised, held_in, made_portable, settings
 from afina.model.virtual import virtual_tokens
 from afina.recipe.schema import Model
 
@@ -58,6 +58,15 @@ def choose_hardware(model: Model) -> Hardware:
     if precision == "fp16" and name == "cpu":
         raise ResourceError(_("A CPU does not train in fp16."), hint=_("Set model.precision to auto, fp32 or bf16."))
     return Hardware(device, DTYPES[precision])
+
+
+def spare_imports() -> None:
+    """Before anything of transformers is used: let it find, for good, that what we do not need is not there."""
+    with absent(*UNNEEDED):
+        from transformers.utils import import_utils
+
+        for package in UNNEEDED:
+            getattr(import_utils, f"is_{package}_available")()  # remembered as long as the process lives
 
 
 def load_model(

@@ -22,6 +22,24 @@ from afina.recipe.schema import Model
 HELD = ("nf4", "fp4", "int8")
 
 
+UNNEEDED = ("scipy", "sklearn", "torchao")
+"""What transformers and PEFT load where it is installed, for detecting objects, for assisted decoding and for another
+way of quantising: seconds of a run's start."""
+
+
+@contextmanager
+def absent(*packages: str) -> Iterator[None]:
+    """Within, these packages are not found, as if they were not installed."""
+    before = {name: sys.modules[name] for name in packages if name in sys.modules}
+    sys.modules.update(dict.fromkeys(packages))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in packages:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
 @contextmanager
 def without_foreign_kernels() -> Iterator[None]:
     """Around the first import of bitsandbytes, also by PEFT: on some CPUs it would fetch compiled code from the hub
@@ -34,15 +52,12 @@ def without_foreign_kernels() -> Iterator[None]:
     if "bitsandbytes" in sys.modules:
         yield
         return
-    before, compiler = sys.modules.get("kernels"), torch.compile
-    sys.modules["kernels"], torch.compile = None, _as_written  # type: ignore[assignment]
+    compiler, torch.compile = torch.compile, _as_written  # type: ignore[assignment]
     try:
-        yield
+        with absent("kernels"):
+            yield
     finally:
         torch.compile = compiler
-        del sys.modules["kernels"]
-        if before is not None:
-            sys.modules["kernels"] = before
 
 
 def _as_written(function: Any = None, **_how: Any) -> Any:

@@ -38,6 +38,12 @@ def in_order() -> Iterator[None]:
         yield
 
 
+def strict(on: bool) -> None:
+    """As `in_order`, inside `exact` and from now on: for those who cannot put a block around what they mean."""
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(True, warn_only=not on)
+
+
 @contextmanager
 def _switched(*, warn_only: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
