@@ -3,6 +3,7 @@
     python benchmarks/gpu_runs.py                                    a 1B shape on the GPU, about five minutes
     python benchmarks/gpu_runs.py --shape tiny --kills 3             the same path on a CPU, about a minute
     python benchmarks/gpu_runs.py --parts exact,memory               some of it
+    python benchmarks/gpu_runs.py --shape thin --parts kills --kills 7 --seed 1     beside others with other seeds
 
 Random weights of a real model's shape are drawn and saved once; then each attempt is a whole `afina train` in a process
 forked from one that has imported everything and never touched the GPU. A line a part is printed and recorded; the
@@ -10,6 +11,7 @@ exit status is 1 when a promise did not hold.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -19,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -39,6 +42,10 @@ THIN = {**LLAMA_1B, "num_hidden_layers": 2, "vocab_size": 32768}
 SHAPES = {"1b": LLAMA_1B, "thin": THIN, "tiny": TINY}
 """thin: the widths of 1b and two of its layers, for runs that are stopped dozens of times."""
 STEPS, WARM = 30, 8
+LONG = 90
+"""Steps of a run that is stopped, so that most of it is training and not beginning."""
+ANYWHERE = 0.25
+"""Share of the signals that come anywhere in a process's life; the others come after the first step that it logs."""
 SAMPLES, WORDS = 256, 500
 OFTEN = "training.checkpoint_minutes=1e-6"
 RECIPE = """\
@@ -107,8 +114,10 @@ def train(folder: Path, out: Path, overrides: list[str], fraction: float | None 
     return 0
 
 
-def forked(work: Callable[[], int | None], said: Path, after: float | None = None, number: int = 9) -> Ended:
-    """`work` in a forked process, sent a signal after so many seconds."""
+def forked(
+    work: Callable[[], int | None], said: Path, due: Callable[[float], bool] | None = None, number: int = 9
+) -> Ended:
+    """`work` in a forked process, sent a signal once `due`, which gets the seconds since its begin, says so."""
     began = sent = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -130,10 +139,32 @@ def forked(work: Callable[[], int | None], said: Path, after: float | None = Non
         now = time.monotonic()
         if ended:
             return Ended(os.waitstatus_to_exitcode(status), now - began, now - sent if hit else 0.0)
-        if after is not None and not hit and now - began >= after:
+        if due is not None and not hit and due(now - began):
             os.kill(child, number)
             sent, hit = now, True
         time.sleep(0.002)
+
+
+def at_random(chance: random.Random, log: Path, life: float, training: float) -> Callable[[float], bool]:
+    """When to send a signal: anywhere in a process's `life`, or so far into its `training`, which shows in the log.
+
+    A run that goes on first cuts its log back to the checkpoint: it trains once the log grows.
+    """
+    if chance.random() < ANYWHERE:
+        instant = chance.uniform(0.0, life)
+        return lambda passed: passed >= instant
+    length = log.stat().st_size if log.exists() else 0
+    into, began = chance.uniform(0.0, training), None
+
+    def due(passed: float) -> bool:
+        nonlocal length, began
+        now = log.stat().st_size if log.exists() else 0
+        if began is None and now > length:
+            began = passed
+        length = now
+        return began is not None and passed - began >= into
+
+    return due
 
 
 class Runs:
@@ -192,30 +223,53 @@ class Runs:
         After `budget` seconds no more are sent: what is left of the run that is under way is done in peace.
         """
         began, chance = time.monotonic(), random.Random(f"{number} {self.seed}")
-        plain = self.whole(f"alone-{number}")
-        alone, hits, runs, attempts, closings = self.seconds, 0, 0, 0, list[float]()
+        longer = f"training.steps={LONG}" if self.device == "cuda" else f"training.steps={STEPS}"
+        plain = self.whole(f"alone-{number}", longer)
+        training = sum(line["seconds"] for line in steps_of(plain))
+        life, hits, runs, attempts, wrong, closings = self.seconds, 0, 0, 0, 0, list[float]()
         late = lambda: time.monotonic() - began > self.budget  # noqa: E731
         while hits < times and not (late() and runs):
             out, first = self.folder / f"stopped-{number}-{runs}", attempts
             while not (out / "manifest.json").exists():
-                work = lambda out=out: train(self.folder, out, [OFTEN])  # noqa: E731
-                after = None if late() or hits >= times else chance.uniform(0.3, 1.05) * alone
-                ended = forked(work, self.said, after, number)
+                work = lambda out=out: train(self.folder, out, [longer, OFTEN])  # noqa: E731
+                quiet = late() or hits >= times
+                due = None if quiet else at_random(chance, out / "metrics.jsonl", life, training)
+                ended = forked(work, self.said, due, number)
                 attempts += 1
                 if ended.closing:
                     hits += 1
                     closings.append(ended.closing)
-                print(f"  signal {number}: {hits} sent, attempt {attempts}: {ended}", flush=True)
+                if ended.status == 0:
+                    life = min(life, ended.seconds)  # the first one compiled what the others find
+                print(f"  signal {number}: {hits} sent, attempt {attempts}: {told(ended, out)}", flush=True)
                 if ended.status not in (0, -number, 128 + number) or attempts - first > 30:
                     raise SystemExit(f"attempt ended with {ended.status}:\n{self.said.read_text('utf-8')[-3000:]}")
             same = self.compare(f"signal {number}, run {runs}", plain, out)
+            wrong += not same
             print(f"  signal {number}: run {runs} after {hits} signals is the same: {same}", flush=True)
             shutil.rmtree(out)
             runs += 1
-        found = {"signals": hits, "runs": runs, "different": len(self.wrong), "alone_s": round(alone, 1)}
+        found = {"seed": self.seed, "signals": hits, "runs": runs, "attempts": attempts, "different": wrong,
+                 "steps": LONG if self.device == "cuda" else STEPS, "alone_s": round(life, 1),
+                 "training_s": round(training, 1)}  # fmt: skip
         if number != signal.SIGKILL:
             found |= {"closing_s": [round(value, 2) for value in sorted(closings)]}
-        return found
+        return found | about(plain)
+
+    def waiting(self) -> dict[str, Any]:
+        """How long the loop waits for a checkpoint, piece by piece, and how much slower it is while one is written."""
+        out = self.folder / "waiting"
+        pieces = Pieces(self.folder / "pieces.json")
+
+        def work() -> int:
+            pieces.watch()
+            status = train(self.folder, out, [f"training.steps={LONG}", "training.checkpoint_minutes=0.01"])
+            pieces.dump()
+            return status
+
+        if forked(work, self.said).status:
+            raise SystemExit(self.said.read_text("utf-8")[-3000:])
+        return {**found_in(self.folder / "pieces.json"), "step_ms": step_ms(out), **about(out)}
 
     def memory(self) -> dict[str, Any]:
         """Less memory than the plan believes there is: the micro-batch shrinks, samples and schedule stay."""
@@ -296,11 +350,97 @@ def forked_total(runs: Runs) -> int:
     return int(place.read_text())
 
 
+class Pieces:
+    """What a save is made of, each piece with the thread it ran in, its begin and its end; measured from outside."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.spans = place, list[tuple[str, str, float, float]]()
+
+    def watch(self) -> None:
+        """Time these from now on, in this process."""
+        import torch
+
+        from afina import durable
+        from afina.train import checkpoint, keeper, record, session
+
+        for owner, name in (
+            (session.Session, "_save"), (session.Session, "on_step"), (session, "peak_memory"), (record.Record, "mark"),
+            (record.Tally, "dump"), (keeper.Keeper, "save"), (keeper, "everything"), (keeper, "facts_of"),
+            (torch.cuda, "mem_get_info"), (checkpoint, "_end_to_end"), (checkpoint.Snapshot, "__init__"),
+            (threading.Thread, "start"), (keeper.Keeper, "_write"), (checkpoint.Snapshot, "fetch"),
+            (record.Record, "sync"), (checkpoint, "_save"), (checkpoint, "sha256"), (durable, "write_json"),
+            (durable, "_sync_tree"), (keeper, "prune"),
+        ):  # fmt: skip
+            setattr(owner, name, self._timed(f"{getattr(owner, '__name__', '')}.{name}", getattr(owner, name)))
+
+    def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return call(*arguments, **named)
+            finally:
+                here = "loop" if threading.current_thread() is threading.main_thread() else "thread"
+                self.spans.append((here, name, began, time.perf_counter()))
+
+        return timed
+
+    def dump(self) -> None:
+        """Write what was measured."""
+        self.place.write_text(json.dumps(self.spans))
+
+
+def found_in(place: Path) -> dict[str, Any]:
+    """From the spans: milliseconds of each piece for the first saves and by the median; and what a save costs in all.
+
+    `slowed_ms`: by how much the steps that a save and its writing touch are longer than the others, all together.
+    """
+    spans = [(here, name, one, two) for here, name, one, two in json.loads(place.read_text())]
+    marks = sorted(two for _here, name, _one, two in spans if name == "Session.on_step")[WARM:]
+    busy = [
+        (one, two)
+        for here, name, one, two in spans
+        if (here, name) in (("loop", "Session._save"), ("thread", "Keeper._write"))
+    ]
+    touched: dict[bool, list[float]] = {True: [], False: []}
+    for before, after in itertools.pairwise(marks):
+        touched[any(one < after and two > before for one, two in busy)].append(1000 * (after - before))
+    waits = [(one, 1000 * (two - one)) for here, name, one, two in spans if (here, name) == ("loop", "Session._save")]
+    saves = [wait for one, wait in waits if marks[0] < one < marks[-1]]
+    quiet = statistics.median(touched[False])
+    pieces: dict[str, list[float]] = {}
+    for here, name, one, two in spans:
+        pieces.setdefault(f"{here}: {name}", []).append(1000 * (two - one))
+    return {
+        "saves": len(saves), "first_wait_ms": round(waits[0][1], 2), "wait_ms": round(statistics.median(saves), 2),
+        "longest_wait_ms": round(max(saves), 2), "quiet_ms": round(quiet, 2),
+        "share_of_a_step": round(statistics.median(saves) / quiet, 4),
+        "slowed_ms": round((sum(touched[True]) - quiet * len(touched[True])) / len(saves), 2),
+        "touched": len(touched[True]), "untouched": len(touched[False]),
+        "pieces_ms": {
+            name: {"first": [round(value, 2) for value in found[:2]], "median": round(statistics.median(found), 3),
+                   "calls": len(found)} for name, found in pieces.items()
+        },
+    }  # fmt: skip
+
+
+def told(ended: Ended, out: Path) -> str:
+    """One attempt in a few words: how it ended, when, and how far the log was."""
+    done = (out / "manifest.json").exists()
+    lines = len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").exists() else 0
+    return f"status {ended.status}, {ended.seconds:.1f} s, closing {ended.closing:.2f} s, {lines} lines" + (
+        ", finished" if done else ""
+    )
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """The log's lines of the steps."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
+    return [line for line in lines if line["kind"] == "step"]
+
+
 def step_ms(run: Path) -> float:
     """Median of the steps after the warm ones, in milliseconds."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
-    seconds = [line["seconds"] for line in lines if line["kind"] == "step"][WARM:]
-    return round(1000 * statistics.median(seconds), 2)
+    return round(1000 * statistics.median(line["seconds"] for line in steps_of(run)[WARM:]), 2)
 
 
 def parting(one: Path, two: Path) -> list[Any] | None:
@@ -322,7 +462,7 @@ def about(run: Path) -> dict[str, Any]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--shape", choices=SHAPES, default="1b")
-    options.add_argument("--parts", default="exact,loose,cost,memory,terms,kills")
+    options.add_argument("--parts", default="exact,loose,cost,memory,waiting,terms,kills")
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--terms", type=int, default=6)
     options.add_argument("--seed", type=int, default=0, help="of the instants at which signals are sent")
@@ -352,6 +492,7 @@ def main() -> None:
             raise SystemExit(runs.said.read_text("utf-8")[-3000:])
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "exact": runs.exact, "loose": runs.loose, "cost": runs.cost, "memory": runs.memory,
+            "waiting": runs.waiting,
             "terms": lambda: runs.stopped(chosen.terms, signal.SIGTERM),
             "kills": lambda: runs.stopped(chosen.kills, signal.SIGKILL),
         }  # fmt: skip

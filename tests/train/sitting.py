@@ -64,6 +64,7 @@ def sit(
     prepare=lambda model, state: None,
     ask=None,
     ask_after=(),
+    surroundings=None,
 ):
     """Train, or go on; returns what must not depend on where it was stopped. `fault(step, batch, loss)` may spoil.
 
@@ -106,7 +107,7 @@ def sit(
         1,
         frozenset(measured),
         str,
-        {},
+        surroundings or {},
         exact=exact,
         criterion=criterion,
         held_out_samples=20,

@@ -9,12 +9,14 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small import CPU, llama
 
 from afina import durable
 from afina.artifact import sha256
+from afina.data.template import Rendered
 from afina.errors import OutputError
 from afina.model.attach import attach
 from afina.recipe.schema import Lora, Recipe, Training
@@ -33,6 +35,7 @@ from afina.train.checkpoint import (
 )
 from afina.train.keeper import Keeper
 from afina.train.resume import begin as enter
+from afina.train.resume import refuse_other_recipe
 from afina.train.state import begin
 
 
@@ -137,6 +140,30 @@ def test_a_run_may_move_to_a_machine_with_other_paths(tmp_path):
     assert enter(tmp_path, recipe, there, []) == run
     with pytest.raises(OutputError, match=r"/there/train\.jsonl has changed"):
         enter(tmp_path, recipe, [{**there[0], "sha256": "6" * 64}], [])
+
+
+def test_another_recipe_or_other_samples_are_refused_with_the_difference(tmp_path):
+    def recipe(**training):
+        return Recipe.model_validate({"name": "x", "data": {"train": "x"}, "training": training})
+
+    row = Rendered(np.arange(4, dtype=np.int32), np.ones(4, dtype=bool))
+    other = Rendered(np.arange(4, dtype=np.int32), np.array([False, True, True, True]))
+    file = {"role": "data", "name": "train.jsonl", "sha256": "5" * 64}
+    run = enter(tmp_path, recipe(learning_rate=1e-4), [file], [row])
+    assert enter(tmp_path, recipe(learning_rate=1e-4, checkpoint_minutes=5, keep_checkpoints=1), [file], [row]) == run
+    refuse_other_recipe(tmp_path, recipe(learning_rate=1e-4))
+    for refused, said in (
+        (
+            lambda: refuse_other_recipe(tmp_path, recipe(learning_rate=2e-4)),
+            r"training\.learning_rate: 0.0001 → 0.0002",
+        ),
+        (lambda: enter(tmp_path, recipe(batch_size=3), [file], [row]), r"training\.batch_size: \d+ → 3"),
+        (lambda: enter(tmp_path, recipe(learning_rate=1e-4), [], [row]), "fewer"),
+        (lambda: enter(tmp_path, recipe(learning_rate=1e-4), [file], [other]), "samples look different to the model"),
+    ):
+        with pytest.raises(OutputError, match=said):
+            refused()
+    assert enter(tmp_path, recipe(learning_rate=1e-4), [file], [row]) == run
 
 
 class Disk:

@@ -1,8 +1,10 @@
 """P1, P5 and P6 in this process: a stopped run ends as the one nobody stopped, whatever went wrong on the way."""
 
+import hashlib
+
 import pytest
 import torch
-from train.sitting import Killed, sit
+from train.sitting import SAMPLES, Killed, sit
 
 from afina.data.order import Order
 from afina.errors import Interrupted, ResourceError
@@ -216,6 +218,24 @@ def test_a_run_that_is_not_exact_says_so_when_it_goes_on(tmp_path, exact):
     assert any("training.exact is false" in line for line in said) != exact
 
 
+def test_what_differs_where_it_goes_on_is_said(tmp_path):
+    with pytest.raises(Killed):
+        sit(tmp_path, kill_at=9, surroundings={"torch": "2.11.0", "threads": "2", "host": "here"})
+    said: list[str] = []
+    sit(tmp_path, said=said, surroundings={"torch": "2.13.0", "threads": "2", "host": "there"})
+    (line,) = said
+    assert "torch 2.11.0 → 2.13.0. Training goes on" in line and "last bits" in line
+
+
+def test_the_ledger_is_known_beforehand(whole):
+    """Anybody who has the recipe can count it up: the order alone says which samples each step that was taken had."""
+    order, ledger = Order(len(SAMPLES), 4, 100.0, 7), ""
+    for step in (line["step"] for line in whole["lines"] if line["kind"] == "step"):
+        samples = sorted(int(sample) for sample in order.step(step - 1))
+        ledger = hashlib.sha256(f"{ledger} {step} {samples}".encode()).hexdigest()
+    assert whole["tally"]["ledger"] == ledger
+
+
 def test_a_signal_in_the_middle_of_a_step_is_raised_there_and_loses_no_step(tmp_path):
     import os
     import signal
@@ -280,6 +300,41 @@ def test_out_of_memory_in_any_phase_changes_no_sample(tmp_path, monkeypatch, pha
         assert found["tensors"] == smooth["tensors"]
     if phase == "copy":
         assert any("copy of the weights" in line and "goes on" in line for line in said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_out_of_memory_in_the_optimiser_undoes_half_a_step(tmp_path, dtype):
+    """Some weights have learnt from the step and others not: back to the checkpoint, and on from there to the same end.
+
+    Where the memory runs out again at the same step, the run ends, and goes on from what is on the disk.
+    """
+    half, struck = Hardware(torch.device("cpu"), dtype), []
+
+    def short(often):
+        def prepare(model, state):
+            real = state.optimizer.step
+
+            def step(*given, **more):
+                if state.step != 7 or len(struck) >= often:
+                    return real(*given, **more)
+                struck.append(state.step)
+                with torch.no_grad():
+                    next(iter(state.learning.values())).add_(1.0)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+            state.optimizer.step = step
+
+        return prepare
+
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    said: list[str] = []
+    smooth = sit(tmp_path / "a", hardware=half)
+    assert sit(tmp_path / "b", hardware=half, prepare=short(1), said=said) == smooth and struck == [7]
+    assert any("step 8" in line and "back to step 5" in line for line in said)
+    with pytest.raises(ResourceError, match="optimiser needs for step 8"):
+        sit(tmp_path / "c", hardware=half, prepare=short(9))
+    assert len(struck) == 3 and sit(tmp_path / "c", hardware=half) == smooth
 
 
 @pytest.mark.parametrize("place", ["weight", "input"])

@@ -62,7 +62,8 @@ class Keeper:
             durable.sweep(place)
 
     def newest(self, suits: Callable[[Checkpoint], bool] = lambda checkpoint: True) -> Checkpoint | None:
-        """The newest good checkpoint there is; each damaged one is told."""
+        """The newest good checkpoint there is, once what is being written is written; each damaged one is told."""
+        self.settle(wait=True)
         found = newest(self.folder, self.run, self._tell_damage, suits)
         if found is not None and all(found.place != known.place for known in self.good):
             self.good.insert(0, found)

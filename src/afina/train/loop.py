@@ -67,7 +67,10 @@ def train(
             batches, loss = _compute(model, make_step, state, seed, hardware, loss_fn, follower)
             state.scaler.unscale_(state.optimizer)
             norm = _clip(state, training)
-            rejection = _take(state, batches, loss.item(), norm.item())
+            rejection = _judge(state, batches, loss.item(), norm.item())
+            if rejection is None and not _learn(state, loss.item(), norm.item()):
+                follower.on_torn(state)
+                continue
         state.step += 1
         if rejection is not None:
             follower.on_rejection(rejection)
@@ -112,21 +115,26 @@ def _clip(state: State, training: Training) -> torch.Tensor:
     return norm
 
 
-def _take(state: State, batches: Sequence[Batch], loss: float, norm: float) -> Rejection | None:
-    """Let the optimiser step, or say why not; then weights and moments are untouched."""
-    reason = state.watch.judge(loss, norm, may_overflow=state.scaler.is_enabled())
-    if reason is None:
-        state.scaler.step(state.optimizer)  # in fp16 a step whose gradients overflow is left out, and the scale halved
-        state.watch.accept(state.step + 1, loss, norm)
+def _judge(state: State, batches: Sequence[Batch], loss: float, norm: float) -> Rejection | None:
+    """Why the optimiser shall not step, or None; where it shall not, weights and moments are untouched."""
+    if (reason := state.watch.judge(loss, norm, may_overflow=state.scaler.is_enabled())) is None:
+        return None
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    if reason is None:
-        return None
     samples = tuple(sorted(sample for batch in batches for sample in batch.samples))
-    finite = [value if math.isfinite(value) else None for value in (loss, norm)]
-    rejection = Rejection(state.step + 1, reason, finite[0], finite[1], samples)
-    state.watch.reject(rejection)
+    first, second = (value if math.isfinite(value) else None for value in (loss, norm))
+    state.watch.reject(rejection := Rejection(state.step + 1, reason, first, second, samples))
     return rejection
+
+
+def _learn(state: State, loss: float, norm: float) -> bool:
+    """Let the optimiser step; False where the memory ran out in it: then some weights have learnt, and others not."""
+    taken = within_memory(lambda: (state.scaler.step(state.optimizer),))  # in fp16 it may skip the step
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    if taken is not None:
+        state.watch.accept(state.step + 1, loss, norm)
+    return taken is not None
 
 
 def accumulate(

@@ -62,6 +62,13 @@ class Tally:
         """Add a step to the ledger."""
         self.ledger = hashlib.sha256(f"{self.ledger} {step} {samples}".encode()).hexdigest()
 
+    def figures(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        kept = ("findings", "evaluations", "tokens", "seconds", "checkpoints", "checkpoint_seconds", "first_loss",
+                "final_loss", "best", "resumed_after", "ledger")  # fmt: skip
+        speed = self.tokens / max(self.seconds, 1e-9)
+        return {"learnt_tokens": self.learnt, "tokens_per_second": speed} | {key: getattr(self, key) for key in kept}
+
     def dump(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
         return asdict(self)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from afina.console import Console, Progress
 from afina.data.batch import Batch
-from afina.errors import Interrupted, OutputError
+from afina.errors import Interrupted, OutputError, ResourceError
 from afina.language import _
 from afina.train.best import BEYOND, VALIDATION, Measured, Weights, figure_of, put_back, weights_of, why_last
 from afina.train.checkpoint import Checkpoint, Damaged, restore
@@ -46,6 +46,7 @@ class Session(Follower):
     kept: dict[str, Any] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
     _waits: bool = False
+    _torn: int = 0
 
     def go_on(self, state: State) -> None:
         """Take up the newest good checkpoint where there is one. Raises OutputError when it is of other weights."""
@@ -154,31 +155,18 @@ class Session(Follower):
 
     def figures(self, state: State, digest: str | None) -> dict[str, Any]:
         """What the manifest says of the training."""
-        tally = self.tally
-        if tally.first_loss is None:
+        if self.tally.first_loss is None:
             raise Diverged(_("Not one step gave a loss to learn from."), hint=_("Lower training.learning_rate."))
         return {
             "steps": state.step,
             "planned_steps": self.plan.steps,
-            "findings": tally.findings,
-            "evaluations": tally.evaluations,
-            "tokens": tally.tokens,
-            "learnt_tokens": tally.learnt,
-            "seconds": tally.seconds,
-            "tokens_per_second": tally.tokens / max(tally.seconds, 1e-9),
-            "peak_memory_bytes": max(tally.peak_memory, peak_memory(self.plan.hardware)),
-            "checkpoints": tally.checkpoints,
-            "checkpoint_seconds": tally.checkpoint_seconds,
-            "first_loss": tally.first_loss,
-            "final_loss": tally.final_loss,
+            **self.tally.figures(),
+            "peak_memory_bytes": max(self.tally.peak_memory, peak_memory(self.plan.hardware)),
             "validation_loss": self.kept["validation_loss"],
-            "best": tally.best,
             "kept_step": self.kept["step"],
             "micro_batch_tokens": self.room.tokens,
             "out_of_memory": self.room.history,
             "rejected": [asdict(state.watch.known[step]) for step in sorted(state.watch.known)],
-            "resumed_after": tally.resumed_after,
-            "ledger": tally.ledger,
             "state_sha256": digest,
         }
 
@@ -225,8 +213,7 @@ class Session(Follower):
     def on_rejection(self, rejection: Rejection) -> None:
         facts = {"kind": "rejected", **asdict(rejection), "samples": list(rejection.samples)}
         self._log(facts)
-        rest = len(rejection.samples) - SHOWN
-        more = [_("... and {count} more").format(count=rest)] if rest > 0 else []
+        more = [_("... and {count} more").format(count=rest)] if (rest := len(rejection.samples) - SHOWN) > 0 else []
         self.console.warn(
             _("Step {step} was not taken: {reason}. Its samples: {samples}").format(
                 step=rejection.step,
@@ -317,27 +304,46 @@ class Session(Follower):
         )
 
     def go_back(self, state: State) -> None:
-        self.keeper.settle(wait=True)
         checkpoint = self.keeper.newest(lambda found: found.facts["watch"]["in_a_row"] == 0)
         if checkpoint is None or checkpoint.step >= state.step:
             raise Diverged(_("The loss is no number, and there is no good checkpoint to go back to."))
-        watch, room, steps = state.watch, self.room, range(checkpoint.step, state.step)
+        watch = state.watch
         watch.go_back(checkpoint.facts["watch"])
-        before, looked = self.tally, self._looked()
-        self._restore(state, checkpoint)
-        self.tally.seconds, self.tally.peak_memory = before.seconds, before.peak_memory
-        state.watch, self.room.tokens, self.room.history = watch, room.tokens, room.history
-        for entry in room.history:
-            if entry["step"] > state.step:
-                self._log({"kind": "memory", **entry})
-        self._advance(steps, -1)
-        self.progress.advance(self._looked() - looked)
+        self._turn_back(state, checkpoint)
+        state.watch = watch
         self.console.warn(
             _("{count} steps in a row were not taken: back to step {step}; the samples of those are left out.").format(
                 count=PATIENCE, step=state.step
             )
         )
         self._save(state, wait=True)  # so that no kill makes us forget what is left out
+
+    def on_torn(self, state: State) -> None:
+        step, checkpoint = state.step + 1, self.keeper.newest()
+        if checkpoint is None or step <= self._torn:  # again, with all the memory there is
+            raise ResourceError(
+                _("The memory does not hold what the optimiser needs for step {step}.").format(step=step),
+                hint=_("Set training.optimizer to paged-adamw-8bit, lower method.rank, or close other programs."),
+            )
+        self._torn = step
+        self._turn_back(state, checkpoint)
+        self.console.warn(
+            _("The memory ran out in the optimiser's step {step}: back to step {saved}, to do the same again.").format(
+                step=step, saved=state.step
+            )
+        )
+
+    def _turn_back(self, state: State, checkpoint: Checkpoint) -> None:
+        """The state as it was; but what was learnt of the memory stays, and so does the time it took."""
+        room, history, before, looked = self.room, self.room.history, self.tally, self._looked()
+        tokens, steps = room.tokens, range(checkpoint.step, state.step)
+        self._restore(state, checkpoint)
+        self.tally.seconds, self.tally.peak_memory = before.seconds, before.peak_memory
+        room.tokens, room.history = tokens, history
+        for entry in (known for known in history if known["step"] > state.step):
+            self._log({"kind": "memory", **entry})
+        self._advance(steps, -1)
+        self.progress.advance(self._looked() - looked)
 
     def _save(self, state: State, *, wait: bool) -> None:
         began = time.perf_counter()

@@ -82,6 +82,12 @@ class Follower:
         """These did not fit: make smaller ones of this step next time, or raise ResourceError."""
         raise ResourceError(_("The memory does not hold the micro-batches of step {step}.").format(step=step + 1))
 
+    def on_torn(self, state: State) -> None:
+        """The memory ran out while the optimiser stepped: turn back to a checkpoint, or raise ResourceError."""
+        raise ResourceError(
+            _("The memory does not hold what the optimiser needs for step {step}.").format(step=state.step + 1)
+        )
+
     def compute(self, work: Callable[[], T]) -> T:
         """Do a forward and backward pass, which changes nothing that is saved: it may be interrupted anywhere."""
         return work()
