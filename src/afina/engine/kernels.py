@@ -132,7 +132,7 @@ def head_norms_backward(
     return _by_head(x, d, norms, heads, x, backward=True)
 
 
-HEADS, WIDE = 8, 2048
+HEADS, WIDE = 8, 4096
 """Heads that one program norms; columns of an activation that one program takes."""
 
 

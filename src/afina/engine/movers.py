@@ -63,7 +63,7 @@ class Table:
 
     def run(self) -> None:
         """Copy them as they are now."""
-        grid = self._factors.numel(), 16
+        grid = self._factors.numel(), 128
         _copy_many[grid](self._places, self._factors, self._source, self._target, 1024, num_warps=4)
 
 
