@@ -55,6 +55,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "W8": dict(shape=PHI_2, samples=1, length=2048, four_bits=True, gib=2.4, goal=15000),
     "W9": dict(shape=GPT_OSS_20B, samples=2, length=2048, packed=True, gib=40.0, goal=18000),
     "W9-bf16": dict(shape=GPT_OSS_20B, samples=2, length=2048, gib=48.0, goal=0),
+    "W9-fp8": dict(shape=GPT_OSS_20B, samples=2, length=2048, eight="fp8", gib=40.0, goal=0),
     "W9-least": dict(shape=GPT_OSS_20B, samples=1, length=2048, packed=True, gib=13.0, goal=0),
     "W9-experts": dict(shape=GPT_OSS_20B, samples=2, length=2048, packed=True, experts=True, gib=40.0, goal=0),
     "W9-short": dict(

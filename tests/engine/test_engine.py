@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from afina.engine.block import HERE, Placement
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
 from afina.engine.nf4 import from_bitsandbytes
-from afina.engine.plan import Rates, choose, filled, ladder
+from afina.engine.plan import ATTENTION, PASSES, Plan, Rates, choose, count_up, filled, ladder
 from afina.engine.products import keep_mask
 from afina.engine.proof import prove
 from afina.model.attach import attach, learning
@@ -194,6 +196,25 @@ def test_the_plan_keeps_everything_where_it_fits_and_lets_go_of_no_more_than_it_
     assert leanest.tokens == 256 and leanest.placements[0].again and leanest.bytes < whole.bytes
     assert engine.plan(4096, 256, 0).bytes == leanest.bytes
     assert [block.placement for block in engine.blocks] == leanest.placements
+
+
+def test_the_plan_counts_attention_the_head_and_what_passes_between_products():
+    """8-bit products are faster, what lies around them is not: each term by itself, off by nothing."""
+    engine = Engine(perturbed(four_bits(llama(hidden_size=64, intermediate_size=128))))
+    block, plan = engine.blocks[0], Plan(4096, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0)
+
+    def spent(longest=4096, **rates):
+        return count_up(engine, plan, replace(RATES, **rates), longest).microseconds
+
+    assert block.moved == sum(round(2 * 4.53 * product.n * product.k) for product in block.products)
+    passing = 2 * (block.moved + 4096 * PASSES * 4 * sum(product.n + product.k for product in block.products))
+    assert spent(memory=1e3) - spent() == pytest.approx(passing / 1e3)
+    scores = 2 * 4096 * 4096 * block.attention.heads[0] * block.attention.width * ATTENTION
+    assert spent() - spent(longest=1024) == pytest.approx(scores * 0.75 / 1e2)
+    head = 2 * 4096 * engine.ends.weight.numel()
+    assert spent(exact=5e1) - spent() == pytest.approx((scores + head) / 1e2)
+    products = 2 * 4096 * 2 * sum(product.n * product.k for product in block.products)
+    assert spent() - spent(products=2e2, exact=1e2) == pytest.approx(products / 2e2)
 
 
 @pytest.mark.parametrize(

@@ -299,21 +299,25 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtyp
 
 
 @triton.jit
-def _cross_entropy(logits, logits_stride, targets, out, out_stride, losses, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def log_sum_exp(logits, width, BLOCK: tl.constexpr):
+    """Of one row."""
     largest = tl.full((BLOCK,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):  # a running maximum per lane, joined once at the end
         columns = start + tl.arange(0, BLOCK)
-        value = tl.load(logits + row * logits_stride + columns, mask=columns < width, other=-float("inf")).to(
-            tl.float32
-        )
+        value = tl.load(logits + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(largest, value)
         shift = tl.where(higher == -float("inf"), 0.0, higher)
         total = total * tl.exp(largest - shift) + tl.exp(value - shift)
         largest = higher
     peak = tl.max(largest, axis=0)
-    log_sum = peak + tl.log(tl.sum(total * tl.exp(largest - peak), axis=0))
+    return peak + tl.log(tl.sum(total * tl.exp(largest - peak), axis=0))
+
+
+@triton.jit
+def _cross_entropy(logits, logits_stride, targets, out, out_stride, losses, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    log_sum = log_sum_exp(logits + row * logits_stride, width, BLOCK)
     target = tl.load(targets + row)
     truth = tl.load(logits + row * logits_stride + target).to(tl.float32)
     tl.store(losses + row, log_sum - truth)
