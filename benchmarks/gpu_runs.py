@@ -44,6 +44,8 @@ SHAPES = {"1b": LLAMA_1B, "thin": THIN, "tiny": TINY}
 STEPS, WARM = 30, 8
 LONG = 90
 """Steps of a run that is stopped, so that most of it is training and not beginning."""
+WAITED = 60
+"""Steps in which waiting is measured."""
 ANYWHERE = 0.25
 """Share of the signals that come anywhere in a process's life; the others come after the first step that it logs."""
 SAMPLES, WORDS = 256, 500
@@ -256,20 +258,26 @@ class Runs:
             found |= {"closing_s": [round(value, 2) for value in sorted(closings)]}
         return found | about(plain)
 
-    def waiting(self) -> dict[str, Any]:
-        """How long the loop waits for a checkpoint, piece by piece, and how much slower it is while one is written."""
-        out = self.folder / "waiting"
-        pieces = Pieces(self.folder / "pieces.json")
+    def waiting(self, spare: int | None = None) -> dict[str, Any]:
+        """How long the loop waits for a checkpoint, piece by piece, and how much slower it is while one is written.
+
+        spare: a copy is made on the GPU when so many times its size is free there.
+        """
+        name = "waiting" if spare is None else "tight"
+        out, pieces = self.folder / name, Pieces(self.folder / f"{name}.json")
 
         def work() -> int:
+            from afina.train import checkpoint
+
+            checkpoint.SPARE = spare or checkpoint.SPARE
             pieces.watch()
-            status = train(self.folder, out, [f"training.steps={LONG}", "training.checkpoint_minutes=0.01"])
+            status = train(self.folder, out, [f"training.steps={WAITED}", "training.checkpoint_minutes=0.01"])
             pieces.dump()
             return status
 
         if forked(work, self.said).status:
             raise SystemExit(self.said.read_text("utf-8")[-3000:])
-        return {**found_in(self.folder / "pieces.json"), "step_ms": step_ms(out), **about(out)}
+        return {**found_in(pieces.place), "step_ms": step_ms(out), **about(out)}
 
     def memory(self) -> dict[str, Any]:
         """Less memory than the plan believes there is: the micro-batch shrinks, samples and schedule stay."""
@@ -305,7 +313,7 @@ def time_exactness(folder: Path) -> dict[str, Any]:
     from afina.model.attach import attach
     from afina.model.load import choose_hardware, load_model
     from afina.model.packed import packed_attention
-    from afina.model.repeatable import exact
+    from afina.model.repeatable import same_bits
     from afina.recipe.load import load
     from afina.train.examples import prepare
 
@@ -324,7 +332,7 @@ def time_exactness(folder: Path) -> dict[str, Any]:
         batch, seconds = batch.to(hardware.device), {True: list[float](), False: list[float]()}
         with packed_attention(model):
             for turn in range(40):
-                with exact(turn % 2 == 0):
+                with same_bits(turn % 2 == 0):
                     torch.cuda.synchronize()
                     began = time.perf_counter()
                     engine.summed_loss(model, batch).backward()
@@ -462,7 +470,7 @@ def about(run: Path) -> dict[str, Any]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--shape", choices=SHAPES, default="1b")
-    options.add_argument("--parts", default="exact,loose,cost,memory,waiting,terms,kills")
+    options.add_argument("--parts", default="exact,loose,cost,memory,waiting,tight,terms,kills")
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--terms", type=int, default=6)
     options.add_argument("--seed", type=int, default=0, help="of the instants at which signals are sent")
@@ -492,7 +500,7 @@ def main() -> None:
             raise SystemExit(runs.said.read_text("utf-8")[-3000:])
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "exact": runs.exact, "loose": runs.loose, "cost": runs.cost, "memory": runs.memory,
-            "waiting": runs.waiting,
+            "waiting": runs.waiting, "tight": lambda: runs.waiting(10**9),
             "terms": lambda: runs.stopped(chosen.terms, signal.SIGTERM),
             "kills": lambda: runs.stopped(chosen.kills, signal.SIGKILL),
         }  # fmt: skip
