@@ -307,7 +307,7 @@ def time_exactness(folder: Path) -> dict[str, Any]:
 
     from afina.console import Console
     from afina.data.batch import micro_batches
-    from afina.data.template import Renderer
+    from afina.data.template import Rendered, Renderer
     from afina.data.tokenizer import load_tokenizer
     from afina.engine.engine import Engine
     from afina.model.attach import attach
@@ -323,10 +323,13 @@ def time_exactness(folder: Path) -> dict[str, Any]:
     rows = prepare(recipe, folder, renderer, Console()).train
     model = attach(load_model(str(folder / "base"), hardware), recipe.method, seed=0).train()
     engine = Engine(model, hardware.dtype)
-    lengths = {}
+    longest = sorted(range(len(rows)), key=lambda n: -rows[n].ids.size)[:5]
+    length, lengths = rows[longest[-1]].ids.size, {}
+    rows = [*rows, *(Rendered(rows[n].ids[:length], rows[n].learnt[:length]) for n in longest)]
     for name, chosen in (
         ("samples", range(8)),
-        ("one long sample", [max(range(len(rows)), key=lambda n: rows[n].ids.size)]),
+        ("one long sample", longest[:1]),
+        ("five of one length", range(len(rows) - 5, len(rows))),
     ):
         (batch,) = micro_batches(rows, chosen, budget=2**20, packing=True, pad_id=0)
         batch, seconds = batch.to(hardware.device), {True: list[float](), False: list[float]()}
