@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,8 +98,13 @@ def prepare(folder: Path, shape: dict[str, Any], device: str) -> None:
     (folder / "recipe.yaml").write_text(recipe, "utf-8")
 
 
-def train(folder: Path, out: Path, overrides: list[str], fraction: float | None = None) -> int:
-    """One sitting in this process; the exit status that `afina train` would have."""
+def train(
+    folder: Path, out: Path, overrides: list[str], fraction: float | None = None, leaving: int | None = None
+) -> int:
+    """One sitting in this process; the exit status that `afina train` would have.
+
+    fraction: of the GPU's memory, beyond which it runs short. leaving: bytes of it that look free, the rest taken.
+    """
     import torch
 
     from afina import pipeline
@@ -106,6 +112,8 @@ def train(folder: Path, out: Path, overrides: list[str], fraction: float | None 
 
     if fraction is not None:
         torch.cuda.set_per_process_memory_fraction(fraction)
+    taken = None if leaving is None else torch.cuda.mem_get_info()[0] - leaving
+    ballast = None if taken is None else torch.empty(taken, dtype=torch.uint8, device="cuda")
     try:
         pipeline.train(folder / "recipe.yaml", out, overrides)
     except AfinaError as error:
@@ -113,6 +121,8 @@ def train(folder: Path, out: Path, overrides: list[str], fraction: float | None 
         return error.exit_status
     except KeyboardInterrupt:
         return 130
+    finally:
+        del ballast
     return 0
 
 
@@ -278,6 +288,38 @@ class Runs:
         if forked(work, self.said).status:
             raise SystemExit(self.said.read_text("utf-8")[-3000:])
         return {**found_in(pieces.place), "step_ms": step_ms(out), **about(out)}
+
+    def moved(self) -> dict[str, Any]:
+        """Killed while there was little room on the GPU, and gone on with when there is much: planned anew, it would
+        be run in another way. `equal_planned_anew`: whether the bits are the same then, too."""
+        peak = json.loads((self.whole("roomy-plan") / "manifest.json").read_text("utf-8"))["training"][
+            "peak_memory_bytes"
+        ]
+        standing = sum(file.stat().st_size for file in (self.folder / "base").glob("*.safetensors"))
+        leaving = int(standing + 0.45 * (peak - standing)) + 2**29
+        little = lambda out: lambda: train(self.folder, out, [OFTEN], leaving=leaving)  # noqa: E731
+        plain = self.folder / "little"
+        if forked(little(plain), self.said).status:
+            raise SystemExit(self.said.read_text("utf-8")[-3000:])
+        found: dict[str, Any] = {"leaving_gib": round(leaving / 2**30, 2)}
+        for name in ("kept", "anew"):
+            out, seconds = self.folder / f"moved-{name}", sum(line["seconds"] for line in steps_of(plain))
+            due = at_random(random.Random(2), out / "metrics.jsonl", 1e9, 0.6 * seconds)
+            if forked(little(out), self.said, due, signal.SIGKILL).status != -signal.SIGKILL:
+                raise SystemExit(f"it was not killed:\n{self.said.read_text('utf-8')[-3000:]}")
+            found["plan"] = json.loads((out / "plan.json").read_text("utf-8"))
+            if name == "anew":
+                (out / "plan.json").unlink()
+            if forked(lambda out=out: train(self.folder, out, [OFTEN]), self.said).status:
+                raise SystemExit(self.said.read_text("utf-8")[-3000:])
+            if name == "kept":
+                found["equal"] = self.compare("more room than before", plain, out)
+            else:
+                found["equal_planned_anew"] = digests(plain) == digests(out)
+                found["resumed_after"] = json.loads((out / "manifest.json").read_text())["training"]["resumed_after"]
+        rungs = Counter((" ".join(one["away"]), " ".join(one["again"])) for one in found["plan"].pop("placements"))
+        found["plan"]["layers"] = [[away, again, number] for (away, again), number in rungs.items()]
+        return found | about(plain)
 
     def memory(self) -> dict[str, Any]:
         """Less memory than the plan believes there is: the micro-batch shrinks, samples and schedule stay."""
@@ -473,7 +515,7 @@ def about(run: Path) -> dict[str, Any]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--shape", choices=SHAPES, default="1b")
-    options.add_argument("--parts", default="exact,loose,cost,memory,waiting,tight,terms,kills")
+    options.add_argument("--parts", default="exact,loose,cost,memory,moved,waiting,tight,terms,kills")
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--terms", type=int, default=6)
     options.add_argument("--seed", type=int, default=0, help="of the instants at which signals are sent")
@@ -503,7 +545,7 @@ def main() -> None:
             raise SystemExit(runs.said.read_text("utf-8")[-3000:])
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "exact": runs.exact, "loose": runs.loose, "cost": runs.cost, "memory": runs.memory,
-            "waiting": runs.waiting, "tight": lambda: runs.waiting(10**9),
+            "moved": runs.moved, "waiting": runs.waiting, "tight": lambda: runs.waiting(10**9),
             "terms": lambda: runs.stopped(chosen.terms, signal.SIGTERM),
             "kills": lambda: runs.stopped(chosen.kills, signal.SIGKILL),
         }  # fmt: skip

@@ -17,6 +17,8 @@ from small import CPU, llama
 from afina import durable
 from afina.artifact import sha256
 from afina.data.template import Rendered
+from afina.engine.block import HERE, Placement
+from afina.engine.plan import Plan
 from afina.errors import OutputError
 from afina.model.attach import attach
 from afina.recipe.schema import Lora, Recipe, Training
@@ -34,8 +36,8 @@ from afina.train.checkpoint import (
     write,
 )
 from afina.train.keeper import Keeper
+from afina.train.resume import PLAN, keep_plan, planned, refuse_other_recipe
 from afina.train.resume import begin as enter
-from afina.train.resume import refuse_other_recipe
 from afina.train.state import begin
 
 
@@ -164,6 +166,18 @@ def test_another_recipe_or_other_samples_are_refused_with_the_difference(tmp_pat
         with pytest.raises(OutputError, match=said):
             refused()
     assert enter(tmp_path, recipe(learning_rate=1e-4), [file], [row]) == run
+
+
+def test_the_engines_plan_is_kept_for_the_next_sitting(tmp_path):
+    rungs = [HERE, Placement(away=frozenset({"x", "h"}), again=frozenset({"gate_up"}))]
+    plan = Plan(4096, rungs, 512, "embedding", 10**9, 12.5, 1)
+    assert planned(tmp_path) is None
+    keep_plan(tmp_path, plan)
+    assert planned(tmp_path) == plan
+    whole = (tmp_path / PLAN).read_text()
+    for damaged in (whole[:40], "[1]", whole.replace("512", '"many"'), whole.replace('"away"', '"a"'), "[" * 10**5):
+        (tmp_path / PLAN).write_text(damaged)
+        assert planned(tmp_path) is None
 
 
 class Disk:

@@ -29,6 +29,8 @@ MEANWHILE = 0.04
 """A copy slows what computes meanwhile: beyond the computation its time counts in full, within it so much."""
 PASSED = frozenset({"gate_up", "h"})
 """Gone from the GPU when a layer's backward has come to its attention."""
+KNOWN = 1.05
+"""A plan that was carried out before may take so much more than a new one."""
 LAST = 3
 """Layers that keep the most, where some do: what they fetch or make again would lie beside all that is saved."""
 WORKSPACE = 96 * 2**20
@@ -72,6 +74,12 @@ class Plan:
     bytes: int
     microseconds: float
     held: int = 0
+
+    @property
+    def arithmetic(self) -> str:
+        """What of it last bits depend on: where tensors wait, or that they are made again, changes none."""
+        head = "in parts" if self.host == "both" else "whole"
+        return f"{self.rows_at_once or 'all'} rows at once, head {head}"
 
 
 @dataclass(frozen=True)
