@@ -112,6 +112,7 @@ def main() -> None:
     options.add_argument("--seeds", default="1,2,3")
     options.add_argument("--method", default="{rank: 16, alpha: 32.0}")
     options.add_argument("--at-once", type=int, default=1, help="processes; on a GPU of its own many runs fit")
+    options.add_argument("--more", action="store_true", help="only what is not recorded yet")
     options.add_argument("--draw", action="store_true", help="only draw what is recorded")
     options.add_argument("--out", type=Path, default=ROOT)
     chosen = options.parse_args()
@@ -123,6 +124,9 @@ def main() -> None:
     data = Path(os.environ["AFINA_REAL_DATA"]).resolve() / "data" / "gsm8k" / "train.jsonl"
     seeds = [int(seed) for seed in chosen.seeds.split(",")]
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    if chosen.more and results.exists():
+        runs |= json.loads(results.read_text())["runs"]
+    recorded = {(way, run["seed"]) for way, several in runs.items() for run in several}
     for place in (results, picture):
         place.parent.mkdir(parents=True, exist_ok=True)
     text = recipe(data, chosen.method)
@@ -137,6 +141,7 @@ def main() -> None:
             )
             for seed in seeds
             for way, given in ways.items()
+            if (way, seed) not in recorded
         }
         for job in as_completed(jobs):
             (way, seed), found = jobs[job], job.result()

@@ -141,8 +141,8 @@ def kernels(tokens: int) -> None:
         low = eight_matrix.inward(inputs, a, None, UNIT)
         timed(f"{name} xA^T", lambda: eight_matrix.inward(inputs, a, None, UNIT), tokens * k_)
         timed(f"{name} dyB", lambda: eight_matrix.inward(outputs, up, unfold, UNIT), tokens * n)
-        timed(f"{name} dA", lambda: eight_matrix.outward(inputs, low), tokens * k_)
-        timed(f"{name} dB", lambda: eight_matrix.outward(outputs, low), tokens * n)
+        timed(f"{name} dA", lambda: eight_matrix.outward(inputs, low, torch.bfloat16), tokens * k_)
+        timed(f"{name} dB", lambda: eight_matrix.outward(outputs, low, torch.bfloat16), tokens * n)
         weights = rows_of(n, k_, 3 * r)
         out = torch.empty(k_, n + 3 * r, dtype=FP8.dtype, device="cuda")
         timed(f"{name} B behind", lambda: eight_movers.append_up(weights, b, UNIT), 5 * n * r)
@@ -166,8 +166,8 @@ def tiles(tokens: int) -> None:
     eight_matrix.INWARD, before = before, eight_matrix.OUTWARD
     for tile in ((64, 256, 4, 3), (32, 256, 4, 4), (64, 256, 4, 4), (32, 512, 4, 3)):
         eight_matrix.OUTWARD = tile
-        timed(f"outward {tile} down", lambda: eight_matrix.outward(inputs, low), tokens * WIDE)
-        timed(f"outward {tile} gate_up", lambda: eight_matrix.outward(outputs, low_up), tokens * n)
+        timed(f"outward {tile} down", lambda: eight_matrix.outward(inputs, low, torch.bfloat16), tokens * WIDE)
+        timed(f"outward {tile} gate_up", lambda: eight_matrix.outward(outputs, low_up, torch.bfloat16), tokens * n)
     eight_matrix.OUTWARD = before
     weights = rows_of(n, k, 96)
     out = torch.empty(k, n + 96, dtype=FP8.dtype, device="cuda")

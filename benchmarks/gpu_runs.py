@@ -355,7 +355,7 @@ def time_exactness(folder: Path) -> dict[str, Any]:
     from afina.model.attach import attach
     from afina.model.load import choose_hardware, load_model
     from afina.model.packed import packed_attention
-    from afina.model.repeatable import exact
+    from afina.model.repeatable import same_bits
     from afina.recipe.load import load
     from afina.train.examples import prepare
 
@@ -377,7 +377,7 @@ def time_exactness(folder: Path) -> dict[str, Any]:
         batch, seconds = batch.to(hardware.device), {True: list[float](), False: list[float]()}
         with packed_attention(model):
             for turn in range(40):
-                with exact(turn % 2 == 0):
+                with same_bits(turn % 2 == 0):
                     torch.cuda.synchronize()
                     began = time.perf_counter()
                     engine.summed_loss(model, batch).backward()

@@ -26,6 +26,7 @@ WORKLOADS = {
     "W7": ("Llama-3.2-1B, every weight, 8 x 2,048", "75,000 at 20"),
     "W9": ("gpt-oss-20b, LoRA on attention, experts in MXFP4 (the peer's in bf16), 2 x 2,048", "18,000 at 40"),
     "W9-bf16": ("the same, experts in bf16", "-"),
+    "W9-fp8": ("the same, experts held, and attention multiplied, in e4m3", "-"),
     "W9-least": ("the same in MXFP4, 1 x 2,048, least memory", "13 GiB"),
     "W9-experts": ("W9 with adapters on every expert and router", "-"),
     "W9-short": ("that on packed samples of GSM8K's lengths, 8,192 tokens", "-"),

@@ -10,15 +10,17 @@ from afina.engine import eight, eight_gate
 from afina.engine.block import Placement
 from afina.engine.eight import FP8, INT8, Rows
 from afina.engine.eight_gate import format_of, prove_eight, try_eight_bits, why_exact
+from afina.engine.eight_head import EightHead
 from afina.engine.eight_product import EightProduct
 from afina.engine.engine import Engine
-from afina.engine.plan import ladder, room_to_hold
+from afina.engine.plan import choose, ladder, room_to_hold
 from afina.engine.products import Scratch
 from afina.errors import ModelError
 from afina.model.attach import attach
 from afina.recipe.schema import Full
 
 FORMATS = [FP8, INT8]
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CPU = torch.device("cpu")
 
 
@@ -141,6 +143,35 @@ def test_weights_that_are_no_numbers_are_refused():
         engine.into_eight_bits(FP8)
 
 
+@pytest.mark.parametrize("tokens, vocabulary", [(1, 97), (33, 512), (5, 16)])
+def test_the_heads_gradient_is_that_of_softmax_in_eight_bits(tokens, vocabulary):
+    """Rows that are nearly learnt and rows that are not; one of zero weight; the losses are exact."""
+    torch.manual_seed(tokens)
+    weight = torch.randn(vocabulary, 48, dtype=torch.float64)
+    logits = torch.randn(tokens, vocabulary, dtype=torch.float64) * 3
+    targets, weights = torch.randint(vocabulary, (tokens,)), torch.rand(tokens)
+    weights[-1] = 0 if tokens > 1 else 2
+    for row in range(0, tokens, 3):  # 1 - share from a tenth down to 1e-6
+        logits[row, targets[row]] = logits[row].logsumexp(0) + 2 + row / 3
+    truth = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    slopes = (logits.softmax(1) - torch.nn.functional.one_hot(targets, vocabulary)) * weights[:, None]
+    given = logits.float().split(2)  # two rows at a time, whatever they are said to be made from
+    rows, given = torch.zeros(tokens, 48), iter(given)
+    losses, found = EightHead.of(weight.float()).loss(lambda _rows: next(given), rows, targets, weights, 2)
+    torch.testing.assert_close(losses.double(), truth * weights, rtol=1e-5, atol=1e-5)
+    for row, true, size in zip(found.double(), slopes @ weight, weight[targets].norm(dim=1), strict=True):
+        assert (row - true).norm() <= 0.06 * true.norm() + 1e-6 * size  # fp32 knows the sum of such logits no better
+
+
+def test_a_loss_that_is_no_number_stays_visible_behind_the_head():
+    logits = torch.randn(3, 32)
+    logits[1, 4] = float("nan")
+    targets = torch.tensor([1, 2, 3])
+    losses, found = EightHead.of(torch.randn(32, 16)).loss(lambda _rows: logits, torch.zeros(3, 16), targets, None, 3)
+    assert losses[[0, 2]].isfinite().all() and found[[0, 2]].isfinite().all()
+    assert not losses[1].isfinite() and not found[1].isfinite().any()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 def test_every_family_runs_in_eight_bits(family, form):
@@ -174,6 +205,29 @@ def test_what_is_made_again_changes_nothing(family, form):
             again = gradients(engine, model, batch)
             for a, b in zip(kept, again, strict=True):
                 assert (a - b).norm() <= 1e-5 * a.norm(), level
+
+
+@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_weights_turned_over_for_good_are_those_turned_over_at_each_use(form, hold):
+    model, batch = perturbed(four_bits(llama(hidden_size=64, intermediate_size=128))), packed([20, 9, 31])
+    engine = Engine(model)
+    engine.into_eight_bits(form, hold=hold)
+    each = engine.blocks[0].unpacked * engine.dtype.itemsize
+    whole = choose(engine, 60, 60, 10**9)
+    assert each > 0 and whole.held == len(engine.blocks)
+    assert choose(engine, 60, 60, whole.bytes - 1).held == len(engine.blocks) - 1
+    for _step in range(2):  # the adapters behind them are written anew
+        at_each_use = gradients(engine, model, batch)
+        engine.place(whole.placements, held=1)
+        found = gradients(engine, model, batch)
+        assert all(torch.equal(a, b) for a, b in zip(at_each_use, found, strict=True))
+        for product in engine.blocks[-1].products:
+            assert product.own is not None
+            product.own = None
+        with torch.no_grad():
+            for parameter in engine.parameters:
+                parameter.mul_(1.25)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
@@ -243,7 +297,8 @@ def test_the_gate_lets_through_what_holds(asked):
     engine = Engine(model)
     before = [parameter.detach().clone() for parameter in engine.parameters]
     proof = prove_eight(engine, batch, eight_gate.FORMATS[asked])
-    assert set(proof.products) == {"qkv", "o", "gate_up", "down"} and 0.999 < min(proof.products.values()) < 1
+    head = {"head"} if asked == "fp8" else set()
+    assert set(proof.products) == {"qkv", "o", "gate_up", "down"} | head and 0.999 < min(proof.products.values()) < 1
     assert 0.97 < proof.layers < 1 and 0.97 < proof.learnt < 1
     assert all(torch.equal(a, b) for a, b in zip(before, engine.parameters, strict=True))
     assert all("backward" not in vars(product) for block in engine.blocks for product in block.products)
@@ -278,10 +333,12 @@ def outliers(model, layer, channels):
     return model
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
 @pytest.mark.parametrize("asked", ["fp8", "int8"])
-def test_outliers_survive(asked):
+def test_outliers_survive(asked, device):
     """e4m3 does not mind; where INT8 would lose the other channels, that product stays exact, and says so."""
-    model, batch = outliers(real(), 1, [3, 77, 140]), packed([60, 9, 31])
+    model, batch = outliers(real(), 1, [3, 77, 140]), packed([60, 9, 31]).to(torch.device(device))
+    model = model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     engine = Engine(model)
     loss, exact = engine.summed_loss(model, batch).item(), joined(gradients(engine, model, batch))
     said = try_eight_bits(engine, batch, asked)
@@ -299,7 +356,7 @@ def test_what_does_not_multiply_so_is_said():
     assert "every weight" in why_exact(Engine(attach(llama(), Full(name="full"), seed=0)), "int8")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@ON_A_GPU
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 @pytest.mark.parametrize("tokens", [1, 16, 17, 130])
 def test_products_on_a_gpu_are_the_emulated_ones(form, tokens):
@@ -312,7 +369,7 @@ def test_products_on_a_gpu_are_the_emulated_ones(form, tokens):
     assert (found.double() - truth).norm() <= 5e-3 * truth.norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@ON_A_GPU
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi", "four bits"])
 @pytest.mark.parametrize("again", [False, True])

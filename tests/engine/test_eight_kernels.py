@@ -185,8 +185,13 @@ def test_low_rank_products(rows, width, r, form):
             both = [found[:, :r] + found[:, r : 2 * r] for found in (ours, again)]
             assert (both[0] - both[1]).norm() <= 1e-2 * both[1].norm()
             assert torch.equal(ours[:, :r], ours[:, 2 * r : 3 * r]) and ours[:, 3 * r :].eq(0).all()
-    truth = eight.outward(on_cpu(x), low.cpu())
-    found = eight_matrix.outward(x, low)
+    truth = eight.outward(on_cpu(x), low.cpu(), torch.float32)
+    found = eight_matrix.outward(x, low, torch.float32)
+    assert (found.cpu() - truth).norm() <= (1e-2 if CUDA else 1e-5) * truth.norm()
+    first = (torch.arange(width, device=DEVICE) // -(-width // (r // 8)) * 8).int()  # adapters of rank 8
+    truth = eight.outward_turned(on_cpu(x), low.cpu(), first.cpu(), unfold.cpu(), 8, torch.float32)
+    found = eight_matrix.outward_turned(x, low, first, unfold, 8, torch.float32)
+    assert found.shape == (width, 8)
     assert (found.cpu() - truth).norm() <= (1e-2 if CUDA else 1e-5) * truth.norm()
 
 
@@ -236,3 +241,19 @@ def test_unpack(rows, columns, nested, form):
         out[:, :rows].t().contiguous().view(torch.uint8), found.values[:, :columns].contiguous().view(torch.uint8)
     )
     assert out[:, rows:].float().eq(0).all()
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+@pytest.mark.parametrize("rows, width", [(1, 16), (7, 97), (3, 4100)])
+def test_cross_entropy_in_eight_bits(rows, width, form):
+    logits = torch.randn(rows, width, device=DEVICE) * 3
+    targets = torch.randint(width, (rows,), device=DEVICE)
+    logits[0, targets[0]] = 5.0
+    fold = torch.rand(width, device=DEVICE) + 0.01
+    found, truth = (empty(rows, width, form, -width % 16) for _ in range(2))
+    truth = on_cpu(truth)
+    losses = eight_kernels.cross_entropy_rows(logits, targets, fold, fold.amax(), found)
+    exact = eight.cross_entropy_rows(logits.cpu(), targets.cpu(), fold.cpu(), truth)
+    torch.testing.assert_close(losses.cpu(), exact, rtol=1e-5, atol=1e-5)
+    alike(found, truth)
+    assert (found.values[:, width:].view(torch.uint8) == 0x55).all()

@@ -12,7 +12,7 @@ from afina.engine.block import HERE, Placement
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
 from afina.engine.nf4 import from_bitsandbytes
-from afina.engine.plan import Rates, choose, filled, ladder
+from afina.engine.plan import ATTENTION, PASSES, Plan, Rates, choose, count_up, filled, ladder
 from afina.engine.products import keep_mask
 from afina.engine.proof import prove
 from afina.model.attach import attach, learning
@@ -211,6 +211,25 @@ def test_the_plan_of_an_earlier_sitting_is_taken_again_where_it_fits():
     assert known.arithmetic == "7 rows at once, head whole"
 
 
+def test_the_plan_counts_attention_the_head_and_what_passes_between_products():
+    """8-bit products are faster, what lies around them is not: each term by itself, off by nothing."""
+    engine = Engine(perturbed(four_bits(llama(hidden_size=64, intermediate_size=128))))
+    block, plan = engine.blocks[0], Plan(4096, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0)
+
+    def spent(longest=4096, **rates):
+        return count_up(engine, plan, replace(RATES, **rates), longest).microseconds
+
+    assert block.moved == sum(round(2 * 4.53 * product.n * product.k) for product in block.products)
+    passing = 2 * (block.moved + 4096 * PASSES * 4 * sum(product.n + product.k for product in block.products))
+    assert spent(memory=1e3) - spent() == pytest.approx(passing / 1e3)
+    scores = 2 * 4096 * 4096 * block.attention.heads[0] * block.attention.width * ATTENTION
+    assert spent() - spent(longest=1024) == pytest.approx(scores * 0.75 / 1e2)
+    head = 2 * 4096 * engine.ends.weight.numel()
+    assert spent(exact=5e1) - spent() == pytest.approx((scores + head) / 1e2)
+    products = 2 * 4096 * 2 * sum(product.n * product.k for product in block.products)
+    assert spent() - spent(products=2e2, exact=1e2) == pytest.approx(products / 2e2)
+
+
 @pytest.mark.parametrize(
     "family", ["llama", "llama, tied, one kv head", "mistral, a short window", "phi3", "phi", "qwen2"]
 )
@@ -295,6 +314,21 @@ def test_the_engine_follows_the_optimiser():
     torch.optim.AdamW([parameter for _name, parameter in learning(model)], lr=0.1, fused=True).step()
     assert engine.summed_loss(model, batch).item() != changed.item()
     assert engine.summed_loss(model, batch).item() == pytest.approx(summed_loss(model, batch).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi", "llama, tied, one kv head"])
+def test_all_that_learns_in_another_precision_is_taken_over(family):
+    model = attach(FAMILIES[family](), Full(name="full"), seed=0)
+    (batch,) = micro_batches(rows([20, 9]), range(2), budget=1000, packing=True, pad_id=0)
+    engine = Engine(model, torch.float64)
+    for name in [name for name, _parameter in learning(model)]:
+        before = engine.summed_loss(model, batch).item()
+        with torch.no_grad():
+            parameter = model.get_parameter(name)
+            parameter.add_(torch.rand_like(parameter) * 0.2)
+        found = engine.summed_loss(model, batch).item()
+        assert found == Engine(model, torch.float64).summed_loss(model, batch).item(), name
+        assert found != before or name.endswith("k_proj.bias"), name  # moves every score of a query alike
 
 
 def test_the_transformers_model_shares_the_weights_and_answers_as_before():

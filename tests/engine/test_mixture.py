@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered
 from afina.engine.block import HERE, Placement
+from afina.engine.eight import FP8, INT8
+from afina.engine.eight_gate import prove_eight, try_eight_bits
 from afina.engine.engine import Engine
 from afina.engine.experts import Matrix
 from afina.engine.families import why_not
@@ -19,6 +21,7 @@ from afina.engine.plan import Rates, choose, ladder
 from afina.engine.products import Scratch
 from afina.engine.proof import prove
 from afina.engine.router import LowRank, Router
+from afina.errors import ModelError
 from afina.model.attach import attach, learning
 from afina.model.load import unpack
 from afina.model.loss import summed_loss
@@ -148,6 +151,73 @@ def test_packed_experts_are_the_reference_and_what_they_unpack_to(method):
     engine = Engine(packed)
     engine.place([HERE] * 2, held=1)  # the last layer unpacked for good, the first in the scratch
     agree(gradients(engine, packed, batch), found, names, 1e-6)
+
+
+def test_e4m3_holds_what_was_packed_in_mxfp4_exactly():
+    """Sixteen powers of two lie between the largest and the least that it does; beyond that, small ones are rounded."""
+    torch.manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 40, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(120, 129, (3, 40, 2), dtype=torch.uint8)
+    plain = dequantise(blocks, scales, torch.float32)
+    plain[1, 7] = 0
+    matrix = Matrix(3, 40, 64, torch.empty(0), Scratch(), plain).in_eight_bits(FP8, Scratch())
+    assert matrix.plain is None and matrix.eight.values.dtype == torch.float8_e4m3fn
+    assert torch.equal(matrix.weights(), plain)
+    matrix.hold()
+    assert torch.equal(matrix.weights(), plain)
+
+
+@pytest.mark.parametrize("form", [FP8, INT8], ids=lambda form: form.name)
+def test_experts_that_are_no_numbers_are_refused(form):
+    plain = torch.randn(2, 16, 16)
+    plain[1, 3, 3] = float("inf")
+    with pytest.raises(ModelError, match="not a number"):
+        Matrix(2, 16, 16, torch.empty(0), Scratch(), plain).in_eight_bits(form, Scratch())
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "qwen3-moe", "mixtral"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", [FP8, INT8], ids=lambda form: form.name)
+def test_experts_in_eight_bits_are_those_that_they_mean(family, method, form):
+    """Exactly the gradients of an engine whose experts were replaced by what the eight bits mean, attention aside; and
+    the bytes that they took before are free."""
+    names = ["qkv", "o", "head"]
+    (batch,) = micro_batches(rows([20, 9, 1, 31]), range(4), budget=1000, packing=True, pad_id=0)
+    model, meant = (learning_model(family, **METHODS[method]) for _ in range(2))
+    engine, truth = Engine(model), Engine(meant)
+    engine.into_eight_bits(form, exact=names)
+    for block, other in zip(engine.blocks, truth.blocks, strict=True):
+        for name in ("gate_up", "down"):
+            matrix, plain = getattr(block.experts, name), getattr(other.experts, name)
+            assert matrix.plain is None and matrix.eight.values.element_size() == 1 and matrix.base.numel() == 0
+            plain.plain.copy_(matrix.weights())
+    agree(gradients(engine, model, batch), gradients(truth, meant, batch), [n for n, _ in learning(model)], 1e-5)
+    assert 0 < engine.blocks[0].unpacked == engine.blocks[1].unpacked
+    engine.place([HERE] * 2, held=1)
+    agree(gradients(engine, model, batch), gradients(truth, meant, batch), [n for n, _ in learning(model)], 1e-5)
+
+
+@pytest.mark.parametrize("asked", ["fp8", "int8"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_mixtures_pass_the_gate_of_eight_bits(asked, packed):
+    model = learning_model("gpt-oss", packed=packed, **METHODS["experts and router"])
+    with torch.no_grad():  # as training leaves them; the other tests' are many times larger
+        for name, parameter in model.named_parameters():
+            parameter.mul_(0.1 if "lora_B" in name else 0.3 if parameter.ndim > 1 and "embed" not in name else 1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("_scales"):
+                buffer.sub_(2)
+    (batch,) = micro_batches(rows([60, 29, 31]), range(3), budget=1000, packing=True, pad_id=0)
+    engine = Engine(model)
+    loss, exact = engine.summed_loss(model, batch).item(), gradients(engine, model, batch)
+    proof = prove_eight(engine, batch, {"fp8": FP8, "int8": INT8}[asked])
+    assert {"qkv", "o"} <= set(proof.products) and all(block.router.told is None for block in engine.blocks)
+    said = try_eight_bits(engine, batch, asked)
+    assert proof.holds and said.startswith("products in eight bits"), (proof, said)
+    held = [matrix.eight for block in engine.blocks for matrix in (block.experts.gate_up, block.experts.down)]
+    assert [rows is None for rows in held] == [packed] * 4
+    assert engine.summed_loss(model, batch).item() == pytest.approx(loss, rel=2e-2)
+    assert len(gradients(engine, model, batch)) == len(exact)
 
 
 @pytest.mark.parametrize("family", ["gpt-oss", "qwen3-moe"])

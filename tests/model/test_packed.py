@@ -64,7 +64,8 @@ LENGTHS = {
 def built(config) -> torch.nn.Module:
     """As `load_model` builds it. In fp32, in which the reference rotates, normalises and takes softmax anyway."""
     torch.manual_seed(0)
-    eager = "eager" if config.model_type == "gpt_oss" else None
+    capped = getattr(config, "attn_logit_softcapping", None)  # transformers to 5.17 takes SDPA, which knows of no caps
+    eager = "eager" if config.model_type == "gpt_oss" or capped else None
     model = AutoModelForCausalLM.from_config(config, attn_implementation=eager)
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):

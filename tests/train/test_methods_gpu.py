@@ -21,7 +21,7 @@ from afina.model.load import Hardware, load_model
 from afina.model.loss import summed_loss
 from afina.model.packed import attend, attend_backward, covers, packed_attention
 from afina.model.quantize import quantisation
-from afina.model.repeatable import exact
+from afina.model.repeatable import same_bits
 from afina.model.virtual import virtual_tokens
 from afina.recipe.schema import Full, Lora, Model, PrefixTuning, PromptTuning, Training
 from afina.train import checkpoint
@@ -168,7 +168,7 @@ def test_attention_has_the_same_bits_each_time(lengths, width):
         found = attend_backward(attended, d, q, k, v, lengths, 0.1)
         return [attended.out, *(part.flatten(0, 1) for part in found)]
 
-    with exact():
+    with same_bits():
         first = once()
         differing = {
             name
@@ -204,7 +204,7 @@ def test_the_reference_has_the_same_gradients_each_time(samples, packing):
 
     with packed_attention(model, packing):
         loose = once()
-    with exact(), packed_attention(model, packing):
+    with same_bits(), packed_attention(model, packing):
         first = once()
         again = [once() for _turn in range(6)]
     different = sum(not all(torch.equal(one, two) for one, two in zip(first, turn, strict=True)) for turn in again)

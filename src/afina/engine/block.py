@@ -174,6 +174,16 @@ class Block:
         """Elements that `hold` would add, where there is room for it."""
         return sum(product.unpacked for product in self.products)
 
+    @property
+    def passing(self) -> int:
+        """Elements that a token's products read and write."""
+        return sum(product.n + product.k for product in self.products)
+
+    @property
+    def moved(self) -> int:
+        """Bytes of weights that pass through memory, forward and backward, before products read them."""
+        return sum(product.moved for product in self.products)
+
     def multiply_adds(self, made: str | None = None) -> int:
         """For a token: of all its products, or of the one that makes a saved tensor."""
         if made is not None:

@@ -14,6 +14,8 @@ import torch
 
 from afina.engine.elementwise import Norm, gather_rotated, norm, norm_backward, swiglu_backward
 from afina.engine.nf4 import Nf4
+from afina.errors import ModelError
+from afina.language import _
 
 TINY = 1e-30
 """The least magnitude that a row's scale is made for; smaller rows are zeros."""
@@ -67,7 +69,7 @@ class Rows:
 
     def write(self, x: torch.Tensor, peak: float | None = None, magnitude: torch.Tensor | None = None) -> None:
         """Round x (rows, width) into place; magnitude: (rows,) in place of the largest of each row."""
-        wide = _wide(x)
+        wide = wide_of(x)
         largest = wide.abs().amax(1) if magnitude is None else magnitude
         scales = largest.clamp(min=TINY) / (peak or self.form.peak)
         self.scales.copy_(scales)
@@ -81,7 +83,7 @@ def quantise(x: torch.Tensor, to: Rows, fold: torch.Tensor | None = None, *, wei
         from afina.engine import eight_kernels
 
         return eight_kernels.quantise(x, to, fold, peak)
-    to.write(x if fold is None else _wide(x) * fold, peak)
+    to.write(x if fold is None else wide_of(x) * fold, peak)
     return to
 
 
@@ -94,7 +96,7 @@ def norm_rows(
 
         return eight_kernels.norm_rows(x, by, to, past, total)
     if past is not None and total is not None:
-        x = total.copy_(_wide(x) + past)
+        x = total.copy_(wide_of(x) + past)
     to.write(norm(x, by, torch.empty_like(x)))
     return to
 
@@ -115,7 +117,7 @@ def norm_backward_rows(
 
         eight_kernels.norm_backward_rows(dy, x, by, dx, residual, again, to, fold)
         return
-    found, y = torch.empty_like(_wide(x)), torch.empty_like(x)
+    found, y = torch.empty_like(wide_of(x)), torch.empty_like(x)
     norm_backward(dy, x, by, found, residual=residual, y=y)
     again.write(y)
     dx.copy_(found)
@@ -131,7 +133,7 @@ def swiglu_rows(gate_up: torch.Tensor, to: Rows) -> torch.Tensor:
         from afina.engine import eight_kernels
 
         return eight_kernels.swiglu_rows(gate_up, to)
-    gate, up = _wide(gate_up).chunk(2, dim=1)
+    gate, up = wide_of(gate_up).chunk(2, dim=1)
     silu = torch.nn.functional.silu(gate)
     to.write(silu * up)
     return torch.stack([to.scales, silu.abs().amax(1), up.abs().amax(1)]).float()
@@ -151,19 +153,40 @@ def swiglu_backward_rows(
 
         eight_kernels.swiglu_backward_rows(d, gate_up, fold, largest, known, to, again)
         return
-    wide = _wide(gate_up)
-    slopes, act = wide.clone(), _wide(d).clone()
+    wide = wide_of(gate_up)
+    slopes, act = wide.clone(), wide_of(d).clone()
     swiglu_backward(act, slopes)
     if largest is None:
         to.write(slopes * fold)
     else:
         most = torch.maximum(SILU_SLOPE * known[2] * largest[0], known[1] * largest[1])
-        to.write(slopes * fold, magnitude=_wide(d).abs().amax(1) * most)
+        to.write(slopes * fold, magnitude=wide_of(d).abs().amax(1) * most)
     again.write(act, magnitude=known[0] * again.form.peak)
 
 
 SILU_SLOPE = 1.1
 """The largest slope of silu is 1.0998."""
+
+
+def cross_entropy_rows(logits: torch.Tensor, targets: torch.Tensor, fold: torch.Tensor, to: Rows) -> torch.Tensor:
+    """Loss of each row (rows,), and softmax - one-hot, its columns times `fold` (vocabulary,), into `to`.
+
+    None of a row is larger than 1 - the target's share, so no other pass looks for the largest.
+    """
+    if logits.is_cuda:
+        from afina.engine import eight_kernels
+
+        return eight_kernels.cross_entropy_rows(logits, targets, fold, fold.amax(), to)
+    log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
+    losses = (log_sum - logits.gather(1, targets[:, None]))[:, 0]
+    slopes = (logits - log_sum).exp().scatter_add_(1, targets[:, None], torch.full_like(log_sum, -1))
+    least = (1 - (-losses).exp()).clamp(min=LEAST_SLOPE) + losses * 0
+    to.write(slopes * fold, to.form.largest, least * fold.amax())
+    return losses
+
+
+LEAST_SLOPE = 2.0**-20
+"""The least 1 - share that a row's scale is made for: fp32 knows it no better."""
 
 
 def gather_rotated_rows(
@@ -174,8 +197,8 @@ def gather_rotated_rows(
         from afina.engine import eight_kernels
 
         return eight_kernels.gather_rotated_rows(d_heads, cos, sin, fold, to)
-    out = torch.empty(cos.shape[0], to.width, dtype=_wide(d_heads[0]).dtype)
-    to.write(gather_rotated(out, [_wide(part) for part in d_heads], cos, sin) * fold)
+    out = torch.empty(cos.shape[0], to.width, dtype=wide_of(d_heads[0]).dtype)
+    to.write(gather_rotated(out, [wide_of(part) for part in d_heads], cos, sin) * fold)
     return to
 
 
@@ -197,12 +220,30 @@ def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: torc
     return (found * x.scales[:, None]).to(small.dtype)
 
 
-def outward(x: Rows, low: torch.Tensor) -> torch.Tensor:
-    """low^T x (r, width), at least fp32: gradients of adapters. low: (rows, r)."""
+def outward(x: Rows, low: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """low^T x (r, width), summed in at least fp32: gradients of adapters' A. low: (rows, r)."""
     if x.values.is_cuda:
         from afina.engine import eight_matrix
 
-        return eight_matrix.outward(x, low)
+        return eight_matrix.outward(x, low, dtype)
+    return _outward(x, low).to(dtype)
+
+
+def outward_turned(
+    x: Rows, low: torch.Tensor, first: torch.Tensor, factors: torch.Tensor, rank: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """x^T low (width, rank), each row times its factor, of `rank` columns of low, beginning at `first`: gradients of
+    adapters' B, one below the other. low: (rows, r); first, factors: (width,)."""
+    if x.values.is_cuda:
+        from afina.engine import eight_matrix
+
+        return eight_matrix.outward_turned(x, low, first, factors, rank, dtype)
+    columns = first.long()[:, None] + torch.arange(rank)
+    found = _outward(x, low).t().gather(1, columns.clamp(max=low.shape[1] - 1))
+    return (found * factors[:, None]).to(dtype)
+
+
+def _outward(x: Rows, low: torch.Tensor) -> torch.Tensor:
     wide = torch.promote_types(low.dtype, torch.float32)
     return (low.to(wide) * x.scales[:, None]).t() @ x.values[:, : x.width].to(wide)
 
@@ -214,8 +255,28 @@ def append_up(weights: Rows, up: torch.Tensor, unit: torch.Tensor) -> None:
 
         eight_movers.append_up(weights, up, unit)
         return
-    high, rest = halves(_wide(up) * unit / weights.scales[:, None], weights.form)
+    high, rest = halves(wide_of(up) * unit / weights.scales[:, None], weights.form)
     behind(weights.values, weights.width, (high, high, rest))
+
+
+def spread(rows: Rows, out: torch.Tensor) -> None:
+    """What the eight bits mean into out (rows, width)."""
+    if out.is_cuda:
+        from afina.engine import eight_movers
+
+        eight_movers.spread(rows, out)
+        return
+    out.copy_(rows.exact(wide_of(out).dtype))
+
+
+def refuse_no_numbers(weights: Rows) -> Rows:
+    """The weights. Raises ModelError where one was a NaN or an infinity, and so its row's scale is."""
+    if not weights.scales.isfinite().all():
+        raise ModelError(
+            _("A weight of the base model is not a number, so it cannot be held in eight bits."),
+            hint=_("Check the file of the base model, or set training.products to exact."),
+        )
+    return weights
 
 
 def turn(weights: Rows, out: torch.Tensor) -> torch.Tensor:
@@ -265,7 +326,7 @@ def append_down(out: torch.Tensor, rows: int, down: torch.Tensor, unit: torch.Te
 
         eight_movers.append_down(out, rows, down, unit, form.largest)
         return
-    high, rest = halves(_wide(down).t() * unit, form)
+    high, rest = halves(wide_of(down).t() * unit, form)
     behind(out, rows, (high, high, rest))
 
 
@@ -298,5 +359,6 @@ def behind(values: torch.Tensor, width: int, parts: Sequence[torch.Tensor]) -> N
     values[:, width:] = torch.zeros((), dtype=values.dtype)
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide_of(x: torch.Tensor) -> torch.Tensor:
+    """x in at least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -7,20 +7,20 @@ nothing can multiply so, the exact products stay, and a sentence says why.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
 
 from afina.engine.block import Block, Saved
 from afina.engine.eight import FP8, INT8, Format
+from afina.engine.eight_head import EightHead
 from afina.engine.eight_product import ALIGN, EightProduct
-from afina.engine.eight_sequential import in_eight_bits
-from afina.engine.engine import Engine
-from afina.engine.parallel import Parallel
-from afina.engine.products import Product, Scratch
+from afina.engine.eight_sequential import Scratches, in_eight_bits
+from afina.engine.engine import HEAD, Engine
+from afina.engine.mixture import Mixture
+from afina.engine.products import Product
 from afina.engine.proof import perturbed
-from afina.engine.sequential import Sequential
 from afina.language import _
 from afina.model.loss import Targeted
 
@@ -75,8 +75,6 @@ def format_of(asked: str, device: torch.device, dtype: torch.dtype) -> Format | 
 def why_exact(engine: Engine, asked: str) -> str | None:
     """Why this engine's products cannot be in eight bits; None where they can."""
     products = [product for block in engine.blocks for product in block.products]
-    if any(type(block) not in (Parallel, Sequential) for block in engine.blocks):
-        return _("mixtures of experts are multiplied exactly")
     if any(product.learnt for product in products):
         return _("every weight learns")
     if any(size % ALIGN for product in products for size in (product.n, product.k)):
@@ -92,7 +90,7 @@ def try_eight_bits(engine: Engine, batch: Targeted, asked: str, *, hold: bool = 
     if reason is not None or form is None:
         return _("exact products, not in eight bits: {reason}").format(reason=reason)
     proof = prove_eight(engine, batch, form)
-    if proof.failing and len(proof.failing) < len(proof.products):
+    if proof.failing and proof.products.keys() - {HEAD} - proof.failing:
         proof = prove_eight(engine, batch, form, exact=proof.failing)
     found = {"products": min(proof.products.values()), "layers": proof.layers, "learnt": proof.learnt}
     if not proof.holds:
@@ -119,6 +117,7 @@ def prove_eight(
     """
     count = len(engine.blocks)
     chosen = {round(number * (count - 1) / max(1, layers - 1)) for number in range(layers)}
+    of_layers = exact - {HEAD}
     products, handed_down, learnt = dict[str, float](), list[float](), list[float]()
     with perturbed(engine):
         engine._refresh()
@@ -129,22 +128,38 @@ def prove_eight(
             x, kept = block.forward(x, at, save=True)
             saved.append(kept)
         wide = engine.ends.loss(x, batch, engine.blocks[-1].extra)[1][0]
+        if engine.head_goes_along(form, exact):
+            ends = replace(engine.ends, eight=EightHead.of(engine.ends.weight))
+            products[HEAD] = _cosine([ends.loss(x, batch, 0)[1][0]], [wide[:, : x.shape[1]]])
         for number in reversed(range(count)):
             block, kept, below = engine.blocks[number], _present(saved.pop()), engine.blocks[max(0, number - 1)].extra
             if number not in chosen:
                 wide = _present(block.backward(wide, kept, at, below)[0])
                 continue
-            eight, dy = _placed(in_eight_bits(block, form, Scratch(), Scratch(), exact=exact, keep=True)), wide.clone()
+            eight, dy = _placed(in_eight_bits(block, form, Scratches(), exact=of_layers, keep=True)), wide.clone()
             with _watched(block, eight, products):
                 block.forward(inputs[number], at, save=False)
                 wide, true = block.backward(wide, kept, at, below)
             wide = _present(wide)
-            kept = _present(eight.forward(inputs[number], at, save=True)[1])
+            with _routed(block, kept):
+                kept = _present(eight.forward(inputs[number], at, save=True)[1])
             found, of_adapters = eight.backward(dy, kept, at, below)
             hidden = inputs[number].shape[1]
             handed_down.append(_cosine([_present(found)[:, :hidden]], [wide[:, :hidden]]))
             learnt.append(_cosine(of_adapters, true))
     return EightProof(products, _least(handed_down), _least(learnt), exact)
+
+
+@contextmanager
+def _routed(block: Block, kept: Saved) -> Iterator[None]:
+    """Within, a mixture's tokens go to the experts to which they went before: near ties would hide all else."""
+    if isinstance(block, Mixture):
+        block.router.told = torch.cat([routing.ids for _rows, routing, _seen in kept.routed])
+    try:
+        yield
+    finally:
+        if isinstance(block, Mixture):
+            block.router.told = block.router.missed = None
 
 
 def _placed(block: Block) -> Block:

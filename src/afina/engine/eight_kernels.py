@@ -12,11 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
+from afina.engine.kernels import log_sum_exp
+
 if TYPE_CHECKING:
     from afina.engine.eight import Rows
     from afina.engine.elementwise import Norm
 
 TINY = tl.constexpr(1e-30)
+LEAST_SLOPE = tl.constexpr(2.0**-20)
 BACKWARD = (4096, 32)
 """Columns of SwiGLU's backward that are in registers at a time, and warps."""
 
@@ -239,6 +242,41 @@ def _swiglu_backward_rows(
         tl.store(again + columns, rounded(act * by_act, again.dtype.element_ty), mask=inside)
 
 
+def cross_entropy_rows(
+    logits: torch.Tensor, targets: torch.Tensor, fold: torch.Tensor, most: torch.Tensor, to: "Rows"
+) -> torch.Tensor:
+    """See eight.cross_entropy_rows; most: () the largest of `fold`."""
+    rows, width = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    _cross_entropy_rows[(rows,)](
+        logits, logits.stride(0), targets, fold, most, to.values, to.values.stride(0), to.scales, losses, width,
+        to.form.largest, 4096, num_warps=16,
+    )  # fmt: skip
+    return losses
+
+
+@triton.jit
+def _cross_entropy_rows(
+    logits, logits_stride, targets, fold, most, out, out_stride, scales, losses, width, peak, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * logits_stride
+    log_sum = log_sum_exp(logits, width, BLOCK)
+    target = tl.load(targets + row)
+    loss = log_sum - tl.load(logits + target).to(tl.float32)
+    tl.store(losses + row, loss)
+    scale = tl.maximum(1 - tl.exp(-loss), LEAST_SLOPE) * tl.load(most) / peak + loss * 0.0
+    tl.store(scales + row, scale)
+    by = 1.0 / scale
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < width
+        value = tl.load(logits + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        slope = tl.exp(value - log_sum) - tl.where(columns == target, 1.0, 0.0)
+        slope = slope * tl.load(fold + columns, mask=inside, other=0.0) * by
+        tl.store(out + row * out_stride + columns, rounded(slope, out.dtype.element_ty), mask=inside)
+
+
 def gather_rotated_rows(
     d_heads: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, fold: torch.Tensor, to: "Rows"
 ) -> "Rows":
@@ -299,4 +337,4 @@ def _gather_rotated_rows(
 
 
 def _warps(block: int) -> int:
-    return 4 if block <= 2048 else 8 if block <= 8192 else 16
+    return 4 if block <= 4096 else 8 if block <= 8192 else 16

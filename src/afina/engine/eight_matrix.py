@@ -157,8 +157,48 @@ def halves(value, largest):
     return high, value - high
 
 
-def outward(x: Rows, low: torch.Tensor) -> torch.Tensor:
+def outward(x: Rows, low: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """See eight.outward. Tokens are split among programs, whose sums are added up afterwards, always in one order."""
+    sums = _partial(x, low)
+    out = torch.empty(sums.shape[1:], dtype=dtype, device=low.device)
+    r, width = out.shape
+    _add_up[(triton.cdiv(width, 512), r)](sums, sums.shape[0], r, width, out, x.scales, x.scales, 512, False)
+    return out
+
+
+def outward_turned(
+    x: Rows, low: torch.Tensor, first: torch.Tensor, factors: torch.Tensor, rank: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """See eight.outward_turned."""
+    sums = _partial(x, low)
+    out = torch.empty(x.width, rank, dtype=dtype, device=low.device)
+    grid = (triton.cdiv(x.width, 512), rank)
+    _add_up[grid](sums, sums.shape[0], low.shape[1], x.width, out, first, factors, 512, True)
+    return out
+
+
+@triton.jit
+def _add_up(sums, splits, r, width, out, first, factors, BLOCK: tl.constexpr, TURNED: tl.constexpr):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    rank = tl.program_id(1)
+    if TURNED:
+        from_rank = tl.load(first + column, mask=inside, other=0) + rank
+        place = column.to(tl.int64) * tl.num_programs(1) + rank
+    else:
+        from_rank = rank + column * 0
+        place = rank.to(tl.int64) * width + column
+    known = inside & (from_rank < r)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        total += tl.load(sums + (split * r + from_rank).to(tl.int64) * width + column, mask=known, other=0.0)
+    if TURNED:
+        total = total * tl.load(factors + column, mask=inside, other=0.0)
+    tl.store(out + place, total, mask=inside)
+
+
+def _partial(x: Rows, low: torch.Tensor) -> torch.Tensor:
+    """(splits, r, width) fp32, whose sum is low^T x."""
     rows, r = low.shape
     block_t, block_n, warps, stages = OUTWARD
     block = max(16, triton.next_power_of_2(r))
@@ -169,7 +209,7 @@ def outward(x: Rows, low: torch.Tensor) -> torch.Tensor:
         x.values, x.values.stride(0), x.scales, low, low.stride(0), sums, rows, x.width, r, block_t, block_n, block,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return sums[0] if splits == 1 else sums.sum(0)
+    return sums
 
 
 OUTWARD = (64, 256, 4, 3)

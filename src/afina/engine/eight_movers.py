@@ -103,6 +103,22 @@ def _append_down(
     tl.store(out + column * stride + behind, nothing, mask=(column < width) & (behind < whole))
 
 
+def spread(rows: "Rows", out: torch.Tensor) -> None:
+    """See eight.spread."""
+    count, block = out.shape[0], min(4096, triton.next_power_of_2(rows.width))
+    _spread[(count, triton.cdiv(rows.width, block))](
+        rows.values, rows.values.stride(0), rows.scales, out, out.stride(0), rows.width, block, num_warps=4
+    )
+
+
+@triton.jit
+def _spread(values, stride, scales, out, out_stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(values + row * stride + columns, mask=columns < width, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + columns, value * tl.load(scales + row), mask=columns < width)
+
+
 def unpack(weight: "Nf4", scales: torch.Tensor, out: torch.Tensor, turned: bool) -> None:
     """See eight.unpack: 0.53 bytes read and one written a weight, as it lies or turned over."""
     nested = weight.scale_levels is not None

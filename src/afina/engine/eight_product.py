@@ -12,17 +12,16 @@ base's as more columns of the same product, in two halves of e4m3, which is eigh
 INT8 has no such range: there, and where dropout makes the adapters' input another, the term is added afterwards.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from afina.engine import eight
 from afina.engine.eight import FP8, Format, Rows
-from afina.engine.elementwise import wide_product
-from afina.engine.products import Product, Scratch
-from afina.errors import ModelError
-from afina.language import _
+from afina.engine.elementwise import Copy, wide_product
+from afina.engine.products import FOUR_BITS, Product, Scratch
 
 ALIGN = 16
 """Bytes at which every row of a factor must begin."""
@@ -30,10 +29,33 @@ TILE = 128
 """What is appended fills whole tiles of the sum: rows that end within one took a fifth more time on Hopper."""
 
 
+class Beside:
+    """A second stream of a GPU, for what nothing waits for before a backward ends: gradients of adapters."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    @contextmanager
+    def taking(self, *given: Rows | torch.Tensor) -> Iterator[None]:
+        """Within, kernels run in the second stream, once what is given is there, whose memory is theirs meanwhile."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        for part in given:
+            for tensor in (part.values, part.scales) if isinstance(part, Rows) else (part,):
+                tensor.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """What comes next in the first stream waits for it."""
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
 @dataclass(kw_only=True, eq=False)
 class EightProduct(Product):
     """See Product. weights8: (N, K + appended) in eight bits, or scales alone where they are unpacked for each use
-    into `straight`; down: (r, K) every A; up: (N, r) every sB in its place; units: of their columns.
+    into `straight`; down: (r, K) every A; up: (N, r) every sB in its place; units: of their columns. first, factors:
+    (N,) an output's first column of `up`, and what dB is multiplied by, as dy is folded. own: the weights turned over
+    for good.
     """
 
     form: Format
@@ -45,6 +67,10 @@ class EightProduct(Product):
     units: torch.Tensor
     inverse: torch.Tensor
     ones: torch.Tensor
+    first: torch.Tensor
+    factors: torch.Tensor
+    own: torch.Tensor | None = None
+    beside: "Beside | None" = None
 
     @classmethod
     def of(
@@ -58,23 +84,23 @@ class EightProduct(Product):
         appended = -(-3 * r // TILE) * TILE if form is FP8 else 0
         weights = Rows.empty(n, k, appended, form, device)
         weights.values[:, k:] = torch.zeros((), dtype=form.dtype, device=device)
-        eight.quantise(exact.weights()[:n, :k], weights, weights=True)
-        if not weights.scales.isfinite().all():
-            raise ModelError(
-                _("A weight of the base model is not a number, so it cannot be held in eight bits."),
-                hint=_("Check the file of the base model, or set training.products to exact."),
-            )
+        eight.refuse_no_numbers(eight.quantise(exact.weights()[:n, :k], weights, weights=True))
         turned.ask(k * (n + appended))
         packed = [] if hold else exact.packed
         if packed:
             straight.ask(n * (k + appended))
             weights = Rows(weights.values.new_empty(0, k + appended), weights.scales, k, form)
+        inverse = 1 / weights.scales
+        first, factors = torch.zeros(n, dtype=torch.int32, device=device), inverse.clone()
+        for adapter in exact.adapters:
+            first[adapter.rows] = adapter.columns.start
+            factors[adapter.rows] *= adapter.scale
         made = cls(
             n, k, r, exact.bias, exact.like, exact.scratch, adapters=exact.adapters, scales=exact.scales,
             dropout=exact.dropout, form=form, weights8=weights, straight=straight, turned=turned, packed=packed,
             down=torch.zeros(r, k, dtype=exact.like.dtype, device=device),
             up=torch.zeros(n, r, dtype=exact.like.dtype, device=device), units=torch.ones(2, device=device),
-            inverse=1 / weights.scales, ones=torch.ones(k, device=device), bases=exact.bases,
+            inverse=inverse, ones=torch.ones(k, device=device), first=first, factors=factors, bases=exact.bases,
         )  # fmt: skip
         made.choose_units()
         return made
@@ -92,7 +118,7 @@ class EightProduct(Product):
             largest = torch.stack([down.max().float() for down in downs]).max()
             self.units[1] = self.form.largest / 7 / largest.clamp(min=1e-6)
 
-    def placed(self) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+    def placed(self) -> list[Copy]:
         """See Product."""
         found = []
         for adapter in self.adapters:
@@ -101,12 +127,26 @@ class EightProduct(Product):
         return found
 
     @property
+    def moved(self) -> int:
+        """See Product."""
+        if self.packed:
+            return round((2 if self.own is None else 1) * (FOUR_BITS + 1) * self.n * self.k)
+        return 2 * self.n * self.k if self.own is None else 0
+
+    @property
     def unpacked(self) -> int:
-        """See Product: nothing, as these are held or unpacked into eight bits for each use."""
-        return 0
+        """See Product: weights that are turned over for good, in elements of what is computed in."""
+        return 0 if self.own is not None else self.k * (self.n + self._appended) // self.like.element_size()
 
     def hold(self) -> None:
-        """See `unpacked`."""
+        """Keep the weights turned over too, where there is room, rather than turn them over at each use."""
+        if self.own is None:
+            self.own = self._turn(self.weights8.values.new_empty(self.k, self.n + self._appended))
+
+    def _turn(self, out: torch.Tensor) -> torch.Tensor:
+        if self.packed:
+            return eight.unpack_turned(self.packed, self.weights8.scales, self.form, out)
+        return eight.turn(self.weights8, out)
 
     def trial(self, tokens: int) -> Callable[[], object]:
         """See Product."""
@@ -182,14 +222,13 @@ class EightProduct(Product):
     def back(self, dy: Rows, d_low: torch.Tensor, seed: int | None = None) -> torch.Tensor:
         """dx (tokens, K), after `d_low`."""
         appends = self._appends(seed)
-        turned, written = self.turned.get(self, self.k, self.n + self._appended, self.weights8.values)
-        if not written:
-            if self.packed:
-                eight.unpack_turned(self.packed, self.weights8.scales, self.form, turned)
-            else:
-                eight.turn(self.weights8, turned)
-            if self._appended:
-                eight.append_down(turned, self.n, self.down, self.units[1:], self.form)
+        turned, written = self.own, False
+        if turned is None:
+            turned, written = self.turned.get(self, self.k, self.n + self._appended, self.weights8.values)
+            if not written:
+                self._turn(turned)
+        if self._appended and not written:
+            eight.append_down(turned, self.n, self.down, self.units[1:], self.form)
         dx = eight.multiply(dy, turned, self.ones, self.like)
         if appends or not self.r:
             return dx
@@ -205,15 +244,16 @@ class EightProduct(Product):
             return []
         if self._drops(seed) and isinstance(x, Rows):
             x = x.exact(self.like.dtype)
-        if isinstance(x, Rows):
-            downs = eight.outward(x, d_low)
-        else:
-            downs = wide_product(d_low.t(), self.dropped(x, seed))
-        ups = eight.outward(dy, low) * self.inverse
+        with self.beside.taking(dy, x, d_low, low) if self.beside is not None else nullcontext():
+            dtype, rank = self.adapters[0].a.dtype, max(adapter.b.shape[1] for adapter in self.adapters)
+            if isinstance(x, Rows):
+                downs = eight.outward(x, d_low, dtype)
+            else:
+                downs = wide_product(d_low.t(), self.dropped(x, seed)).to(dtype)
+            ups = eight.outward_turned(dy, low, self.first, self.factors, rank, dtype)
         found = []
         for adapter in self.adapters:
-            up = ups[adapter.columns, adapter.rows].t() * adapter.scale
-            found += [downs[adapter.columns].to(adapter.a.dtype), up.to(adapter.b.dtype)]
+            found += [downs[adapter.columns], ups[adapter.rows, : adapter.b.shape[1]]]
         return found
 
     # As Product is used where nothing before it writes eight bits: rows are quantised here, in a pass of their own.

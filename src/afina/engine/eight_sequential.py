@@ -4,7 +4,7 @@ No copy of it in 16 bits is made: the low-rank products read the 8-bit rows too.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -12,6 +12,7 @@ from afina.engine import eight
 from afina.engine.block import Block, Positions, Saved, added
 from afina.engine.eight import Format
 from afina.engine.eight_product import EightProduct
+from afina.engine.experts import Experts
 from afina.engine.products import Product, Scratch
 from afina.engine.sequential import Sequential
 from afina.model.packed import Attended
@@ -150,23 +151,47 @@ class EightSequential(Sequential):
         return self.o.through(rows, low, seed), low
 
 
+@dataclass(frozen=True)
+class Scratches:
+    """Buffers that layers fill in turn: weights of four bits as eight, weights turned over, experts' opened again."""
+
+    straight: Scratch = field(default_factory=Scratch)
+    turned: Scratch = field(default_factory=Scratch)
+    opened: Scratch = field(default_factory=Scratch)
+
+    def to_come(self, element: int) -> int:
+        """Bytes that the first uses will take; element: of one that is computed with."""
+        return self.straight.to_come + self.turned.to_come + self.opened.to_come * element
+
+    def forget(self) -> None:
+        """What learns has changed."""
+        for buffer in (self.straight, self.turned):
+            buffer.forget()
+
+
 def in_eight_bits(
     block: Block,
     form: Format,
-    straight: Scratch,
-    turned: Scratch,
+    scratches: Scratches,
     *,
     exact: Collection[str] = (),
     hold: bool = True,
     keep: bool = False,
 ) -> Block:
-    """The same layer with its products in eight bits, but those named in `exact`. keep: the other is still needed."""
-    parts = {field.name: getattr(block, field.name) for field in fields(block)}
+    """The same layer with its products, or the experts' weights, in eight bits, but those named in `exact`.
+
+    keep: the other is still needed.
+    """
+    parts = {part.name: getattr(block, part.name) for part in fields(block)}
     for name, part in parts.items():
         if isinstance(part, Product) and name not in exact:
-            parts[name] = made = EightProduct.of(part, form, straight, turned, hold=hold)
+            parts[name] = made = EightProduct.of(part, form, scratches.straight, scratches.turned, hold=hold)
             if not keep:
                 part.wide = None
                 made.let_go()
+        elif isinstance(part, Experts) and name not in exact:
+            parts[name] = part.in_eight_bits(form, scratches.opened)
+            if not keep:
+                part.let_go()
     fused = isinstance(block, Sequential) and not exact
     return EightSequential(**parts) if fused else type(block)(**parts)

@@ -11,14 +11,20 @@ import torch
 from torch import nn
 
 from afina.engine.block import Block, Placement, Positions, Saved
-from afina.engine.eight import Format
-from afina.engine.eight_sequential import in_eight_bits
+from afina.engine.eight import FP8, Format
+from afina.engine.eight_product import Beside, EightProduct
+from afina.engine.eight_sequential import Scratches, in_eight_bits
 from afina.engine.families import final_norm, make_block, turned_half
 from afina.engine.head import Ends, Host
+from afina.engine.mixture import Mixture
 from afina.engine.offload import Offload
 from afina.engine.plan import KNOWN, Plan, choose, filled
 from afina.engine.products import Copies, Scratch
 from afina.model.loss import Targeted
+
+BESIDE = False
+HEAD = "head"
+"""Its name among products."""
 
 
 class Engine:
@@ -33,7 +39,8 @@ class Engine:
         inside, head = whole.model, whole.lm_head
         self.dtype = dtype or inside.embed_tokens.weight.dtype
         self._scratch = Scratch()
-        self._turned: tuple[Scratch, ...] = ()
+        self._eights = Scratches()
+        self._beside: Beside | None = None
         layers = enumerate(inside.layers)
         self.blocks: list[Block] = [make_block(layer, config, n, self._scratch, self.dtype) for n, layer in layers]
         self.ends = _ends(inside.embed_tokens.weight, head, final_norm(inside, config, self.dtype), self.dtype)
@@ -50,9 +57,14 @@ class Engine:
         return self.ends.norm.weight.device
 
     @property
+    def mixed(self) -> bool:
+        """Whether there are mixtures of experts among its layers."""
+        return any(isinstance(block, Mixture) for block in self.blocks)
+
+    @property
     def to_come(self) -> int:
         """Bytes that the first step takes for good, beside what is planned."""
-        return self._scratch.to_come * self.dtype.itemsize + sum(buffer.to_come for buffer in self._turned)
+        return self._scratch.to_come * self.dtype.itemsize + self._eights.to_come(self.dtype.itemsize)
 
     def summed_loss(self, _model: nn.Module, batch: Targeted) -> torch.Tensor:
         """Sum of the loss over the batch's targets, differentiable in what learns."""
@@ -91,34 +103,41 @@ class Engine:
         self._copies = None
         self.ends.leave(host)
 
+    def head_goes_along(self, form: Format, exact: Collection[str]) -> bool:
+        """Whether the head's backward is in eight bits too where the layers are."""
+        return form is FP8 and HEAD not in exact and not self.ends.passes_by and not self.ends.learnt
+
     @torch.no_grad()
     def into_eight_bits(self, form: Format, *, exact: Collection[str] = (), hold: bool = True) -> None:
         """Multiply in eight bits from now on. Frozen weights are held so too, layer by layer, so that what is freed
         makes room: the transformers model has none of these layers' any more. Weights of four bits may stay as they
-        are, to be unpacked for each use, unless `hold`. exact: names of the layers' products that stay as they are.
+        are, to be unpacked for each use, unless `hold`. exact: names of the products that stay as they are, among them
+        the head, whose gradient e4m3 alone has the range for.
         """
-        straight, turned = Scratch(), Scratch()
-        self.blocks = [in_eight_bits(block, form, straight, turned, exact=exact, hold=hold) for block in self.blocks]
+        self._eights = Scratches()
+        of_layers = set(exact) - {HEAD}
+        self.blocks = [in_eight_bits(block, form, self._eights, exact=of_layers, hold=hold) for block in self.blocks]
         self._products = [product for block in self.blocks for product in block.products]
-        self._turned, self._copies = (straight, turned), None
-        if not exact:
+        self._copies = None
+        if BESIDE and self.device.type == "cuda":
+            self._beside = Beside(self.device)
+            for product in self._products:
+                if isinstance(product, EightProduct):
+                    product.beside = self._beside
+        if all(type(product) is EightProduct for product in self._products) and not self.mixed:
             self._scratch.let_go()
 
     @torch.no_grad()
     def _refresh(self) -> None:
         """Take over what learns as it is now: always, as a fused optimiser does not tell that it changed it."""
         if self._copies is None:
-            self._copies = Copies([copy for product in self._products for copy in product.placed()])
+            norms = [self.ends.norm, *(by for block in self.blocks for by in block.norms)]
+            copies = [part.placed() for part in self._products] + [by.copies() for by in norms]
+            self._copies = Copies([copy for part in copies for copy in part])
         self._copies.run()
         self._scratch.forget()
-        for buffer in self._turned:
-            buffer.forget()
+        self._eights.forget()
         if self.ends.learnt:
-            for product in self._products:
-                product.refresh_bias()
-            for block in self.blocks:
-                for by in block.norms:
-                    by.refresh()
             self.ends.refresh()
 
     @torch.no_grad()
@@ -170,6 +189,8 @@ class Engine:
                 self.blocks[place - 1].expect(saved[place - 1])
             wide, of_block = self.blocks[place].backward(wide, saved.pop(), at, below)
             gradients.append(of_block)
+        if self._beside is not None:
+            self._beside.join()
         of_ends = self.ends.gradients(found, ids, wide, d_loss)
         return [*(gradient for of_block in reversed(gradients) for gradient in of_block), *of_ends]
 

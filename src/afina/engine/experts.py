@@ -1,20 +1,21 @@
 """A mixture's experts: the products of the rows that each one sees, and what stands between and around them.
 
-Experts are frozen: their products go forward and to dx. Their weights lie as transformers has them, or packed in MXFP4,
-unpacked matrix by matrix into a scratch that all layers share. Low-rank terms are grouped products too. The plain twins
-here define what the Triton kernels (expert_kernels.py) do.
+Experts are frozen: their products go forward and to dx. Their weights lie as transformers has them, in eight bits, or
+packed in MXFP4, unpacked matrix by matrix into a scratch that all layers share. Low-rank terms are grouped products
+too. The plain twins here define what the Triton kernels (expert_kernels.py) do.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from afina.engine.eight import FP8, Format, Rows, refuse_no_numbers, spread, wide_of
 from afina.engine.elementwise import twin_of, wide_product
 from afina.engine.grouped import grouped, grouped_add, grouped_outer
-from afina.engine.products import Scratch
+from afina.engine.products import FOUR_BITS, Scratch
 from afina.engine.router import LowRank, Routing, beneath
 from afina.model.mxfp4 import dequantise
 
@@ -26,8 +27,8 @@ ALIGN = 8
 @dataclass(eq=False)
 class Matrix:
     """One matrix of all experts, frozen. plain: (experts, out, in), any strides; or `blocks` and `scales`, see
-    model/mxfp4.py. bias: (experts, out), which is added by whoever reads the product next. like: an empty tensor of
-    the device and dtype that is computed in.
+    model/mxfp4.py; or `eight`, rows (experts * out, in). bias: (experts, out), which is added by whoever reads the
+    product next. like: an empty tensor of the device and dtype that is computed in. base: whose weights these are.
     """
 
     experts: int
@@ -40,6 +41,8 @@ class Matrix:
     scales: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     adapter: LowRank | None = None
+    eight: Rows | None = None
+    base: nn.Parameter | None = None
 
     def __post_init__(self) -> None:
         if self.plain is None:
@@ -49,6 +52,14 @@ class Matrix:
     def r(self) -> int:
         """Rank of the low-rank term as it is computed, 0 for none."""
         return 0 if self.adapter is None else -(-self.adapter.a.shape[0] // self.experts // ALIGN) * ALIGN
+
+    @property
+    def moved(self) -> int:
+        """Bytes that unpacking it forward and backward moves."""
+        if self.plain is not None:
+            return 0
+        packed = FOUR_BITS if self.eight is None else 1
+        return round(2 * (packed + self.like.element_size()) * self.experts * self.n * self.k)
 
     def hold(self) -> None:
         """Unpack for good: more memory, the same numbers."""
@@ -66,7 +77,31 @@ class Matrix:
             self._fill(place)
         return place
 
+    def in_eight_bits(self, form: Format, scratch: Scratch) -> "Matrix":
+        """The same with its weights in eight bits, a scale for each expert's output, unpacked into `scratch`; those
+        packed in four are smaller as they are. e4m3's scales are powers of two, so that what was unpacked from MXFP4
+        stays exact. Raises ModelError where a weight is no number."""
+        if self.plain is None or self.eight is not None:
+            return self
+        rows = Rows.empty(self.experts * self.n, self.k, 0, form, self.like.device)
+        for number, weight in enumerate(self.plain):
+            part, wide = rows.part(slice(number * self.n, (number + 1) * self.n)), wide_of(weight)
+            largest = wide.abs().amax(1)
+            if form is FP8:
+                power = torch.frexp(largest / form.largest)[1]
+                largest = torch.ldexp(torch.full_like(largest, form.largest), power) + largest * 0
+            part.write(wide, form.largest, largest)
+        return replace(self, plain=None, scratch=scratch, eight=refuse_no_numbers(rows))
+
+    def let_go(self) -> None:
+        """Free the weights as they were, in the transformers model too, which cannot run any more."""
+        if self.base is not None and self.plain is not None:
+            self.base.data, self.plain = self.base.data.new_empty(0), None
+
     def _fill(self, out: torch.Tensor) -> None:
+        if self.eight is not None:
+            spread(self.eight, out.view(-1, self.k))
+            return
         if self.blocks is None or self.scales is None:
             raise RuntimeError("neither plain nor packed")
         fill_mxfp4(self.blocks, self.scales, out)
@@ -167,6 +202,16 @@ class Experts:
     down: Matrix
     gating: Gating = field(default_factory=Gating)
 
+    def in_eight_bits(self, form: Format, scratch: Scratch) -> "Experts":
+        """See Matrix."""
+        gate_up, down = (part.in_eight_bits(form, scratch) for part in (self.gate_up, self.down))
+        return replace(self, gate_up=gate_up, down=down)
+
+    def let_go(self) -> None:
+        """See Matrix."""
+        self.gate_up.let_go()
+        self.down.let_go()
+
     def open(self, n: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor | None]:
         """gate_up (pairs, 2 inner) without bias of n (tokens, hidden), and its low-rank product."""
         return self.gate_up.forward(n.index_select(0, routing.tokens), routing.ends)
@@ -241,7 +286,17 @@ def _matrix(base: Any, name: str, adapter: LowRank | None, scratch: Scratch, dty
     weight = getattr(base, name).detach().to(dtype)
     plain = weight.transpose(1, 2) if hasattr(base, "limit") else weight
     like = weight.new_empty(0)
-    return Matrix(plain.shape[0], plain.shape[1], plain.shape[2], like, scratch, plain, bias=bias, adapter=adapter)
+    return Matrix(
+        plain.shape[0],
+        plain.shape[1],
+        plain.shape[2],
+        like,
+        scratch,
+        plain,
+        bias=bias,
+        adapter=adapter,
+        base=getattr(base, name),
+    )
 
 
 @on_gpu

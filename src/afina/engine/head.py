@@ -7,11 +7,13 @@ in parts of the vocabulary, twice: for the sum of exponentials, then for the gra
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from afina.engine.eight_head import CHUNKS, EightHead
 from afina.engine.elementwise import Norm, cross_entropy, norm, norm_backward, wide_product
 from afina.engine.offload import brought
 from afina.model.loss import Targeted
@@ -29,7 +31,8 @@ class Ends:
     """embedding, weight (the head's): (vocabulary, hidden), the same tensor where they are tied. bias: of the head.
 
     `learnt`: the parameters behind embedding, head and bias, where they learn; a tied one stands once. `passes_by`: the
-    head waits in the computer's memory. `shared`: the model's own embedding and head.
+    head waits in the computer's memory. `shared`: the model's own embedding and head. `eight`: what dx is made of in
+    eight bits.
     """
 
     embedding: torch.Tensor
@@ -39,6 +42,7 @@ class Ends:
     learnt: tuple[nn.Parameter, ...] = ()
     passes_by: bool = False
     shared: tuple[nn.Parameter, ...] = ()
+    eight: EightHead | None = None
 
     @property
     def logits_at_once(self) -> int:
@@ -64,7 +68,7 @@ class Ends:
         self.embedding = _pinned(self.embedding)
         if which == "both":
             self.weight = self.embedding if tied else _pinned(self.weight)
-            self.passes_by = True
+            self.passes_by, self.eight = True, None
         for parameter, ours in zip(self.shared, (self.embedding, self.weight), strict=False):
             parameter.data = ours
 
@@ -74,7 +78,6 @@ class Ends:
         for place, parameter in zip(places, self.learnt, strict=False):
             if place.data_ptr() != parameter.data_ptr():
                 place.copy_(parameter.detach())
-        self.norm.refresh()
 
     def parameters(self) -> list[nn.Parameter]:
         """What learns, in the order of the gradients."""
@@ -129,7 +132,9 @@ class Ends:
         heads = [part for part in (self.weight, self.bias) if part is not None and learns]
         heads = [torch.zeros(part.shape, dtype=wide, device=rows.device) for part in heads]
         of_norm: list[torch.Tensor] = []
-        step = max(1, self.logits_at_once // (VOCABULARY_AT_ONCE if self.passes_by else self.weight.shape[0]))
+        at_once = max(1, self.logits_at_once // (VOCABULARY_AT_ONCE if self.passes_by else self.weight.shape[0]))
+        eight = self.eight if d_rows is not None else None
+        step = at_once if eight is None else CHUNKS * at_once
         for start in range(0, rows.shape[0], step):
             chunk, targets = rows[start : start + step], batch.targets[start : start + step]
             weights = None if batch.weights is None else batch.weights[start : start + step]
@@ -138,6 +143,9 @@ class Ends:
                 losses, d_normed = self._by_vocabulary(normed, targets, d_rows is not None)
                 if weights is not None:
                     losses, d_normed = losses * weights, d_normed * weights[:, None].to(d_normed)
+            elif eight is not None:
+                logits = partial(_logits, head=self.weight, bias=self.bias)
+                losses, d_normed = eight.loss(logits, normed, targets, weights, at_once)
             else:
                 losses, slopes = cross_entropy(_logits(normed, self.weight, self.bias), targets, rows.dtype)
                 if weights is not None:

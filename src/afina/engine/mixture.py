@@ -59,6 +59,17 @@ class Mixture(Stacked):
         packed = [part for part in (self.experts.gate_up, self.experts.down) if part.plain is None]
         return super().unpacked + sum(part.experts * part.n * part.k for part in packed)
 
+    @property
+    def passing(self) -> int:
+        """See Block."""
+        gate_up, down = self.experts.gate_up, self.experts.down
+        return super().passing + self.router.chosen * (gate_up.n + gate_up.k + down.n + down.k)
+
+    @property
+    def moved(self) -> int:
+        """See Block."""
+        return super().moved + self.experts.gate_up.moved + self.experts.down.moved
+
     def saves(self, tokens: int) -> dict[str, int]:
         """See Block."""
         hidden, pairs = self.qkv.k, self.router.chosen

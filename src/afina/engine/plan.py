@@ -1,9 +1,11 @@
 """What waits where, chosen by bytes and microseconds: the fastest way of running a micro-batch that fits into a GPU.
 
 Candidates are counted, not tried: tokens at once, how many layers let go of how much, and whether both ends of the
-model leave the GPU. Two rates are measured on the spot, that of products and that of copies to the computer's memory.
+model leave the GPU. Rates are measured on the spot: of a layer's products and of exact ones, of copies to the
+computer's memory and of reading and writing the GPU's own.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from afina.engine.block import HERE, Placement
+from afina.engine.eight_head import CHUNKS
 from afina.engine.head import LOGITS_AT_ONCE, VOCABULARY_AT_ONCE, Host
+from afina.engine.products import Product
 
 if TYPE_CHECKING:
     from afina.engine.block import Block
@@ -33,6 +37,11 @@ KNOWN = 1.05
 """A plan that was carried out before may take so much more than a new one."""
 LAST = 3
 """Layers that keep the most, where some do: what they fetch or make again would lie beside all that is saved."""
+PASSES = 9
+"""Times that what products read and write passes through the GPU's memory besides, forward and backward: norms, gates,
+angles, sums, low-rank terms. Steps of an 8B on an H200 were 9.3 in bf16 and 9.0 in e4m3."""
+ATTENTION = 3.5 / 0.47
+"""How often a forward's scores and sums are multiplied in all, over the share of a product's rate they are done at."""
 WORKSPACE = 96 * 2**20
 """Bytes that cuBLAS and cuDNN take for themselves."""
 SIZES = 32
@@ -84,10 +93,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rates:
-    """Multiply-adds of a product and bytes of a copy, in a microsecond."""
+    """In a microsecond: multiply-adds of a layer's products, bytes of a copy to the computer's memory, bytes read and
+    written in the GPU's, multiply-adds of an exact product (0: as of a layer's)."""
 
     products: float
     copies: float
+    memory: float = math.inf
+    exact: float = 0.0
 
 
 def choose(engine: "Engine", tokens: int, least: int, free_bytes: int, rates: Rates | None = None) -> Plan:
@@ -96,11 +108,12 @@ def choose(engine: "Engine", tokens: int, least: int, free_bytes: int, rates: Ra
     In `free_bytes` there is no room for gradients yet: they come to be while saved tensors go.
     """
     rates = rates or measure(engine)
-    whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0), rates)
+    whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0), rates, least)
     if whole.bytes <= free_bytes:
         each = engine.blocks[0].unpacked * engine.dtype.itemsize
         held = min(len(engine.blocks), (free_bytes - whole.bytes) // each) if each else 0
-        return replace(whole, bytes=whole.bytes + held * each, held=held)
+        spared = held * engine.blocks[0].moved / rates.memory
+        return replace(whole, bytes=whole.bytes + held * each, microseconds=whole.microseconds - spared, held=held)
     plans = list(_candidates(engine, tokens, least, rates))
     fitting = [plan for plan in plans if plan.bytes <= free_bytes]
     if not fitting:
@@ -121,7 +134,7 @@ def _candidates(engine: "Engine", tokens: int, least: int, rates: Rates) -> Iter
     while True:
         for host in hosts:
             for mix in mixes:
-                yield count_up(engine, Plan(tokens, spread(rungs, mix), 0, host, 0, 0.0), rates)
+                yield count_up(engine, Plan(tokens, spread(rungs, mix), 0, host, 0, 0.0), rates, least)
         if tokens // 2 < least:
             return
         tokens //= 2
@@ -147,8 +160,11 @@ def spread(rungs: Sequence[Placement], counts: Sequence[int]) -> list[Placement]
     return [rungs[-rung] for _place, rung in places][:layers] + [rungs[lowest]] * end
 
 
-def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
-    """The plan with its bytes and microseconds: what lies on the GPU at the head and in each layer's backward."""
+def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = None) -> Plan:
+    """The plan with its bytes and microseconds: what lies on the GPU at the head and in each layer's backward.
+
+    longest: tokens of a sample, unset all; rows of shorter ones take less time.
+    """
     tokens, element, layers = filled(plan.tokens, engine.device), engine.dtype.itemsize, len(engine.blocks)
     block, ends = engine.blocks[0], engine.ends
     cut = all(placement.again for placement in plan.placements) and tokens > ROWS_AT_ONCE
@@ -161,6 +177,8 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
     at_once = min(tokens * vocabulary, ends.logits_at_once)
     if plan.host == "both":
         at_once = min(tokens * VOCABULARY_AT_ONCE, 4 * LOGITS_AT_ONCE) * 2 + 2 * VOCABULARY_AT_ONCE * hidden
+    if ends.eight is not None and plan.host != "both":
+        at_once += min(CHUNKS * at_once, tokens * vocabulary) // 4
     standing = sum(rung.kept for rung in rungs) * element
     needed = standing + of_head + at_once * 4 + 4 * tokens * hidden * element
     for number in range(layers - 1, -1, -1):
@@ -169,17 +187,35 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates) -> Plan:
         standing -= rungs[number].kept * element
     ends_away = {"neither": 0, "embedding": 1, "both": 1 if ends.tied else 2}[plan.host]
     needed += WORKSPACE + engine.to_come - element * hidden * vocabulary * ends_away
+    if ends.eight is not None and plan.host == "both":
+        needed -= ends.eight.bytes
     copying = sum(rung.away for rung in rungs) * element / rates.copies
     passes = 3 if ends.learnt else 2
-    base = (block.multiply_adds() * layers + vocabulary * hidden) * tokens / rates.products
-    again = sum(rung.again for rung in rungs) / rates.products
-    microseconds = max(base, copying) + max((passes - 1) * base + again, copying) + MEANWHILE * 2 * copying
+    base = (block.multiply_adds() * layers / rates.products + vocabulary * hidden / _exact(rates)) * tokens
+    again, between = sum(rung.again for rung in rungs) / rates.products, _between(engine, tokens, longest, rates)
+    forward, backward = base + between / 3, (passes - 1) * base + again + between * 2 / 3
+    microseconds = max(forward, copying) + max(backward, copying) + MEANWHILE * 2 * copying
     if plan.host == "both":
         times = -(-tokens * VOCABULARY_AT_ONCE // (4 * LOGITS_AT_ONCE))
-        microseconds += vocabulary * hidden * (2 * times * element / rates.copies + tokens / rates.products)
+        microseconds += vocabulary * hidden * (2 * times * element / rates.copies + tokens / _exact(rates))
     launching = LAYER_US * layers
     microseconds = max(microseconds, launching) + OVERHEAD * launching
     return replace(plan, rows_at_once=ROWS_AT_ONCE if cut else 0, bytes=int(needed), microseconds=microseconds)
+
+
+def _exact(rates: Rates) -> float:
+    return rates.exact or rates.products
+
+
+def _between(engine: "Engine", tokens: int, longest: int | None, rates: Rates) -> float:
+    """Microseconds of attention, of what passes through memory between the products, and of weights that do."""
+    multiplied, passing = 0, 0
+    for block in engine.blocks:
+        attention, length = block.attention, min(tokens, longest or tokens)
+        seen = length if attention.window is None else min(length, 2 * attention.window)
+        multiplied += tokens * seen * attention.heads[0] * attention.width
+        passing += block.moved + tokens * PASSES * block.passing * engine.dtype.itemsize
+    return multiplied * ATTENTION / _exact(rates) + passing / rates.memory
 
 
 @dataclass(frozen=True)
@@ -219,7 +255,7 @@ def room_to_hold(engine: "Engine", tokens: int, free_bytes: int) -> bool:
 
 
 def measure(engine: "Engine") -> Rates:
-    """Some milliseconds of the widest product, and of a copy to pinned memory; off a GPU no rates are needed."""
+    """Some milliseconds of the widest product, in bf16 too, and of copies; off a GPU no rates are needed."""
     if engine.device.type != "cuda":
         return Rates(1.0, 1.0)
     widest = max(engine.blocks[0].products, key=lambda product: product.n * product.k)
@@ -235,5 +271,8 @@ def measure(engine: "Engine") -> Rates:
         torch.cuda.synchronize()
         return (time.perf_counter() - started) / 3 * 1e6
 
-    products = 2048 * widest.n * widest.k / microseconds(widest.trial(2048))
-    return Rates(products, here.numel() / microseconds(lambda: host.copy_(here, non_blocking=True)))
+    plain = Product.trial(widest, 2048)
+    products, exact = (2048 * widest.n * widest.k / microseconds(trial) for trial in (widest.trial(2048), plain))
+    copies = here.numel() / microseconds(lambda: host.copy_(here, non_blocking=True))
+    large = torch.empty(2, 2**26, dtype=torch.uint8, device=engine.device)  # beyond what its caches hold
+    return Rates(products, copies, large.numel() / microseconds(lambda: large[0].copy_(large[1])), exact)
