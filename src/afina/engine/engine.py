@@ -94,8 +94,7 @@ class Engine:
 
         held: so many of the last layers with four-bit weights keep them in the precision that is computed in too.
         """
-        most = max(len(placement.away) for placement in placements)
-        offload = Offload(most) if most else None
+        offload = Offload() if any(placement.away for placement in placements) else None
         for block, placement in zip(self.blocks, placements, strict=True):
             block.placement, block.offload, block.rows_at_once = placement, offload, rows_at_once
         for block in self.blocks[len(self.blocks) - held :]:
