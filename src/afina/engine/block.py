@@ -284,7 +284,9 @@ def room(x: torch.Tensor, product: Product) -> torch.Tensor:
 
 
 def widened(x: torch.Tensor, product: Product) -> torch.Tensor:
-    """x (tokens, K) in rows with the product's extra columns."""
+    """x (tokens, K) in rows with the product's extra columns, if it has any."""
+    if not product.r:
+        return x
     return torch.cat([x, x.new_empty(x.shape[0], product.r)], dim=1)  # by far the fastest copy into wider rows
 
 
