@@ -174,7 +174,9 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
     standing = sum(rung.kept for rung in rungs) * element
     needed = standing + of_head + at_once * 4 + 4 * tokens * hidden * element
     for number in range(layers - 1, -1, -1):
-        here = rungs[number].away + (rungs[number - 1].away if number else 0) + rungs[number].work
+        early = plan.placements[number - 2].early if number > 1 else False
+        coming = rungs[number - 1].away * (number > 0) + rungs[number - 2].away * early
+        here = rungs[number].away + coming + rungs[number].work
         needed = max(needed, standing + here * element + of_head + gradients * (layers - number))
         standing -= rungs[number].kept * element
     ends_away = {"neither": 0, "embedding": 1, "both": 1 if ends.tied else 2}[plan.host]
