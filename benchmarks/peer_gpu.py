@@ -72,7 +72,6 @@ def peer_step(workload: str, work: dict[str, Any], tool: str, folder: Path) -> t
     model = load(work, tool, folder, checkpointing)
     import torch
 
-
     def step(ids: Any) -> Any:
         with torch.autocast("cuda", dtype=torch.bfloat16):
             return model(input_ids=ids, labels=ids, use_cache=False).loss

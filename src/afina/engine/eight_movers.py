@@ -19,25 +19,44 @@ if TYPE_CHECKING:
 
 def append_up(weights: "Rows", up: torch.Tensor, unit: torch.Tensor) -> None:
     """See eight.append_up."""
-    rows, r = up.shape
+    _behind(weights.values, weights.width, up, weights.scales, unit, weights.form.largest)
+
+
+def append_down(out: torch.Tensor, rows: int, down: torch.Tensor, unit: torch.Tensor, largest: float) -> None:
+    """See eight.append_down."""
+    _behind(out, rows, down.t(), None, unit, largest)
+
+
+def _behind(
+    values: torch.Tensor,
+    width: int,
+    factor: torch.Tensor,
+    scales: torch.Tensor | None,
+    unit: torch.Tensor,
+    largest: float,
+) -> None:
+    """factor (rows, r) times unit, over scales (rows,) if any, behind `width` columns of values, in three parts."""
+    rows, r = factor.shape
     block = triton.next_power_of_2(r)
     group = max(1, 2048 // max(block, 128))
-    _append_up[(triton.cdiv(rows, group),)](
-        weights.values, weights.values.stride(0), weights.scales, up, up.stride(0), rows, weights.width,
-        weights.values.shape[1], r, unit, weights.form.largest, group, block, num_warps=4,
+    _append[(triton.cdiv(rows, group),)](
+        values, values.stride(0), width, values.shape[1], factor, factor.stride(0), factor.stride(1), rows, r,
+        unit if scales is None else scales, unit, largest, group, block, scales is not None, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
-def _append_up(
-    values, stride, scales, up, up_stride, rows, width, whole, r, unit, largest,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+def _append(
+    values, stride, width, whole, factor, factor_stride, factor_step, rows, r, scales, unit, largest,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)[:, None]
     rank = tl.arange(0, BLOCK)[None, :]
     known = (row < rows) & (rank < r)
-    value = tl.load(up + row * up_stride + rank, mask=known, other=0.0).to(tl.float32)
-    value = value * tl.load(unit) / tl.load(scales + row, mask=row < rows, other=1.0)
+    value = tl.load(factor + row * factor_stride + rank * factor_step, mask=known, other=0.0).to(tl.float32)
+    value = value * tl.load(unit)
+    if SCALES:
+        value = value / tl.load(scales + row, mask=row < rows, other=1.0)
     high, rest = halves(value, largest)
     high, rest = high.to(values.dtype.element_ty), rest.to(values.dtype.element_ty)
     at = values + row * stride + width + rank
@@ -72,35 +91,6 @@ def _turn(x, x_stride, out, out_stride, rows, width, BLOCK_N: tl.constexpr, BLOC
     value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0)
     inside = (row[None, :] < rows) & (column[:, None] < width)
     tl.store(out + column[:, None] * out_stride + row[None, :], tl.trans(value), mask=inside)
-
-
-def append_down(out: torch.Tensor, rows: int, down: torch.Tensor, unit: torch.Tensor, largest: float) -> None:
-    """See eight.append_down."""
-    r, width = down.shape
-    block = triton.next_power_of_2(r)
-    group = max(1, 2048 // max(block, 128))
-    _append_down[(triton.cdiv(width, group),)](
-        out, out.stride(0), down, down.stride(0), rows, width, out.shape[1], r, unit, largest, group, block, num_warps=4
-    )
-
-
-@triton.jit
-def _append_down(
-    out, stride, down, down_stride, rows, width, whole, r, unit, largest, GROUP: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    column = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)[:, None]
-    rank = tl.arange(0, BLOCK)[None, :]
-    known = (column < width) & (rank < r)
-    value = tl.load(down + rank * down_stride + column, mask=known, other=0.0).to(tl.float32) * tl.load(unit)
-    high, rest = halves(value, largest)
-    high, rest = high.to(out.dtype.element_ty), rest.to(out.dtype.element_ty)
-    at = out + column * stride + rows + rank
-    tl.store(at, high, mask=known)
-    tl.store(at + r, high, mask=known)
-    tl.store(at + 2 * r, rest, mask=known)
-    behind = rows + 3 * r + tl.arange(0, PAD)[None, :]
-    nothing = tl.zeros((GROUP, PAD), tl.float32).to(out.dtype.element_ty)
-    tl.store(out + column * stride + behind, nothing, mask=(column < width) & (behind < whole))
 
 
 def spread(rows: "Rows", out: torch.Tensor) -> None:
