@@ -11,6 +11,7 @@ for it; --engine reference: transformers and PEFT, layers computed again in the 
 import argparse
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,21 @@ def hold(gib: float) -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
+def alive(count: int = 24) -> str:
+    """What the GPU's allocator holds, MiB by the line of ours that asked for it, largest first; and what lies idle."""
+    found: dict[str, int] = {}
+    for segment in torch.cuda.memory._snapshot()["segments"]:
+        for block in segment["blocks"]:
+            place = "idle"
+            if block["state"].startswith("active"):
+                ours = (frame for frame in block.get("frames", []) if "afina" in frame["filename"])
+                frame = next(ours, None) or next(iter(block.get("frames", [])), None)
+                place = f"{Path(frame['filename']).name}:{frame['line']} {frame['name']}" if frame else "before"
+            found[place] = found.get(place, 0) + block["size"]
+    largest = sorted(found.items(), key=lambda pair: -pair[1])[:count]
+    return "\n".join(f"{size / 2**20:10.1f} MiB  {place}" for place, size in largest)
+
+
 def fuse(
     model: nn.Module, parameters: list[nn.Parameter], length: int, gib: float, device: str
 ) -> tuple[Engine, dict[str, Any]]:
@@ -104,7 +120,10 @@ def fuse(
         torch.cuda.empty_cache()
         standing = moments + (torch.cuda.memory_allocated() if device == "cuda" else 0)
         found = engine.plan(length, length, int((gib - SPARE) * 2**30) - standing)
-        about.update(planned_gib=round((standing + found.bytes) / 2**30, 2), host=found.host)
+        rungs = Counter((" ".join(sorted(one.away)), " ".join(sorted(one.again))) for one in found.placements)
+        placed = [{"layers": number, "away": away, "again": again} for (away, again), number in rungs.items()]
+        about.update(planned_gib=round((standing + found.bytes) / 2**30, 2), host=found.host, placed=placed)
+        print(json.dumps(about), flush=True)
 
     batch = batch_of(min(length, 512), model.config.vocab_size, device)
     with packed_attention(model):
@@ -175,13 +194,22 @@ def main() -> None:
     options.add_argument("--experts", action="store_true")
     options.add_argument("--engine", choices=["fused", "reference"], default="fused")
     options.add_argument("--device", default="cuda")
+    options.add_argument("--trace", action="store_true", help="where it runs out of memory, say what holds it")
     options.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "gpu.jsonl")
     chosen = options.parse_args()
     print(json.dumps(account(packed_model(chosen.model, "meta"))), flush=True)
     if chosen.account:
         return
     lora = Lora(rank=chosen.rank, alpha=2.0 * chosen.rank, experts=chosen.experts, router=chosen.experts)
-    found = json.dumps(measure(chosen.model, chosen.length, chosen.gib, lora, chosen.device, chosen.engine == "fused"))
+    if chosen.trace:
+        torch.cuda.memory._record_memory_history("state", context="state", stacks="python")
+    try:
+        measured = measure(chosen.model, chosen.length, chosen.gib, lora, chosen.device, chosen.engine == "fused")
+    except torch.OutOfMemoryError:
+        if chosen.trace:
+            print(alive(), flush=True)
+        raise
+    found = json.dumps(measured)
     print(found)
     with chosen.results.open("a") as file:
         file.write(found + "\n")

@@ -44,6 +44,8 @@ SHAPES = {"1b": LLAMA_1B, "thin": THIN, "tiny": TINY}
 STEPS, WARM = 30, 8
 LONG = 90
 """Steps of a run that is stopped, so that most of it is training and not beginning."""
+WAITED = 60
+"""Steps in which waiting is measured."""
 ANYWHERE = 0.25
 """Share of the signals that come anywhere in a process's life; the others come after the first step that it logs."""
 SAMPLES, WORDS = 256, 500
@@ -257,19 +259,28 @@ class Runs:
         return found | about(plain)
 
     def waiting(self) -> dict[str, Any]:
-        """How long the loop waits for a checkpoint, piece by piece, and how much slower it is while one is written."""
-        out = self.folder / "waiting"
-        pieces = Pieces(self.folder / "pieces.json")
+        """How long the loop waits for a checkpoint, piece by piece, and how much slower it is while one is written.
 
-        def work() -> int:
-            pieces.watch()
-            status = train(self.folder, out, [f"training.steps={LONG}", "training.checkpoint_minutes=0.01"])
-            pieces.dump()
-            return status
+        And where the GPU has no room for a copy, so that the loop waits until it is in main memory.
+        """
+        found: dict[str, Any] = {}
+        for name, spare in (("roomy", None), ("tight", 10**9)):
+            out, pieces = self.folder / f"waiting-{name}", Pieces(self.folder / f"pieces-{name}.json")
 
-        if forked(work, self.said).status:
-            raise SystemExit(self.said.read_text("utf-8")[-3000:])
-        return {**found_in(self.folder / "pieces.json"), "step_ms": step_ms(out), **about(out)}
+            def work(out: Path = out, pieces: Pieces = pieces, spare: int | None = spare) -> int:
+                from afina.train import checkpoint
+
+                checkpoint.SPARE = spare or checkpoint.SPARE
+                pieces.watch()
+                status = train(self.folder, out, [f"training.steps={WAITED}", "training.checkpoint_minutes=0.01"])
+                pieces.dump()
+                return status
+
+            if forked(work, self.said).status:
+                raise SystemExit(self.said.read_text("utf-8")[-3000:])
+            found[name] = {**found_in(pieces.place), "step_ms": step_ms(out)}
+        self.compare("with room for a copy and without", self.folder / "waiting-roomy", self.folder / "waiting-tight")
+        return found | about(self.folder / "waiting-roomy")
 
     def memory(self) -> dict[str, Any]:
         """Less memory than the plan believes there is: the micro-batch shrinks, samples and schedule stay."""
@@ -305,7 +316,7 @@ def time_exactness(folder: Path) -> dict[str, Any]:
     from afina.model.attach import attach
     from afina.model.load import choose_hardware, load_model
     from afina.model.packed import packed_attention
-    from afina.model.repeatable import exact
+    from afina.model.repeatable import same_bits
     from afina.recipe.load import load
     from afina.train.examples import prepare
 
@@ -324,7 +335,7 @@ def time_exactness(folder: Path) -> dict[str, Any]:
         batch, seconds = batch.to(hardware.device), {True: list[float](), False: list[float]()}
         with packed_attention(model):
             for turn in range(40):
-                with exact(turn % 2 == 0):
+                with same_bits(turn % 2 == 0):
                     torch.cuda.synchronize()
                     began = time.perf_counter()
                     engine.summed_loss(model, batch).backward()

@@ -33,6 +33,7 @@ DOORS = {
         "model/decode.py",
         "model/fixed.py",
         "model/packed.py",
+        "model/padded.py",
         "data/tokenizer.py",
         "model/translator.py",
     ),
@@ -78,9 +79,9 @@ DOORS = {
 """Third-party library: where it may be imported (a file, or a room ending in /)."""
 NARROW = {
     # What reaches outside this process, or into its memory.
-    "socket": ("model/endpoint.py",),
+    "socket": ("model/endpoint.py", "hub.py"),
     "ssl": ("model/endpoint.py",),
-    "urllib": ("model/endpoint.py", "evaluate/ratings/page.py", "translation.py"),
+    "urllib": ("model/endpoint.py", "hub.py", "evaluate/ratings/page.py", "translation.py"),
     "http": ("model/llamacpp.py", "model/endpoint.py", "evaluate/ratings/page.py"),
     "ctypes": ("model/llamacpp.py", "evaluate/code_process.py", "train/stop.py"),
     "subprocess": ("evaluate/worker.py", "data/worker.py", "export/ollama.py"),
@@ -92,8 +93,8 @@ NARROW = {
     "yaml": (),
 }
 """The same for parts of the standard library that need a reason."""
-ENVIRONMENT = {"language.py", "recipe/load.py", "cli/main.py", "model/endpoint.py"}
-"""Read the environment: the language, variables of a recipe, how threads wait, and the key of an endpoint."""
+ENVIRONMENT = {"language.py", "recipe/load.py", "cli/main.py", "model/endpoint.py", "hub.py"}
+"""Read the environment: the language, variables of a recipe, how threads wait, an endpoint's key, where the hub is."""
 EXECUTING = {"evaluate/code_process.py"}
 """Runs the programs that a model wrote, in children that can do nothing but compute."""
 BROAD = {

@@ -13,6 +13,7 @@ from afina.data.audit.labels import audit
 from afina.data.conversation import Sample
 from afina.data.files import BUNDLED_SETS
 from afina.data.read import read
+from afina.data.targets import check_targets
 from afina.data.template import Renderer
 from afina.data.tokenizer import load_tokenizer
 from afina.recipe.place import BUNDLED
@@ -66,6 +67,23 @@ def test_no_review_is_another_in_other_words():
     assert near == []
 
 
+def test_each_reason_is_of_its_review():
+    """The reviews are those of `sentiment`, training and test apart; every reason is its own."""
+    reasons = []
+    for part in ("train", "test"):
+        labels = dict(zip(reviews(f"afina/sentiment/{part}"), rows(f"afina/sentiment/{part}"), strict=True))
+        samples = rows(f"afina/sentiment-explained/{part}")
+        for sample in samples:
+            question, _line, review = sample.prompt[-1].content.partition("\n")
+            answer = json.loads(sample.answer)
+            assert question == "Clasifica la reseña y explica por qué." and list(answer) == ["etiqueta", "motivo"]
+            assert answer["etiqueta"] == labels[review].answer
+            reasons.append(answer["motivo"])
+        counts = Counter(json.loads(sample.answer)["etiqueta"] for sample in samples)
+        assert set(counts.values()) == {len(samples) // 3}
+    assert len(set(reasons)) == 300 and all(reason[0].isupper() and reason[-1] == "." for reason in reasons)
+
+
 def test_the_base_never_saw_the_task():
     """The sources of the pretraining text hold neither the question nor an answer that is a label, nor any review."""
     sources = sorted(file for file in PRETRAINING.rglob("*") if file.suffix in (".py", ".txt", ".jsonl"))
@@ -84,8 +102,9 @@ def test_the_base_never_saw_the_task():
 
 
 def test_schemas_of_json_answers():
-    """Answers of the sets that come with a schema are JSON."""
+    """Answers of the sets that come with a schema are JSON of it."""
     for schema in BUNDLED_SETS.glob("*/schema.json"):
         assert isinstance(json.loads(schema.read_text("utf-8")), dict)
         for sample in rows(f"afina/{schema.parent.name}/train"):
             assert isinstance(json.loads(sample.answer), dict), sample.where
+        check_targets(rows(f"afina/{schema.parent.name}/train"), schema.read_text("utf-8"))

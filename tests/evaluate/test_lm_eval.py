@@ -183,7 +183,7 @@ def test_a_recipe_asks_benchmarks_of_base_and_tuned_and_remembers(folder, tmp_pa
         (CHOICE.replace("metric: acc,", "metric: my_own,"), "my_own would run code"),
         (CHOICE + "include: other.yaml\n", "include would run code"),
         ("- a\n- b\n", "no task of lm-eval"),
-        ("task: [x\n", ""),
+        ("task: [x\n", "foreign.yaml"),
     ],
 )
 def test_a_task_file_runs_no_code(folder, text, says):

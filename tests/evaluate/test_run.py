@@ -11,7 +11,7 @@ import afina
 from afina.artifact import open_artifact, sha256
 from afina.console import Console
 from afina.errors import DataError, ModelError, RecipeError
-from afina.evaluate.run import evaluate_run
+from afina.evaluate.run import evaluate_run, show
 from afina.train.reopen import reopen
 
 
@@ -141,3 +141,22 @@ def test_an_adapter_of_no_base_is_told(runs, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="which base"):
         afina.evaluate(str(tmp_path), recipe=runs["lora"].parent / "recipe.yaml", out=tmp_path / "out")
+
+
+def test_each_kind_shows_its_own_figure_beside_the_main_one(capsys):
+    """JSON how many are of the schema, texts ROUGE, and a figure that nobody has no column."""
+
+    def told(**own):
+        figures = {"value": 0.5, "interval": [0.1, 0.9], "answered": 4, "unanswered": 0, "unasked": 0, "problems": {}}
+        task = {"name": "t", "samples": 4, "measure": "accuracy", "comparisons": []}
+        rows = {"base": {**figures, "samples_per_second": 2.0}, "tuned": {**figures, "samples_per_second": 2.0, **own}}
+        show([{**task, "systems": rows}], Console())
+        return " ".join(capsys.readouterr().out.split())
+
+    assert (
+        "of the schema samples/s size base 50.0% 10.0% - 90.0% - 2.0 - tuned 50.0% 10.0% - 90.0% 3 of 4 2.0 -"
+        in told(parsed=4, of_schema=3)
+    )
+    assert "JSON objects" in told(parsed=4) and "ROUGE-L" in told(rougeL=0.25) and "0.250" in told(rougeL=0.25)
+    assert "macro F1" in told(f1_macro=0.5) and "2 of 3" in told(right_steps=2, steps=3)
+    assert "95% interval samples/s size" in told()

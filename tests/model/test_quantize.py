@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import CPU, llama
+from small import CPU, llama, perturb_adapters
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -132,6 +132,22 @@ def test_the_engine_takes_it_with_the_references_numbers(folder, kind):
     found = torch.autograd.grad(loss, parameters)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert all((one - two).norm() <= 1e-4 * two.norm() for one, two in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dora_asks_a_quantised_base_again_and_again(folder, kind):
+    """It looks at the base's weights in each forward, and PEFT moves eight-bit ones when it does."""
+    method = Lora(rank=4, dora=True)
+    model = perturb_adapters(attach(held(folder, kind), method, seed=0)).eval()
+    base = load_model(str(folder), CPU, Model(quantization=kind), plain=True)
+    plain = perturb_adapters(attach(base, method, seed=0)).eval()
+    first = logits(model)
+    torch.testing.assert_close(logits(plain), first, rtol=0, atol=0.2 if kind == "int8" else 1e-4)
+    for _time in range(2):
+        assert torch.equal(logits(model), first)
+    loss = model.train()(input_ids=IDS, labels=IDS).loss
+    assert all(slope.norm() > 0 for slope in torch.autograd.grad(loss, [one for _name, one in learning(model)]))
+    assert torch.equal(logits(model.eval()), first)
 
 
 def test_the_engine_leaves_eight_bits_to_the_reference(folder):

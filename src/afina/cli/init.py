@@ -35,9 +35,10 @@ def command(
 
 
 def _list() -> None:
-    from afina.recipe.starter import USE_CASES
+    from afina.recipe.starter import USE_CASES, summary
 
     console.line(_("afina init USE_CASE [FOLDER], where USE_CASE is one of:"))
+    width = max(map(len, USE_CASES))
     for name in USE_CASES:
-        console.line(f"  {name}")
+        console.line(f"  {name:{width}}  {summary(name)}")
     console.event("use_cases", names=list(USE_CASES))

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from afina.data.rows import ending_of
 from afina.errors import DataError
+from afina.hub import look_for_hub
 from afina.language import _
 
 HUB = "hub:"
@@ -55,6 +56,8 @@ def hub_files(source: str, hub: Hub | None = None) -> list[Path]:
     name, revision, which = match.group(1), match.group(2), match.group(3) or ""
     from huggingface_hub.errors import HfHubHTTPError
 
+    if hub is None:
+        look_for_hub()
     hub = hub or RealHub()
     try:
         chosen = _chosen(hub.files(name, revision), which, name)

@@ -57,7 +57,7 @@ def lines(file: IO[bytes]) -> Iterator[Line]:
         yield Line(number, offset, rest[:ROW_BYTES], len(rest) <= ROW_BYTES)
 
 
-def open_raw(path: Path) -> IO[bytes]:
+def open_raw(path: Path) -> io.BufferedReader:
     """The bytes of a file, decompressed where it is gzip or Zstandard. Raises DataError and, lacking a package,
     ResourceError; a damaged or hostile compressed file raises DataError while it is read."""
     try:

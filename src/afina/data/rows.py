@@ -206,15 +206,16 @@ def open_text(path: Path, encoding: str) -> IO[bytes]:
     file = open_raw(path)
     if encoding.lower() not in ("utf-8", "utf8"):
         return io.BufferedReader(_Transcoded(path, file, encoding), CHUNK)
+    if not file.peek(3).startswith(codecs.BOM_UTF8):
+        return file
     return io.BufferedReader(_Marked(file), CHUNK)
 
 
 class _Marked(io.RawIOBase):
-    """A file of UTF-8 whose byte order mark, if it has one, reads as three spaces: all places stay what they are."""
+    """A file of UTF-8 whose byte order mark reads as three spaces: all places stay what they are."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        head = file.read(3)
-        self._head = b"   " if head == codecs.BOM_UTF8 else head
+        self._head = b" " * len(file.read(len(codecs.BOM_UTF8)))
         self._file = file
 
     def readable(self) -> bool:

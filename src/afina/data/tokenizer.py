@@ -269,10 +269,11 @@ def load_tokenizer(
     except ModelError:
         raise
     except Exception as error:  # tokenizers raises plain Exception for a tokenizer.json it cannot read
-        raise ModelError(
-            _("The tokenizer of {source} cannot be loaded: {reason}").format(source=source, reason=_first_line(error)),
-            hint=_("A model folder needs tokenizer.json and tokenizer_config.json beside its weights."),
-        ) from error
+        hint = _("A model folder needs tokenizer.json and tokenizer_config.json beside its weights.")
+        if not Path(source).exists():
+            hint = _("Check the folder or the hub name, and that this machine reaches the hub.")
+        told = _("The tokenizer of {source} cannot be loaded: {reason}")
+        raise ModelError(told.format(source=source, reason=_first_line(error)), hint=hint) from error
     if not hf.is_fast:
         raise ModelError(
             _("The tokenizer of {source} has no tokenizer.json.").format(source=source),

@@ -193,9 +193,12 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
     """Print everyone side by side, task by task, with intervals, problems and the verdicts."""
     names = problem_names()
     for result in results:
+        key, own = next(
+            (pair for pair in _own() if any(pair[0] in one for one in result["systems"].values())), ("", "")
+        )
         console.table(
-            ("", shown_measure(result["measure"]), _("95% interval"), _("macro F1"), _("samples/s"), _("size")),
-            [_row(name, figures, result["measure"]) for name, figures in result["systems"].items()],
+            ("", shown_measure(result["measure"]), _("95% interval"), *filter(None, [own]), _("samples/s"), _("size")),
+            [_row(name, figures, result["measure"], key) for name, figures in result["systems"].items()],
             title=_("{task}: {count} held-out samples").format(task=result["name"], count=result["samples"]),
         )
         for name, figures in result["systems"].items():
@@ -224,14 +227,37 @@ def unseen_said(label: str, count: int) -> str:
     )
 
 
-def _row(name: str, figures: dict[str, Any], measure: str) -> tuple[str, ...]:
-    f1 = f"{figures['f1_macro']:.3f}" if "f1_macro" in figures else "-"
+def _own() -> tuple[tuple[str, str], ...]:
+    """The figure that a kind of task shows beside its main one, and what it is called; the first that there is."""
+    return (
+        ("f1_macro", _("macro F1")),
+        ("of_schema", _("of the schema")),
+        ("parsed", _("JSON objects")),
+        ("right_steps", _("steps right")),
+        ("rougeL", _("ROUGE-L")),
+    )
+
+
+OUT_OF = {"of_schema": "answered", "parsed": "answered", "right_steps": "steps"}
+"""Counts, told out of another."""
+
+
+def _beside(figures: dict[str, Any], key: str) -> str:
+    if key not in figures:
+        return "-"
+    if key in OUT_OF:
+        return _("{count} of {total}").format(count=figures[key], total=figures[OUT_OF[key]])
+    return f"{figures[key]:.3f}"
+
+
+def _row(name: str, figures: dict[str, Any], measure: str, own: str) -> tuple[str, ...]:
     speed = f"{figures['samples_per_second']:,.1f}" if figures["samples_per_second"] else "-"
     weight = size(figures["file_bytes"]) if figures.get("file_bytes") else "-"
-    if figures["value"] is None:
-        return name, _("not measured"), "-", f1, speed, weight
-    low, high = figures["interval"]
-    return name, said(figures["value"], measure), f"{said(low, measure)} - {said(high, measure)}", f1, speed, weight
+    value, interval = _("not measured"), "-"
+    if figures["value"] is not None:
+        low, high = figures["interval"]
+        value, interval = said(figures["value"], measure), f"{said(low, measure)} - {said(high, measure)}"
+    return name, value, interval, *([_beside(figures, own)] if own else []), speed, weight
 
 
 def said(value: float, measure: str) -> str:

@@ -1,14 +1,19 @@
 """Writing over fixed memory: keys and values stay where they are, and on a GPU one step is a CUDA graph.
 
-A token then costs one launch instead of hundreds, and nothing is copied to grow. Greedy only.
+A token then costs one launch instead of hundreds, and nothing is copied to grow. Greedy only. A model whose step waits
+for the GPU (8-bit layers look for outliers, some mixtures for how many tokens an expert has) cannot be a graph: each of
+its launches is Python's.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from afina.model.attention import attending
 from afina.model.rows import Row, Settings, device_of, next_logits, padded
@@ -61,6 +66,7 @@ def _read(model: nn.Module, rows: Sequence[Row], settings: Settings) -> "_Steps"
     device, width = device_of(model), max(len(row.prompt) for row in rows)
     length = _rounded(width + max(row.room for row in rows))
     cache = StaticCache(config=model.config, max_cache_len=length)
+    cache.layers = [_Layer(length) for _layer in cache.layers]
     seen = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
     first = torch.zeros(len(rows), 1, dtype=torch.long, device=device)
     start = 0
@@ -72,7 +78,8 @@ def _read(model: nn.Module, rows: Sequence[Row], settings: Settings) -> "_Steps"
         first[start:stop, 0] = next_logits(model, ids, mask.long(), positions, read).argmax(-1)
         for fixed, layer in zip(cache.layers, read.layers, strict=True):
             if not fixed.is_initialized:
-                whole = (part[:1].expand(len(rows), -1, -1, -1) for part in (layer.keys, layer.values))
+                kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+                whole = (part[:1].expand(len(rows), -1, -1, -1).to(kind) for part in (layer.keys, layer.values))
                 fixed.lazy_initialization(*whole)
             fixed.keys[start:stop, :, here], fixed.values[start:stop, :, here] = layer.keys, layer.values
         seen[start:stop, here] = mask
@@ -81,6 +88,15 @@ def _read(model: nn.Module, rows: Sequence[Row], settings: Settings) -> "_Steps"
         fixed.cumulative_length.fill_(width)
     position = torch.tensor([[len(row.prompt)] for row in rows], device=device)
     return _Steps(model, cache, seen[:, None, None], position, first, width)
+
+
+class _Layer(StaticLayer):
+    """Keys and values in one precision, that of the products: under autocast over fp32 weights, as in a full
+    fine-tuning, turned keys come in fp32 and values in bf16, and attention takes both in bf16."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """See StaticLayer."""
+        return super().update(key_states.to(self.dtype), value_states.to(self.dtype), *args, **kwargs)
 
 
 def _rounded(length: int) -> int:
@@ -127,6 +143,8 @@ class _Steps:
         )
         self.at = torch.full((1,), at, device=ids.device)
         self.graph: Any = None
+        self.warm = False
+        self.waits = ids.device.type != "cuda"
 
     def advance(self, steps: int) -> list[list[int]]:
         """The next `steps` tokens of each row."""
@@ -147,18 +165,20 @@ class _Steps:
     def _one(self) -> None:
         if self.graph is not None:
             self.graph.replay()
-            return
-        if self.ids.device.type != "cuda":
+        elif self.waits:
             self._compute()
-            return
-        # The first step runs as it is, on a stream of its own, as capturing asks; the second is captured.
-        if not hasattr(self, "_warm"):
-            self._warm = torch.cuda.Stream()
-            self._warm.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._warm):
+        elif self.warm:
+            self.graph = self._captured()
+            self.graph.replay()  # capturing computes nothing
+        else:  # the first step runs as it is, on a stream of its own, as capturing asks; the second is captured
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside), _waits() as noted:
                 self._compute()
-            torch.cuda.current_stream().wait_stream(self._warm)
-            return
+            torch.cuda.current_stream().wait_stream(aside)
+            self.warm, self.waits = True, bool(noted)
+
+    def _captured(self) -> Any:
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # a cast that was remembered would not be in the graph
         graph = torch.cuda.CUDAGraph()
@@ -167,8 +187,7 @@ class _Steps:
                 self._compute()
         finally:
             torch.set_autocast_cache_enabled(cached)
-        self.graph = graph
-        self.graph.replay()  # capturing computes nothing
+        return graph
 
     def _compute(self) -> None:
         self.mask.index_fill_(3, self.at, True)
@@ -176,3 +195,17 @@ class _Steps:
         self.ids.copy_(logits.argmax(-1)[:, None])
         self.position.add_(1)
         self.at.add_(1)
+
+
+@contextmanager
+def _waits() -> Iterator[list[str]]:
+    """Holds after the block what in it made the computer wait for the GPU, which capturing would not survive."""
+    before, found = torch.cuda.get_sync_debug_mode(), list[str]()
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+            found += [text for one in noted if "called a synchronizing" in (text := str(one.message))]

@@ -10,11 +10,11 @@ from torch import nn
 from afina.errors import AfinaError, ModelError, ResourceError
 from afina.gguf_file import GgufFile
 from afina.language import _
-from afina.model.exact import exact
+from afina.model.as_stored import compute_in_fp32
 from afina.model.foreign import check_weights, checked_config, quantised_as, read_config
 from afina.model.gguf_start import figures, is_packed, kind_of, read_tensors
 from afina.model.mxfp4 import PACKED, pack_experts, packed_experts, unpack_experts
-from afina.model.quantize import HELD, UNNEEDED, absent, dequantised, held_in, made_exact, settings
+from afina.model.quantize import HELD, UNNEEDED, absent, dequantised, held_in, made_portable, settings
 from afina.model.virtual import virtual_tokens
 from afina.recipe.schema import Model
 
@@ -73,7 +73,7 @@ def load_model(
     source: str, hardware: Hardware, wanted: Model = PLAIN, *, plain: bool = False, held: bool = False
 ) -> nn.Module:
     """Load a causal language model in evaluation mode, its base quantised as `wanted` says; `plain`: and dequantised.
-    `held`: its weights as they are stored, or as quantised, and computed in fp32 (see exact.py).
+    `held`: its weights as they are stored, or as quantised, and computed in fp32 (see as_stored.py).
 
     Raises ModelError for a folder or name that is none, and what `quantize.settings` raises.
     """
@@ -124,9 +124,9 @@ def load_model(
         if plain or wanted.experts == "unpacked":
             unpack(model, hardware.dtype)
     if quantised:
-        model = dequantised(model, hardware.dtype) if plain else made_exact(model)
+        model = dequantised(model, hardware.dtype) if plain else made_portable(model)
     loaded: nn.Module = (model if quantised else model.to(hardware.device)).eval()
-    return exact(loaded) if held else loaded
+    return compute_in_fp32(loaded) if held else loaded
 
 
 def without_dropout(model: nn.Module) -> float:

@@ -10,7 +10,7 @@ are shares exp(score - lse) and sums of out d_out.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from afina.model.attention import attending
+from afina.model.padded import padded_attention
 from afina.model.repeatable import in_order
 from afina.model.virtual import is_prefix
 
@@ -43,8 +44,11 @@ def covers(model: nn.Module) -> bool:
 
 @contextmanager
 def packed_attention(model: nn.Module, on: bool = True) -> Iterator[None]:
-    """Inside the block every batch must be packed: transformers then builds no mask and calls `_attend`."""
-    with attending(model, NAME) if on else nullcontext():
+    """Inside the block every batch must be packed: transformers then builds no mask and calls `_attend`.
+
+    Where that is not `on`, batches are padded.
+    """
+    with attending(model, NAME) if on else padded_attention(model):
         yield
 
 
@@ -276,7 +280,12 @@ def _hopper(index: int) -> bool:
 
 
 def _cudnn_is_faster(query: torch.Tensor) -> bool:
-    """On Hopper cuDNN's kernels take 0.6 of the time of flash 2; on Ampere and Ada they are slower."""
+    """On Hopper cuDNN's kernels take 0.6 of the time of flash 2; on Ampere and Ada they are slower.
+
+    Inside `exact` they are not asked: PyTorch has no backward of theirs that gives the same bits each time.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return False
     return _hopper(query.device.index or 0) and query.shape[-1] <= 128
 
 

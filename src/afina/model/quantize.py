@@ -148,16 +148,24 @@ def weights_in(parameter: torch.Tensor) -> int:
     return parameter.numel() if state is None else int(state.shape.numel())
 
 
-def made_exact(model: nn.Module) -> nn.Module:
-    """Products of four-bit layers are made of the dequantised weights on every device.
+def made_portable(model: nn.Module) -> nn.Module:
+    """Quantised layers compute on a CPU as they do on a GPU.
 
-    On a CPU with bf16 instructions bitsandbytes would lay the weights out anew at the first evaluation and multiply in
-    bf16, whatever the precision asked for.
+    With bf16 instructions bitsandbytes would lay four-bit weights out anew at the first evaluation, and multiply in
+    bf16, whatever the precision asked for. And of eight-bit weights, which PEFT's DoRA moves to the CPU where they
+    are already, it would take a second time the scales that it took before, and find none.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if layer_kind(module) == "int8":
+            module.register_forward_pre_hook(_keep_scales)
     return model
+
+
+def _keep_scales(layer: Any, _inputs: Any) -> None:
+    if layer.weight.CB is not None and layer.weight.SCB is None:
+        layer.weight.SCB = layer.state.SCB
 
 
 @torch.no_grad()

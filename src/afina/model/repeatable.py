@@ -13,7 +13,7 @@ import torch
 
 
 @contextmanager
-def exact(on: bool = True) -> Iterator[None]:
+def same_bits(on: bool = True) -> Iterator[None]:
     """Inside the block the same computation gives the same bits, as far as torch knows how; `on`: or as before."""
     if not on:
         yield
@@ -30,12 +30,18 @@ def exact(on: bool = True) -> Iterator[None]:
 
 @contextmanager
 def in_order() -> Iterator[None]:
-    """Around the backward of attention: sums in a fixed order inside `exact`, else as it likes."""
+    """Around the backward of attention: sums in a fixed order inside `same_bits`, else as it likes."""
     if not torch.are_deterministic_algorithms_enabled():
         yield
         return
     with _switched(warn_only=False):
         yield
+
+
+def strict(on: bool) -> None:
+    """As `in_order`, inside `exact` and from now on: for those who cannot put a block around what they mean."""
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(True, warn_only=not on)
 
 
 @contextmanager

@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
+from afina.hub import look_for_hub
+
 BUNDLED = Path(__file__).parents[1] / "bundled"
+
+
+def schema_file(name: str, folder: Path) -> Path:
+    """A JSON Schema: beside the recipe, or of a bundled set (afina/NAME/schema.json)."""
+    if name.startswith("afina/") and not (folder / name).exists():
+        return BUNDLED / "data" / name.removeprefix("afina/")
+    return folder / name
 
 
 def model_source(name: str, folder: Path) -> str:
@@ -12,4 +21,5 @@ def model_source(name: str, folder: Path) -> str:
     for start in (folder, Path()):
         if (path := start / Path(name).expanduser()).exists():
             return str(path.resolve())
+    look_for_hub()
     return name

@@ -62,12 +62,47 @@ USE_CASES: dict[str, dict[str, Any]] = {
         "export": {"formats": ["q8_0", "q4_k_m"]},
         "chat": {"temperature": 0.0, "max_new_tokens": 16},
     },
+    "sentiment-explained": {
+        "model": {**TINY, "max_length": 512},
+        "data": {
+            "train": "afina/sentiment-explained/train",
+            "validation": 0.1,
+            "schema_file": "afina/sentiment-explained/schema.json",
+        },
+        "method": ADAPTER,
+        # The loss of the reasons, most of an answer's tokens, is lowest long before the labels are learnt.
+        "training": {
+            **{"epochs": 8.0, "batch_size": 8, "learning_rate": 5e-4, "keep": "last", "early_stop": False},
+        },
+        "tasks": [
+            {
+                # Right: the label; an answer without a reason is counted as not of the schema.
+                "name": "label",
+                "kind": "json",
+                "data": "afina/sentiment-explained/test",
+                "field": "etiqueta",
+            },
+            {
+                "name": "reason",
+                "kind": "similarity",
+                "data": "afina/sentiment-explained/test",
+                "field": "motivo",
+            },
+        ],
+        "export": {"formats": ["q8_0"]},
+        "chat": {"temperature": 0.0, "max_new_tokens": 128},
+    },
     "maths-tutor": _tutor("afina/maths-tutor/train", 0.3),
     "python-tutor": _tutor("afina/python-tutor/train", 0.3),
     "algorithms-tutor": _tutor("afina/algorithms-tutor/train", 0.5),
     "bot-configurator": _tutor(
         "afina/bot-configurator/train",
         0.0,
+        data={
+            "train": "afina/bot-configurator/train",
+            "validation": 0.1,
+            "schema_file": "afina/bot-configurator/schema.json",
+        },
         tasks=[
             {
                 # The set has no held-out file: this says how well what was seen is kept, and its name says so.
@@ -75,6 +110,7 @@ USE_CASES: dict[str, dict[str, Any]] = {
                 "kind": "json",
                 "data": "afina/bot-configurator/train",
                 "field": "bot_name",
+                "constrained": True,
                 "limit": 20,
                 "max_new_tokens": 512,
             }
@@ -91,6 +127,7 @@ def summary(use_case: str) -> str:
     """One sentence on what a use case is, in the user's language."""
     return {
         "sentiment": _("Tells positive, neutral and negative reviews apart, and measures how often it is right."),
+        "sentiment-explained": _("Tells positive, neutral and negative reviews apart, and says why: JSON of a schema."),
         "maths-tutor": _("A tutor that solves maths exercises in numbered steps."),
         "python-tutor": _("A tutor that answers beginners' questions about Python with one example that runs."),
         "algorithms-tutor": _("A tutor that explains algorithms and always states their cost."),

@@ -51,6 +51,7 @@ class _Talk:
             "persona": self._persona,
             "help": self._help,
             "exit": lambda text: True,
+            "quit": lambda text: True,
         }
 
     def run(self) -> None:

@@ -17,6 +17,7 @@ from afina.data.targets import check_targets, read_schema
 from afina.data.template import Rendered, Renderer
 from afina.errors import DataError
 from afina.language import _
+from afina.recipe.place import schema_file
 from afina.recipe.schema import Recipe
 
 SHOWN_PROBLEMS = 20
@@ -54,7 +55,7 @@ def prepare(recipe: Recipe, folder: Path, renderer: Renderer, console: Console) 
         kept, held_out, rows = reading.samples, other.samples, rows + len(other.samples)
         reading.files += other.files
     if data.schema_file is not None:
-        check_targets([*kept, *held_out], read_schema(folder / data.schema_file, "data.schema_file"))
+        check_targets([*kept, *held_out], read_schema(schema_file(data.schema_file, folder), "data.schema_file"))
     kept, held_out = renderer.apart(kept), renderer.apart(held_out)
     if len(kept) + len(held_out) > rows:
         console.line(
@@ -102,7 +103,7 @@ def prepare_once(recipe: Recipe, folder: Path, renderer: Renderer, console: Cons
         for file in find(one, folder)
     ]
     if data.schema_file is not None:
-        files.append(folder / data.schema_file)
+        files.append(schema_file(data.schema_file, folder))
     parts = {"data": data.model_dump(mode="json"), "seed": recipe.seed, "max_length": recipe.model.max_length}
     key = key_of(files, renderer.tokenizer, parts)
     found = kept(cache, key)

@@ -35,7 +35,7 @@ from afina.model.attach import save_adapter
 from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.loss import summed_loss
 from afina.model.packed import covers, packed_attention
-from afina.model.repeatable import exact
+from afina.model.repeatable import same_bits
 from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe, Training
@@ -96,7 +96,7 @@ def train_run(
     examples = prepare_once(recipe, folder, renderer, console, place.parent / FOLDER)
     say_examples(examples, console)
     adapter = adapter_of(recipe, folder, base.result() if base and recipe.model.adapter else None)
-    with exact(recipe.training.exact and hardware.device.type == "cuda"):
+    with same_bits(recipe.training.exact and hardware.device.type == "cuda"):
         model, counts = open_model(recipe, reading.result(), source, hardware, tokenizer, console, adapter)
         if adapter is not None:
             examples.files.append(parent(adapter, sha256(adapter / "adapter_model.safetensors"), "adapter"))

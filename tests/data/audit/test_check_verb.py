@@ -156,7 +156,11 @@ def test_what_is_known_of_real_sets(real_data: Path):
 
 
 @pytest.mark.parametrize(
-    "name", ["algorithms-tutor", "bot-configurator", "maths-tutor", "python-tutor", "sentiment", "support-chat"]
+    "name",
+    [
+        *("algorithms-tutor", "bot-configurator", "maths-tutor", "python-tutor"),
+        *("sentiment", "sentiment-explained", "support-chat"),
+    ],
 )
 def test_of_the_bundled_sets_nothing_is_said(name: str):
     assert not dataset.check(f"afina/{name}/train").counts

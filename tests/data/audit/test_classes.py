@@ -3,13 +3,15 @@
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data.audit.auditing import audit_bytes, told
-from data.audit.faulty import FAULTY, REJECTED, sound
+from data.audit.faulty import FAULTY, REJECTED, row, sentence, sound
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from afina.data.audit.kinds import Severity, groups, kinds
+from afina.data.audit.syntax import quotes, quotes_of
 from afina.data.problem import BadRows
 from afina.data.read import read
 from afina.errors import DataError
@@ -159,8 +161,6 @@ PIECES = st.sampled_from(
 @quietly
 @given(texts=st.lists(st.lists(PIECES, max_size=24).map("".join), min_size=1, max_size=8))
 def test_the_fast_way_finds_what_the_plain_one_finds(texts: list[str], tmp_path: Path):
-    from data.audit.faulty import row
-
     content = b"\n".join(row("go on", f"so {text} it is", ascii_only=len(text) % 2 == 0) for text in texts)
     fast, _report = audit_bytes(tmp_path, content)
     plain, _report = audit_bytes(tmp_path, content, plain=True)
@@ -173,8 +173,6 @@ def test_a_finding_names_the_bytes_that_hold_the_fault(text: str, tmp_path: Path
     """The bytes, decoded as part of a JSON string, are the characters that the plain function names."""
     import json
 
-    from data.audit.faulty import row
-
     from afina.data.audit.text import faults
 
     said = f"so {text} it is"
@@ -185,3 +183,22 @@ def test_a_finding_names_the_bytes_that_hold_the_fault(text: str, tmp_path: Path
         if finding.kind in spans:
             assert json.loads(b'"' + content[finding.byte : finding.end] + b'"') == spans[finding.kind]
     assert {finding.kind for finding in found} == set(spans)
+
+
+@pytest.mark.parametrize("space", ["", " \n"])
+@pytest.mark.parametrize("roles", [("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant") * 2])
+def test_an_answer_that_repeats_its_question_is_found_in_every_turn(roles: tuple[str, ...], space: str, tmp_path: Path):
+    rng = random.Random(0)
+    texts = [sentence(rng, 12) for _role in roles[:-1]]
+    lines = [sound(rng), row(*texts, texts[-1] + space, roles=roles), sound(rng)]
+    for plain in (False, True):
+        found, _report = audit_bytes(tmp_path, b"\n".join(lines), plain=plain)
+        assert told(found) == [("echo", 2)]
+
+
+@quietly
+@given(lines=st.lists(st.text(st.sampled_from('"\\a '), max_size=12), max_size=9))
+def test_quotation_marks_of_many_lines_are_those_of_each(lines: list[str]):
+    raws = [line.encode() for line in lines]
+    begins = np.cumsum([0, *(len(raw) + 1 for raw in raws)])[:-1]
+    assert quotes_of(b"".join(raw + b"\n" for raw in raws), begins).tolist() == list(map(quotes, raws))

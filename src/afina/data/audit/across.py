@@ -124,10 +124,14 @@ class Across:
 
     def _groups(self, values: np.ndarray) -> Iterator[np.ndarray]:
         """Rows that share a hash, each group in order, the groups by their first row."""
-        order = np.argsort(values, kind="stable")
+        ordered = np.sort(values)  # takes half the time of bringing rows in order; mostly few share one, nearly told
+        shared = np.zeros(2**16, np.bool_)  # by 16 of their bits
+        shared[_sixteen(ordered[1:][ordered[1:] == ordered[:-1]])] = True
+        rows = np.flatnonzero(shared[_sixteen(values)])
+        order = rows[np.argsort(values[rows], kind="stable")]
         ordered = values[order]
-        starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if values.size else np.zeros(0, np.int64)
-        sizes = np.diff(starts, append=values.size)
+        starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if ordered.size else np.zeros(0, np.int64)
+        sizes = np.diff(starts, append=ordered.size)
         several = np.flatnonzero(sizes > 1)
         several = several[np.argsort(order[starts[several]], kind="stable")]
         for at in several:
@@ -238,6 +242,11 @@ class Across:
             "languages": {LANGUAGES[at]: int(count) for at, count in enumerate(told) if count and at},
             "classes": dict(self.classes().most_common(30)) if self.classes() else {},  # type: ignore[union-attr]
         }
+
+
+def _sixteen(values: np.ndarray) -> np.ndarray:
+    """Sixteen bits of each 64-bit number."""
+    return values.view(np.uint16)[::4]
 
 
 def hashes(texts: Sequence[str], counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """A file as blocks of some thousand rows: the raw lines of JSON Lines, and of all else the rows as they are read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,13 +18,14 @@ ROWS = 2000
 
 @dataclass(slots=True)
 class Block:
-    """Rows in order. `raws`: the text of each; `lines`: its line; `begins`: its first byte; `sizes`: its bytes; `rows`:
-    as the reader made them, None where the raw text is all there is. `cut`: the last one is longer than a row may be.
-    `size`: bytes taken.
+    """Rows in order. `raws`: the text of each. `lines`: its line, `begins`: its first byte, `sizes`: its bytes (int64).
+
+    `rows`: as the reader made them, None where the raw text is all there is. `cut`: the last one is longer than a row
+    may be. `size`: bytes taken.
     """
 
     raws: list[bytes]
-    lines: Sequence[int]
+    lines: np.ndarray
     begins: np.ndarray
     sizes: np.ndarray
     rows: list[Row] | None = None
@@ -32,6 +33,8 @@ class Block:
     size: int = 0
     returns: int = 0
     """Lines that end in CR LF."""
+    text: bytes = b""
+    """Of JSON Lines, all of them."""
 
 
 def line_blocks(path: Path, encoding: str) -> Iterator[Block]:
@@ -44,24 +47,28 @@ def line_blocks(path: Path, encoding: str) -> Iterator[Block]:
             if b"\n" not in chunk:
                 rest += chunk
                 continue
-            raws = chunk.split(b"\n")
-            raws[0] = rest + raws[0]
-            rest = raws.pop()
-            block = _block(raws, number, offset)
-            block.returns = chunk.count(b"\r\n")
+            cut = chunk.rfind(b"\n") + 1
+            block = _block(rest + chunk[:cut], number, offset)
+            rest = chunk[cut:]
             yield block
-            number, offset = number + len(raws), offset + block.size
+            number, offset = number + len(block.raws), offset + block.size
         if rest:
-            block = _block([rest[:ROW_BYTES]], number, offset)
+            block = _block(rest[:ROW_BYTES] + b"\n", number, offset)
             block.cut = len(rest) > ROW_BYTES
             block.size = len(rest)
             yield block
 
 
-def _block(raws: list[bytes], number: int, offset: int) -> Block:
-    sizes = np.fromiter(map(len, raws), np.int64, len(raws))
-    ends = np.cumsum(sizes + 1)
-    return Block(raws, range(number, number + len(raws)), ends - sizes - 1 + offset, sizes, size=int(ends[-1]))
+def _block(text: bytes, number: int, offset: int) -> Block:
+    """text: whole lines."""
+    raws = text.split(b"\n")
+    raws.pop()
+    codes = np.frombuffer(text, np.uint8)
+    ends = np.flatnonzero(codes == ord("\n"))
+    begins = np.append(0, ends[:-1] + 1)
+    returns = np.count_nonzero(codes[ends - 1] == ord("\r"))
+    lines = np.arange(number, number + len(raws))
+    return Block(raws, lines, begins + offset, ends - begins, size=len(text), returns=int(returns), text=text)
 
 
 def row_blocks(path: Path, shape: Shape, form: str) -> Iterator[Block]:
@@ -74,5 +81,6 @@ def row_blocks(path: Path, shape: Shape, form: str) -> Iterator[Block]:
         raws = [row.raw for row in taken]
         begins = np.array([row.offset for row in taken], np.int64)
         sizes = np.fromiter(map(len, raws), np.int64, len(raws))
-        yield Block(raws, [row.line for row in taken], begins, sizes, taken, size=end - at)
+        lines = np.array([row.line for row in taken], np.int64)
+        yield Block(raws, lines, begins, sizes, taken, size=end - at)
         at = end

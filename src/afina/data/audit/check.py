@@ -24,7 +24,7 @@ from afina.data.audit.kinds import Severity, kinds
 from afina.data.audit.letters import Fault
 from afina.data.audit.quick import NOT_PLAIN, TYPED, Look, loose
 from afina.data.audit.scan import joined_apart, suspects
-from afina.data.audit.syntax import escaped_quotes
+from afina.data.audit.syntax import quotes_of
 from afina.data.audit.text import ALL, faults
 from afina.data.audit.tongue import languages
 from afina.data.conversation import ROLES, Message, Sample
@@ -35,6 +35,8 @@ from afina.recipe.schema import Data
 
 KEYS_TOLD = 20
 """Names of keys that are told, at most."""
+KEPT = 2**24
+"""Bytes of freed memory, twice which are kept for the next block."""
 ENOUGH = 50
 """Rows of a block to judge by whether the quick look is worth its while."""
 
@@ -72,6 +74,7 @@ class Pass:
 
     def file(self, path: Path, form: str, encoding: str, advance: Callable[[int], None] = lambda _size: None) -> None:
         """Read one file to its end. Raises DataError when it cannot be read at all."""
+        _keep_freed_memory()
         shape = Shape(self.data.mapping.rows if self.data.mapping else "", tuple(self.data.columns or ()), encoding)
         quick_lines = form == "jsonl" and not shape.path
         reader = _Reader(self.data, form == "text", plain=self.plain)
@@ -136,7 +139,7 @@ class Pass:
         columns = Columns(
             whole=whole,
             asked=asked,
-            line=np.asarray(block.lines)[rows],
+            line=block.lines[rows],
             begin=block.begins[rows],
             size=block.sizes[rows],
             length=lengths[last],
@@ -150,20 +153,23 @@ class Pass:
         """Of texts: which need a closer look and for what; of each its characters, form (of the `last` ones) and
         language."""
         looks = dict.fromkeys(range(len(texts)), ALL) if self.plain else {}
-        lengths, form, tongues = (np.zeros(len(texts), kind) for kind in (np.int64, np.uint8, np.uint8))
-        for numbers, joined in joined_apart(texts):
+        lengths, form, tongues, ends = (np.zeros(len(texts), kind) for kind in (np.int64, np.uint8, np.uint8, np.bool_))
+        ends[last] = True
+        parts = list(joined_apart(texts))
+        for numbers, joined in parts:
             if not self.plain:
                 looks |= {int(numbers[at]): look for at, look in suspects(joined).items()}
-            answers = np.flatnonzero(np.isin(numbers, last, assume_unique=True))
+            answers = np.flatnonzero(ends[numbers])
             form[numbers[answers]] = forms(joined, answers)
-            tongues[numbers] = languages(joined)
             lengths[numbers] = joined.lengths
+        if parts:
+            tongues[np.concatenate([numbers for numbers, _joined in parts])] = languages(*(part for _at, part in parts))
         return looks, lengths, form, tongues
 
     def _tell(self, path: Path, block: Block, found: dict[int, list[Fault]]) -> None:
         table = kinds()
         for row in sorted(found):
-            begin, line = int(block.begins[row]), block.lines[row]
+            begin, line = int(block.begins[row]), int(block.lines[row])
             rejected = False
             for fault in sorted(found[row], key=lambda fault: fault.begin):
                 finding = Finding(fault.kind, path, line, begin + fault.begin, begin + fault.end, fault.detail)
@@ -173,11 +179,17 @@ class Pass:
                     self.report.reject(finding)
 
 
+def _keep_freed_memory() -> None:
+    """Free a large array that was never written to: the C library (glibc) judges by it how much freed memory to keep.
+    A block's arrays then lie in memory that is there; else the system clears 300 pages for each block anew."""
+    np.empty(KEPT, np.uint8)
+
+
 def _samples(path: Path, block: Block, taken: Taken) -> list[Sample]:
     made, at = [], 0
     for row, roles, count in zip(taken.rows, taken.roles, taken.counts, strict=True):
         texts = taken.texts[at : at + count]
-        made.append(Sample(tuple(map(Message, roles, texts)), path, block.lines[row]))
+        made.append(Sample(tuple(map(Message, roles, texts)), path, int(block.lines[row])))
         at += count
     return made
 
@@ -229,26 +241,24 @@ class _Reader:
 
     def _plain(self, block: Block, start: int, look: Look, taken: Taken) -> list[int]:
         """Take up the plain rows of a block from `start` on; returns the places of the others."""
-        raws, decode = block.raws[start:] if start else block.raws, look.decode
+        raws = block.raws[start:] if start else block.raws
         decoded: list[Any] = []
         rest: list[int] = []
-        for at, raw in enumerate(raws):
+        decoding = map(look.decode, raws)
+        for _stop in repeat(None):
             try:
-                decoded.append(decode(raw))
+                decoded.extend(decoding)  # what came before a row that is not plain is kept
+                break
             except NOT_PLAIN:
-                rest.append(at)
-        raws = _without(raws, rest)
+                rest.append(len(decoded) + len(rest))
         plain = look.spread(decoded)
-        counts = np.fromiter(map(bytes.count, raws, repeat(b'"')), np.int64, len(raws))
-        for at in np.flatnonzero(counts != plain.marks).tolist():
-            counts[at] -= escaped_quotes(raws[at])
-        good = counts == plain.marks
+        places = np.delete(np.arange(start, len(block.raws)), rest)
+        good = quotes_of(block.text, block.begins - block.begins[0])[places] == plain.marks
         sound = {roles: _is_sound(roles) for roles in set(plain.roles)}
         if not all(sound.values()):
             good &= [sound[roles] for roles in plain.roles]
         if good.size:
             good &= _spoken(plain.texts, plain.counts)
-        places = np.delete(np.arange(start, len(block.raws)), rest)
         if good.all():
             taken.rows += places.tolist()
             taken.roles += plain.roles
@@ -263,7 +273,7 @@ class _Reader:
     def _slowly(self, places: Iterable[int], block: Block, taken: Taken, found: dict[int, list[Fault]]) -> None:
         """The lines at these places, each by itself."""
         for row in self._ahead(self._parsed(places, block, found)):
-            self._careful(row.line - block.lines[0], row, taken, found)
+            self._careful(row.line - int(block.lines[0]), row, taken, found)
 
     def _parsed(self, places: Iterable[int], block: Block, found: dict[int, list[Fault]]) -> Iterator[Row]:
         for at in places:
@@ -278,7 +288,7 @@ class _Reader:
                 if wrong:
                     found[at] = wrong
                     continue
-            yield Row(value, block.lines[at], int(block.begins[at]), raw)
+            yield Row(value, int(block.lines[at]), int(block.begins[at]), raw)
 
     def _rows(self, rows: list[Row], taken: Taken, found: dict[int, list[Fault]]) -> None:
         for at, row in enumerate(self._ahead(rows)):
@@ -321,14 +331,6 @@ class _Reader:
         taken.add(at, roles, texts)
 
 
-def _without(rows: list[bytes], places: list[int]) -> list[bytes]:
-    if not places:
-        return rows
-    keep = np.ones(len(rows), np.bool_)
-    keep[places] = False
-    return list(compress(rows, keep))
-
-
 @cache
 def _is_sound(roles: tuple[str, ...]) -> bool:
     """Whether rows of these roles are accepted, and nothing is odd about their order."""
@@ -340,13 +342,11 @@ def _is_sound(roles: tuple[str, ...]) -> bool:
 
 
 def _spoken(texts: list[str], counts: np.ndarray) -> np.ndarray:
-    """(rows,) bool: whether each row has no blank text, and its answer is not its first text again."""
+    """(rows,) bool: whether each row has no blank text, and its last one is not the one before it again."""
     last = np.cumsum(counts) - 1
-    first = last - counts + 1
-    blank = np.fromiter(map(str.isspace, texts), np.bool_, len(texts))
-    hashed = np.fromiter(map(hash, texts), np.int64, len(texts))
-    blank |= hashed == hash("")
-    return np.asarray(~np.logical_or.reduceat(blank, first) & (hashed[first] != hashed[last]))
+    hashed = np.fromiter(map(hash, map(str.strip, texts)), np.int64, len(texts))
+    blank = np.logical_or.reduceat(hashed == hash(""), last - counts + 1)
+    return np.asarray(~blank & ((counts == 1) | (hashed[last] != hashed[last - 1])))
 
 
 def _about(raw: bytes, kind: str, shown: str) -> Fault:

@@ -131,7 +131,7 @@ class Mend:
             raw = raw.removesuffix(b"\r")
             if row is None and not raw.strip(b" \t"):
                 continue
-            line, begin = block.lines[at], int(block.begins[at])
+            line, begin = int(block.lines[at]), int(block.begins[at])
             # many rows of a JSON document may stand on one line
             inside = range(begin, begin + max(len(raw), 1)) if one_by_one else None
             wrong = {kind for byte, kind in marked.get(line, ()) if inside is None or byte in inside}

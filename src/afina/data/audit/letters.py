@@ -35,6 +35,8 @@ RANGES = {
 }
 """Ranges of characters, as a regular expression writes them; `accent` needs a second look."""
 ODD = re.compile("|".join(f"(?P<{name.replace('-', '_')}>[{span}]+)" for name, span in RANGES.items()))
+_ANY = re.compile("[" + "".join(RANGES.values()) + "]")
+"""Any of them: found first, as it takes a tenth of the time."""
 JOINERS = frozenset("\u200c\u200d")
 MARKS = frozenset("\u200e\u200f\u061c")
 _RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
@@ -45,7 +47,9 @@ _TAGGED = re.compile("\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f")
 def letters(text: str) -> Iterator[Fault]:
     """The first run of each kind of character that does not belong."""
     seen: set[str] = set()
-    for match in ODD.finditer(text):
+    end = 0
+    while (first := _ANY.search(text, end)) and (match := ODD.match(text, first.start())):
+        end = match.end()
         kind = (match.lastgroup or "").replace("_", "-")
         if kind == "accent":
             kind = _accent(text, *match.span())

@@ -5,6 +5,7 @@ has a key given twice, which no fast parser tells.
 """
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -64,10 +65,12 @@ ASKED = ("user", "assistant")
 
 
 def _messages() -> Look:
+    role_of = attrgetter("role")
+
     def spread(rows: list[Any]) -> Plain:
         talks = [row.messages for row in rows]
         counts = np.fromiter(map(len, talks), np.int64, len(talks))
-        roles = [tuple([turn.role for turn in turns]) for turns in talks]
+        roles = [tuple(map(role_of, turns)) for turns in talks]
         return Plain(roles, [turn.content for turns in talks for turn in turns], counts, 8 * counts + 2)
 
     return Look(msgspec.json.Decoder(_Messages).decode, spread)

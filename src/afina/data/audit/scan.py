@@ -15,22 +15,31 @@ import numpy as np
 
 from afina.data.audit.letters import RANGES
 from afina.data.audit.mojibake import signs
-from afina.data.audit.text import FENCES, LETTERS, LONG_WORD, MOJIBAKE, OPENING, RUNS, WORDS
+from afina.data.audit.text import FENCE, FENCES, LETTERS, LONG_WORD, MOJIBAKE, OPENING, RUNS, WORDS
 
 ODD, FOLLOW, LEAD, OPENS, WORD, DIGITISH, DIGIT = (1 << bit for bit in range(7))
-SECONDS = {"<": "|/<sebpumcBE", "[": "/ITASg", "&": "#abcdefghijklmnopqrstuvwxyz", "`": "`"}
-"""The characters that begin what is told by its spelling (control tokens, entities), and those that may follow."""
-PHRASES = ("PRIVATE KEY-----", "s an AI ", "modelo de lenguaje")
-KEY_RUN = 20
-"""Every secret key holds a run of so many letters, digits, _ or -."""
+PHRASES = {"K": "PRIVATE KEY-----", "A": "s an AI ", "j": "modelo de lenguaje"}
+"""Phrases that are told, by a letter that stands in each once and is not common."""
+SECONDS = {
+    "<": "|/<sebpumcBE",
+    "[": "/ITASg",
+    "&": "#abcdefghijklmnopqrstuvwxyz",
+    "`": "`",
+    **{first: phrase[phrase.rindex(first) + 1] for first, phrase in PHRASES.items()},
+}
+"""The characters that begin what is told by its spelling (control tokens, entities, fences, the middle of a phrase),
+and those that may follow."""
+EIGHT = 8
+"""Characters looked at in one step, a byte each."""
 ONES = np.uint64(0x0101010101010101)
 
 
 @dataclass(slots=True)
 class Joined:
-    """Texts end to end, with a line end between each two: `flags` and `codes` a character each (UTF-16 units).
+    """Texts end to end, with a line end after each and EIGHT after the last: `flags` and `codes` a character each
+    (UTF-16 units).
 
-    `starts`: where each begins, in these units; `lengths`: its characters.
+    `starts`: where each begins, in these units; `ends`: the unit after its last; `lengths`: its characters.
     """
 
     texts: list[str]
@@ -38,12 +47,8 @@ class Joined:
     codes: np.ndarray
     flags: np.ndarray
     starts: np.ndarray
+    ends: np.ndarray
     lengths: np.ndarray
-
-    @property
-    def ends(self) -> np.ndarray:
-        """The unit after the last of each text."""
-        return np.append(self.starts[1:] - 1, self.codes.size) if self.texts else self.starts
 
     def owners(self, places: np.ndarray) -> np.ndarray:
         """The text that each place lies in."""
@@ -103,58 +108,69 @@ def joined_apart(texts: list[str]) -> Iterator[tuple[np.ndarray, Joined]]:
 
 def join(texts: list[str]) -> Joined:
     """Texts made ready for passes over all of them."""
-    text = "\n".join(texts)
-    starts = np.zeros(len(texts), np.int64)
+    text = "\n".join([*texts, "\n" * (EIGHT - 1)])
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    np.cumsum(lengths[:-1] + 1, out=starts[1:])
+    ends = np.cumsum(lengths + 1) - 1
+    starts = ends - lengths
     if text.isascii():
         raw = text.encode("ascii")
         codes = np.frombuffer(raw, np.uint8)
-        return Joined(texts, text, codes, np.frombuffer(raw.translate(_low_table()), np.uint8), starts, lengths)
+        return Joined(texts, text, codes, np.frombuffer(raw.translate(_low_table()), np.uint8), starts, ends, lengths)
     codes = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), np.uint16)
     flags = np.frombuffer(codes.astype(np.uint8).tobytes().translate(_low_table()), np.uint8).copy()
     beyond = np.flatnonzero(codes > 127)
     flags[beyond] = _table()[codes[beyond]]
     if codes.size != len(text):  # characters beyond the basic plane are two units: every later text starts one further
         halves = beyond[(codes[beyond] & 0xFC00) == 0xD800]
-        starts += np.searchsorted(halves - np.arange(halves.size), starts)
-    return Joined(texts, text, codes, flags, starts, lengths)
+        halves -= np.arange(halves.size)
+        starts, ends = starts + np.searchsorted(halves, starts), ends + np.searchsorted(halves, ends)
+    return Joined(texts, text, codes, flags, starts, ends, lengths)
 
 
 def suspects(joined: Joined) -> dict[int, int]:
     """The numbers of the texts that text.py should look at, and for what."""
     found: dict[int, int] = {}
-    if joined.flags.size > 1:
-        for look, places in _places(joined):
-            if places.size:
-                for owner in np.unique(joined.owners(places)).tolist():
-                    found[owner] = found.get(owner, 0) | look
+    for look, places in _places(joined):
+        if places.size:
+            for owner in np.unique(joined.owners(places)).tolist():
+                if (look == FENCES and joined.texts[owner].count(FENCE) % 2 == 0) or (
+                    look == WORDS and not any(phrase in joined.texts[owner] for phrase in PHRASES.values())
+                ):
+                    continue
+                found[owner] = found.get(owner, 0) | look
     return found
 
 
 def _places(joined: Joined) -> Iterator[tuple[int, np.ndarray]]:
-    flags = joined.flags
-    yield LETTERS, np.flatnonzero((flags & ODD) != 0)
-    if joined.codes.dtype != np.uint8:
-        yield MOJIBAKE, np.flatnonzero(((flags[:-1] & LEAD) != 0) & ((flags[1:] & FOLLOW) != 0))
-    pairs = np.flatnonzero((flags[:-1] & OPENS) != 0)  # of bytes other than 0 and 1 it takes ten times as long
+    flags, codes = joined.flags, joined.codes
+    eights = flags[: flags.size // EIGHT * EIGHT].view(np.uint64)  # at its end are line ends alone
+    yield LETTERS, _having(flags, eights, ODD)
+    if codes.dtype != np.uint8:
+        leads = _having(flags, eights, LEAD)
+        yield MOJIBAKE, leads[(flags[leads + 1] & FOLLOW) != 0]
+    pairs = _having(flags, eights, OPENS)
     if pairs.size:
-        second = joined.codes[pairs + 1]
-        known = _pairs()[joined.codes[pairs], np.where(second < 128, second, 0)] | (second == ord("｜"))
-        pairs = pairs[known]
-        fences = joined.codes[pairs] == ord("`")
-        yield FENCES, pairs[fences]
-        pairs = pairs[~fences]
-        double = joined.codes[pairs + 1] == ord("<")  # << is an operator; <<SYS>> is Llama 2's
-        third = joined.codes[np.minimum(pairs + 2, flags.size - 1)]
+        second = codes[pairs + 1]
+        pairs = pairs[_pairs()[codes[pairs], np.where(second < 128, second, 0)] | (second == ord("｜"))]
+        first = codes[pairs]
+        yield FENCES, pairs[first == ord("`")]
+        phrase = np.isin(first, [ord(letter) for letter in PHRASES])
+        yield WORDS, pairs[phrase]
+        pairs = pairs[~phrase & (first != ord("`"))]
+        double = codes[pairs + 1] == ord("<")  # << is an operator; <<SYS>> is Llama 2's
+        third = codes[pairs + 2]
         yield OPENING, pairs[~double | (third == ord("S")) | (third == ord("/"))]
-    for places in _runs(flags):
+    for places in _runs(flags, eights):
         yield RUNS, places
-    lengths = np.diff(joined.starts, append=flags.size)
-    if lengths.max() >= LONG_WORD:
-        yield RUNS, _unbroken(joined.codes)
-    for word in PHRASES:
-        yield WORDS, _found(joined, word)
+    if joined.lengths.max(initial=0) >= LONG_WORD:
+        yield RUNS, _unbroken(codes)
+
+
+def _having(flags: np.ndarray, eights: np.ndarray, flag: int) -> np.ndarray:
+    """Where characters with a flag are, few among many."""
+    some = np.flatnonzero((eights & (ONES * np.uint64(flag))) != 0)  # of other than booleans it takes ten times as long
+    near = (some[:, None] * EIGHT + np.arange(EIGHT)).ravel()
+    return np.asarray(near[(flags[near] & flag) != 0])
 
 
 @cache
@@ -167,21 +183,21 @@ def _pairs() -> np.ndarray:
     return table
 
 
-def _runs(flags: np.ndarray) -> list[np.ndarray]:
-    """Where keys, blobs, cards and repeated characters may lie: by blocks of four characters that are all of a kind."""
-    whole = flags.size // 4 * 4
-    if whole < 8:
-        return []
-    blocks = flags[:whole].view(np.uint32)
-    words = (blocks & np.uint32(0x10101010)) == np.uint32(0x10101010)
-    long = words[:-3] & words[1:-2] & words[2:-1] & words[3:] if words.size > 3 else words[:0]
-    digits = ((blocks & np.uint32(0x20202020)) == np.uint32(0x20202020)) & ((blocks & np.uint32(0x40404040)) != 0)
-    numbers = digits[:-1] & digits[1:]
-    same = blocks[:-1] == blocks[1:]
-    for _doubling in range(4):  # 32 equal blocks in a row: 128 characters, within any run of RUN
-        step = 1 << _doubling
+def _runs(flags: np.ndarray, eights: np.ndarray) -> list[np.ndarray]:
+    """Where keys, blobs, cards and repeated characters may lie: by fours and eights of characters all of a kind."""
+    fours = flags[: eights.size * EIGHT].view(np.uint32)
+    words, digitish, digit = (np.uint32(flag * 0x01010101) for flag in (WORD, DIGITISH, DIGIT))
+    long = (fours & words) == words
+    long = long[:-1] & long[1:]
+    long = long[:-2] & long[2:]
+    digits = ((fours & digitish) == digitish) & ((fours & digit) != 0)
+    same = eights[:-1] == eights[1:]
+    if np.count_nonzero(same) < 16:
+        same = same[:0]
+    for doubling in range(4):  # 17 equal steps in a row: 136 characters, within any run of RUN
+        step = 1 << doubling
         same = same[:-step] & same[step:] if same.size > step else same[:0]
-    return [np.flatnonzero(long) * 4, np.flatnonzero(numbers) * 4, np.flatnonzero(same) * 4]
+    return [np.flatnonzero(long) * 4, np.flatnonzero(digits[:-1] & digits[1:]) * 4, np.flatnonzero(same) * EIGHT]
 
 
 def _unbroken(codes: np.ndarray) -> np.ndarray:
@@ -192,15 +208,3 @@ def _unbroken(codes: np.ndarray) -> np.ndarray:
         step = 1 << doubling
         inside = inside[:-step] & inside[step:] if inside.size > step else inside[:0]
     return np.flatnonzero(inside) * 8
-
-
-def _found(joined: Joined, word: str) -> np.ndarray:
-    """Where a word stands, in units of `codes`."""
-    text, found, place = joined.text, [], joined.text.find(word)
-    while place >= 0:
-        found.append(place)
-        place = text.find(word, place + 1)
-    places = np.array(found, np.int64)
-    if joined.codes.size != len(text) and found:
-        places = np.array([len(text[:place].encode("utf-16-le", "surrogatepass")) // 2 for place in found], np.int64)
-    return places

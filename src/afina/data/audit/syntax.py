@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from afina.data.audit.letters import Fault
 
 _LITERAL = re.compile(r"(?:True|False|None|undefined|NULL|Null|TRUE|FALSE)\b")
@@ -44,10 +46,11 @@ def unreadable(raw: bytes) -> tuple[Any, list[Fault]]:
     except UnicodeDecodeError as error:
         return None, [undecodable(raw, error)]
     found: list[Fault] = []
+    head = text.lstrip()[:40].lower()
     for kind, begins in (("html-page", PAGES), ("pointer-file", ("version https://git-lfs",))):
-        if text.lstrip().lower().startswith(begins):
+        if head.startswith(begins):
             return None, [Fault(kind, 0, len(raw), text.strip()[:40])]
-    lone = _LONE.search(raw)
+    lone = _LONE.search(raw) if b"\\u" in raw else None
     if lone is not None and _is_open(raw, lone.start()):
         found.append(Fault("lone-surrogate", *lone.span(), lone.group().decode("ascii")))
     try:
@@ -190,7 +193,24 @@ def quotes(raw: bytes) -> int:
 
 def escaped_quotes(raw: bytes) -> int:
     """Quotation marks of a JSON text that are."""
-    return raw.replace(b"\\\\", b"").count(b'\\"') if b"\\" in raw else 0
+    return (raw.replace(b"\\\\", b"") if b"\\\\" in raw else raw).count(b'\\"')
+
+
+def quotes_of(text: bytes, begins: np.ndarray) -> np.ndarray:
+    """(lines,) int64: `quotes` of each line. text: lines with their line ends; begins: (lines,) where each begins."""
+    codes = np.frombuffer(text, np.uint8)
+    places = np.flatnonzero(codes == ord('"'))
+    edges = np.append(begins, codes.size)
+    counts = np.diff(np.searchsorted(places, edges))
+    if b"\\" in text:
+        after = places[codes[places - 1] == ord("\\")]
+        odd, back = np.ones(after.size, np.bool_), after - 1
+        behind = np.arange(after.size)  # where one more backslash stands before those that are counted
+        while (behind := behind[codes[back[behind] - 1] == ord("\\")]).size:
+            back[behind] -= 1
+            odd[behind] ^= True
+        counts -= np.diff(np.searchsorted(after[odd], edges))
+    return counts
 
 
 def place(raw: bytes, text: str, begin: int, end: int) -> tuple[int, int]:

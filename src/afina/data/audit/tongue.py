@@ -118,57 +118,75 @@ def _first_words(eights: np.ndarray) -> np.ndarray:
     return np.asarray(eights & (((zeros & (~zeros + np.uint64(1))) >> np.uint64(7)) - np.uint64(1)))
 
 
-def languages(joined: Joined) -> np.ndarray:
-    """(texts,) uint8: the language of each text, a place in LANGUAGES."""
-    count = len(joined.texts)
-    if not count:
+def languages(*parts: Joined) -> np.ndarray:
+    """(texts,) uint8: the language of each text of all parts, a place in LANGUAGES."""
+    parts = tuple(part for part in parts if part.texts)
+    if not parts:
         return np.zeros(0, np.uint8)
+    raw = b"".join([b"\n", *map(_narrow, parts)])  # after each text there is a line end, in the end eight
+    firsts = np.cumsum([0, *(part.codes.size for part in parts[:-1])])
+    begins = np.concatenate([part.starts + first for part, first in zip(parts, firsts, strict=True)])
+    scores = _scores(np.frombuffer(raw.translate(_lower()), np.uint8), begins)[: len(LATIN)]
+    top = scores.max(0)
+    best = scores == top
+    second = np.where(best, 0, scores).max(0)
+    top, second = top.astype(np.int64), second.astype(np.int64)
+    # MOST words of prose come within a quarter of the characters that such a text may have
+    lengths = np.concatenate([part.lengths for part in parts])
+    dense = top * SPARSE >= np.minimum(lengths, MOST * SPARSE // 4)
+    told = (best.sum(0) == 1) & (top >= LEAST) & dense & ((top >= 2 * second) | (top - second >= LEAST - 1))
+    language = np.where(told, np.arange(1, len(LATIN) + 1) @ best, 0).astype(np.uint8)
+    end = 0
+    for part in parts:
+        begin, end = end, end + len(part.texts)
+        if part.codes.dtype != np.uint8:
+            _by_script(part, language[begin:end])
+    return language
+
+
+def _narrow(joined: Joined) -> bytes:
+    """The texts in Latin-1, what it does not know as zeros."""
     codes = joined.codes
-    narrow = codes if codes.dtype == np.uint8 else np.where(codes < 256, codes, 0).astype(np.uint8)
-    raw = b"\n" + narrow.tobytes() + b"\n" * LETTERS
-    low = np.frombuffer(raw.translate(_lower()), np.uint8)
+    return (codes if codes.dtype == np.uint8 else np.where(codes < 256, codes, 0).astype(np.uint8)).tobytes()
+
+
+def _scores(low: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """(8, texts) uint8: the little words of each text in each language. low: a line end, and all texts."""
     starts = _short_words(low != 0)
-    keys = _first_words(np.ndarray((low.size - LETTERS + 1,), np.uint64, low.data, strides=(1,))[starts + 1])
+    keys = _first_words(np.ndarray((low.size - LETTERS,), np.uint64, low.data, 1, (1,)).take(starts))
     table, lanes, multiplier = _words()
-    slots = _slots(keys, multiplier)
+    slots = _slots(keys, multiplier).view(np.int64)
     hits = np.flatnonzero(table[slots] == keys)
     found = np.append(lanes[slots[hits]], np.uint64(0))
-    bounds = np.searchsorted(starts[hits], joined.starts)
-    ends = np.minimum(np.append(bounds[1:], hits.size), bounds + MOST)
-    sums = np.add.reduceat(found, np.stack([bounds, ends], 1).ravel())[::2]
-    sums[bounds == ends] = 0  # of an empty range reduceat gives the element it begins with
-    scores = sums.astype("<u8").view(np.uint8).reshape(count, 8)[:, : len(LATIN)].copy()
-    best = scores.argmax(1)
-    top = scores[np.arange(count), best].astype(np.int64)
-    scores[np.arange(count), best] = 0
-    second = scores.max(1).astype(np.int64)
-    # MOST words of prose come within a quarter of the characters that such a text may have
-    dense = top * SPARSE >= np.minimum(joined.lengths, MOST * SPARSE // 4)
-    told = (top >= LEAST) & dense & ((top >= 2 * second) | (top - second >= LEAST - 1))
-    language = np.where(told, best + 1, 0).astype(np.uint8)
-    if codes.dtype != np.uint8:
-        _by_script(joined, language)
-    return language
+    first = np.searchsorted(starts[hits], begins)
+    last = np.minimum(np.append(first[1:], hits.size), first + MOST)
+    sums: np.ndarray = np.add.reduceat(found, np.stack([first, last], 1).ravel())[::2]
+    sums[first == last] = 0  # of an empty range reduceat gives the element it begins with
+    return np.ascontiguousarray(sums.astype("<u8").view(np.uint8).reshape(sums.size, 8).T)
+
+
+@cache
+def _script_table() -> np.ndarray:
+    """(65536,) uint8: the script of each character of the basic plane, a place in SCRIPTS from 1 on, 0 for none."""
+    table = np.zeros(65536, np.uint8)
+    for number, spans in enumerate(SCRIPTS.values(), start=1):
+        for first, last in spans:
+            table[first : last + 1] = number
+    return table
 
 
 def _by_script(joined: Joined, language: np.ndarray) -> None:
     """Set the language of texts that are mostly of another script than the Latin one."""
-    high = np.flatnonzero(joined.codes > 0x036F)
-    if high.size < LEAST:
+    found = _script_table()[joined.codes]
+    places = np.flatnonzero(found != 0)
+    if places.size < LEAST:
         return
-    codes, owners, count = joined.codes[high], joined.owners(high), len(joined.texts)
-    lengths = np.diff(joined.starts, append=joined.codes.size)
-    scores = []
-    for spans in SCRIPTS.values():
-        inside = np.zeros(codes.size, np.bool_)
-        for first, last in spans:
-            inside |= (codes >= first) & (codes <= last)
-        scores.append(np.bincount(owners[inside], minlength=count))
-    script = np.stack(scores, 1)
+    count, kinds = len(joined.texts), len(SCRIPTS) + 1
+    owners = joined.owners(places) * kinds + found[places]
+    script = np.bincount(owners, minlength=count * kinds).reshape(count, kinds)[:, 1:].copy()
     ja, zh = list(SCRIPTS).index("ja"), list(SCRIPTS).index("zh")
     script[:, ja] += np.where(script[:, ja] * 8 >= script[:, zh], script[:, zh], 0)
     best = script.argmax(1)
     top = script[np.arange(count), best]
-    language[(top >= LEAST) & (top * 3 >= lengths)] = 0
-    chosen = (top >= LEAST) & (top * 3 >= lengths)
+    chosen = (top >= LEAST) & (top * 3 >= joined.ends - joined.starts)
     language[chosen] = best[chosen] + 1 + len(LATIN)

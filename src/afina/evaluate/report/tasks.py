@@ -8,6 +8,7 @@ from afina.evaluate.metrics import NO_SHARES
 from afina.evaluate.plot import NARROW, PALETTE, accuracy_bars, confusion_matrix
 from afina.evaluate.report.facts import Facts, mapping, mappings, number, sequence, text
 from afina.evaluate.spread import answer_lengths
+from afina.language import _
 
 SHOWN_EXAMPLES = 12
 """Samples shown of those fixed, and of those broken."""
@@ -106,7 +107,15 @@ def _system(task: Facts, key: str) -> Facts | None:
             str(name): {str(key): number(value) for key, value in mapping(one).items()}
             for name, one in mapping(figures.get("lm_eval")).items()
         },
-        "shares": {**mapping(figures.get("areas")), **mapping(figures.get("fields"))},
+        "shares": {**mapping(figures.get("areas")), **_forms(figures), **mapping(figures.get("fields"))},
+    }
+
+
+def _forms(figures: Facts) -> dict[str, Facts]:
+    """Of JSON: how many answers are an object at all, and of the schema."""
+    named = {"parsed": _("(a JSON object)"), "of_schema": _("(of the schema)")}
+    return {
+        name: {"right": figures[key], "of": figures.get("answered")} for key, name in named.items() if key in figures
     }
 
 

@@ -12,6 +12,7 @@ from afina.evaluate.metrics import wilson
 from afina.evaluate.systems.asking import Answer, Constraint, Request, Write
 from afina.evaluate.tasks.kind import CUT_OFF, EMPTY, NOT_JSON, NOT_OBJECT, NOT_SCHEMA, Asked, Mark, one_each
 from afina.language import _
+from afina.recipe.place import schema_file
 from afina.recipe.schema import Task
 
 NOTHING = object()
@@ -86,7 +87,7 @@ def _problem(answer: Answer, value: Any, valid: Any) -> str:
 
 def _schema(task: Task, folder: Path) -> str | None:
     """The schema's text, proved to be one."""
-    return None if task.schema_file is None else read_schema(folder / task.schema_file, "tasks.schema_file")
+    return None if task.schema_file is None else read_schema(schema_file(task.schema_file, folder), "tasks.schema_file")
 
 
 def field_of(text: str, field: str | None) -> Any:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from afina.data.conversation import Sample
-from afina.errors import ResourceError
+from afina.errors import DataError, ResourceError
 from afina.evaluate.systems.asking import Answer, Request, Write
-from afina.evaluate.tasks.kind import CUT_OFF, EMPTY, Asked, Mark, one_each
+from afina.evaluate.tasks.json_object import NOTHING, field_of
+from afina.evaluate.tasks.kind import CUT_OFF, EMPTY, NOT_JSON, Asked, Mark, one_each
 from afina.evaluate.tasks.text import normalised
 from afina.language import _
 from afina.recipe.schema import Task
@@ -16,13 +17,22 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 class Similarity:
-    """chrF (Popović, 2015) of each answer as its score; ROUGE (Lin, 2004) beside it."""
+    """chrF (Popović, 2015) of each answer, or of one field of its JSON, as its score; ROUGE (Lin, 2004) beside it."""
 
     measure, reads = "chrF", False
 
     def prepare(self, task: Task, samples: list[Sample], folder: Path) -> Asked:
-        """Any reference will do."""
+        """Any reference will do; where a field is compared, each must be JSON with a text there."""
         _scorers()
+        for sample in samples:
+            if _compared(sample.answer, task.field) is None:
+                raise DataError(
+                    _("The reference answer of task {task} is not JSON with a text in the field {field}.").format(
+                        task=task.name, field=task.field
+                    ),
+                    file=sample.file,
+                    line=sample.line,
+                )
         return Asked(task, samples)
 
     def requests(self, asked: Asked, place: int) -> list[Request]:
@@ -34,10 +44,14 @@ class Similarity:
         chrf, rouge = _scorers()
 
         def one(sample: Sample, answer: Answer) -> Mark:
-            letters = chrf.sentence_score(answer.text, [sample.answer]).score / 100
-            words = rouge.score(sample.answer, answer.text)
+            found, wanted = _compared(answer.text, asked.task.field), _compared(sample.answer, asked.task.field) or ""
+            letters = chrf.sentence_score(found or "", [wanted]).score / 100
+            words = rouge.score(wanted, found or "")
             problem = EMPTY if not answer.text.strip() else "" if answer.ended else CUT_OFF
-            return Mark(None, letters, answer.text, problem, {name: float(words[name].fmeasure) for name in ROUGE})
+            if found is None and not problem:
+                problem = NOT_JSON
+            more = {"found": found or "", **{name: float(words[name].fmeasure) for name in ROUGE}}
+            return Mark(None, letters, answer.text, problem, more)
 
         return one_each(one, asked, places, answers)
 
@@ -48,9 +62,16 @@ class Similarity:
         }
         if marks:
             chrf, _rouge = _scorers()
-            references = [asked.samples[place].answer for place in places]
-            found["chrf_corpus"] = chrf.corpus_score([mark.shown for mark in marks], [references]).score / 100
+            references = [_compared(asked.samples[place].answer, asked.task.field) or "" for place in places]
+            given = [mark.more["found"] for mark in marks]
+            found["chrf_corpus"] = chrf.corpus_score(given, [references]).score / 100
         return found
+
+
+def _compared(text: str, field: str | None) -> str | None:
+    """What is compared: the text itself, or the text in a field of its JSON object; None where there is none."""
+    value = text if field is None else field_of(text, field)
+    return value if value is not NOTHING and isinstance(value, str) else None
 
 
 class _Words:

@@ -36,9 +36,11 @@ class Task(Section):
     numbers: Literal["auto", "en", "es"] = "auto"
     """maths: how 1.234,5 is read; auto takes an answer that is right in either convention."""
     field: str | None = Field(default=None, examples=["intent"])
-    """json: the top-level field that must equal the reference's; unset: the whole object must."""
+    """json: the top-level field that must equal the reference's; unset: the whole object must. similarity: the field
+    whose text is compared; unset: the whole answer is."""
     schema_file: str | None = Field(default=None, examples=["schema.json"])
-    """json: a JSON Schema that every answer should satisfy."""
+    """json: a JSON Schema that every answer should satisfy: a file beside the recipe, or of a bundled set, as
+    afina/bot-configurator/schema.json."""
     constrained: bool = False
     """json: the model can write nothing else than JSON, of the schema where there is one."""
     attempts: Annotated[int, Field(ge=1, le=1000)] = 1
@@ -70,7 +72,7 @@ KEYS_OF: dict[str, tuple[str, ...]] = {
     "maths": ("data", "mapping", "numbers"),
     "json": ("data", "mapping", "field", "schema_file", "constrained"),
     "code": ("data", "mapping", "attempts", "temperature", "seconds"),
-    "similarity": ("data", "mapping"),
+    "similarity": ("data", "mapping", "field"),
     "perplexity": ("data", "mapping"),
     "judge": ("data", "mapping", "judge", "key_variable", "criteria"),
     "forgetting": (),

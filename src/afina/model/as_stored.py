@@ -21,7 +21,7 @@ bits alone, half of what weights in fp32 would take. A GPU wants more. A head of
 
 
 @torch.no_grad()
-def exact(model: nn.Module) -> nn.Module:
+def compute_in_fp32(model: nn.Module) -> nn.Module:
     """Let the linear layers and the embeddings of `model` compute in fp32; all other weights become fp32 themselves."""
     held, others = set(), set()
     modules: list[Any] = list(model.modules())

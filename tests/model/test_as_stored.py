@@ -8,7 +8,7 @@ from families import FAMILIES, build
 from small import perturb_adapters, spread
 from transformers import AutoModelForCausalLM
 
-from afina.model import exact as room
+from afina.model import as_stored as room
 from afina.model.attach import attach, load_adapter, only_adds, save_adapter, settings_of
 from afina.model.load import Hardware, load_model
 from afina.recipe.schema import Lora, Model
