@@ -87,8 +87,8 @@ last step:
 |---|{rule}
 {rows}
 
-Between seeds the exact runs lie {between:.4f} apart; the same seed ends at most {apart[0]:.4f} from the exact run with e4m3
-products, {apart[1]:.4f} with INT8's.
+Between seeds the exact runs lie {between:.4f} apart; the same seed ends at most {apart[0]:.4f} from the exact run with
+e4m3 products, {apart[1]:.4f} with INT8's.
 
 ![Loss by step, three seeds each](eight-bit.png)
 """
