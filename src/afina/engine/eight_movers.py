@@ -115,35 +115,36 @@ def unpack(weight: "Nf4", scales: torch.Tensor, out: torch.Tensor, turned: bool)
     levels = weight.scale_levels if nested else weight.levels
     outer = weight.outer_scales if nested else weight.scales
     offset = weight.offset if nested else weight.levels
-    block_n, block_k, warps = UNPACK
-    _unpack[(triton.cdiv(weight.rows, block_n), triton.cdiv(weight.columns, block_k))](
+    block_n, blocks, warps = UNPACK[turned]
+    _unpack[(triton.cdiv(weight.rows, block_n), triton.cdiv(weight.columns, 64 * blocks))](
         weight.packed, weight.levels, weight.scales, levels, outer, offset, scales, out, out.stride(0), weight.rows,
-        weight.columns, weight.outer_block, block_n, block_k, nested, turned, num_warps=warps,
+        weight.columns, weight.outer_block, block_n, blocks, nested, turned, num_warps=warps,
     )  # fmt: skip
 
 
-UNPACK = (64, 128, 8)
-"""Rows and columns of a tile, and warps."""
+UNPACK = {False: (8, 16, 8), True: (128, 2, 8)}
+"""As they lie, and turned over: rows of a tile and blocks of 64 columns, and warps."""
 
 
 @triton.jit
 def _unpack(
     packed, levels, scales, scale_levels, outer, offset, row_scales, out, out_stride, rows, columns, outer_block,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NESTED: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    half = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-    inside = (row[:, None] < rows) & (half[None, :] * 2 < columns)
-    pair = tl.load(packed + row[:, None] * (columns // 2) + half[None, :], mask=inside, other=0).to(tl.int32)
-    place = (row[:, None] * columns + half[None, :] * 2) // 64
-    scale = tl.load(scales + place, mask=inside, other=0)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = (row[:, None] < rows) & (block[None, :] * 64 < columns)
+    place = row[:, None] * (columns // 64) + block[None, :]
+    scale = tl.load(scales + place, mask=inside, other=0)  # one for 64 weights: a division for each took 30 ms a step
     if NESTED:
         wide = tl.load(outer + place // outer_block, mask=inside, other=0.0)
         scale = tl.load(scale_levels + scale.to(tl.int32)) * wide + tl.load(offset)
-    scale = scale / tl.load(row_scales + row, mask=row < rows, other=1.0)[:, None]
+    scale = (scale / tl.load(row_scales + row, mask=row < rows, other=1.0)[:, None])[:, :, None]
+    pairs = place[:, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+    pair = tl.load(packed + pairs, mask=inside[:, :, None], other=0).to(tl.int32)
     both = tl.interleave(tl.load(levels + (pair >> 4)) * scale, tl.load(levels + (pair & 15)) * scale)
-    value = rounded(both, out.dtype.element_ty)
-    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    value = tl.reshape(rounded(both, out.dtype.element_ty), (BLOCK_N, BLOCKS * 64))
+    column = tl.program_id(1) * (BLOCKS * 64) + tl.arange(0, BLOCKS * 64)
     if TURNED:
         known = (row[None, :] < rows) & (column[:, None] < columns)
         tl.store(out + column[:, None].to(tl.int64) * out_stride + row[None, :], tl.trans(value), mask=known)
