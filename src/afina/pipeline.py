@@ -106,18 +106,16 @@ def evaluate(
     wanted = Wanted(others, tasks, limit, minutes, _prompts_of)
     if recipe is None:
         run = _run_folder(source)
+        place = Path(out) if out else run
         console.heading(_("Evaluating {run}").format(run=run))
-        with durable.claim(run / WORKPLACE):
-            evaluate_run(run, run / "evaluation", console, wanted)
-        draw(run)
-        return run / "evaluation"
-    place = Path(out) if out else Path("evaluation")
-    console.heading(_("Evaluating {run}").format(run=", ".join([str(source), *others])))
-    asked = load(Path(recipe))
-    with durable.claim(place / WORKPLACE):
-        evaluate_models(
-            asked, Path(recipe).resolve().parent, [str(source), *others], place / "evaluation", console, wanted
-        )
+        with durable.claim(place / WORKPLACE):
+            evaluate_run(run, place / "evaluation", console, wanted)
+    else:
+        place = Path(out) if out else Path("evaluation")
+        console.heading(_("Evaluating {run}").format(run=", ".join([str(source), *others])))
+        asked, folder = load(Path(recipe)), Path(recipe).resolve().parent
+        with durable.claim(place / WORKPLACE):
+            evaluate_models(asked, folder, [str(source), *others], place / "evaluation", console, wanted)
     draw(place)
     return place / "evaluation"
 

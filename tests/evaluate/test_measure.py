@@ -107,6 +107,23 @@ def test_one_system_alone_has_no_verdict(renderer, tmp_path):
     assert "verdict" not in result and result["samples"] == 1
 
 
+class _Silent:
+    """Answers nothing, at once."""
+
+    def answer(self, requests: Sequence[Request], sink: Sink) -> None:
+        for place, _request in enumerate(requests):
+            sink(place, Answer(error="gone", seconds=1e-6))
+
+
+def test_who_answers_nothing_has_no_speed(tmp_path):
+    asked = prepare(task("exact"), [sample(question, "x") for question in QUESTIONS], seed=0)
+    silent = System("gone", "endpoint", "gone", lambda: nullcontext(_Silent()))
+    result, rows = ask(asked, [silent], tmp_path)
+    figures = result["systems"]["gone"]
+    assert figures["samples_per_second"] is None is figures["tokens_per_second"] and figures["value"] is None
+    assert figures["unanswered"] == len(QUESTIONS) and all(row["unanswered"] == {"gone": "gone"} for row in rows)
+
+
 def test_written_answers_do_not_depend_on_who_is_asked_beside(renderer, tmp_path):
     model = model_for(renderer)
     samples = [sample(question, "x") for question in QUESTIONS]

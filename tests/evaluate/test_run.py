@@ -135,6 +135,15 @@ def test_an_adapter_alone_answers_as_its_run(runs, tmp_path):
         assert list(found) == ["lora", "adapter", merged.name, "base"]
         assert found["lora"] == found["adapter"] == found[merged.name]
     assert "No difference" in tasks[0]["comparisons"][0]["verdict"]
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "Exactly what was trained" not in page and 'href="#record"' not in page  # nothing was
+
+
+def test_a_run_is_asked_into_another_folder(runs, tmp_path):
+    before = {path: path.read_bytes() for path in runs["lora"].rglob("*") if path.is_file()}
+    out = afina.evaluate(runs["lora"], out=tmp_path / "elsewhere", limit=3)
+    assert out == tmp_path / "elsewhere" / "evaluation" and (out.parent / "report.html").is_file()
+    assert {path: path.read_bytes() for path in runs["lora"].rglob("*") if path.is_file()} == before
 
 
 def test_an_adapter_of_no_base_is_told(runs, tmp_path):

@@ -7,7 +7,7 @@ from small import llama, perturb_adapters
 from afina.model.attach import attach, learning
 from afina.model.attention import attending
 from afina.model.packed import packed_attention
-from afina.model.repeatable import exact
+from afina.model.repeatable import same_bits
 from afina.recipe.schema import Lora
 
 
@@ -31,7 +31,7 @@ def test_the_numbers_are_those_of_plain_attention(model, padded, again):
     if again:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
-        with exact(), packed_attention(model, False):
+        with same_bits(), packed_attention(model, False):
             assert model.config._attn_implementation == "afina_padded"
             found = gradients(model, mask)
     finally:
@@ -48,7 +48,7 @@ def test_the_order_is_asked_for_around_attention_alone(model, monkeypatch):
         seen.append("strict" if on and not warn_only else "loose" if on else "off")
         real(on, warn_only=warn_only)
 
-    with exact(), packed_attention(model, False):
+    with same_bits(), packed_attention(model, False):
         monkeypatch.setattr(torch, "use_deterministic_algorithms", noted)
         gradients(model, None)
         assert seen == ["strict", "loose"] * 4
@@ -59,5 +59,5 @@ def test_the_order_is_asked_for_around_attention_alone(model, monkeypatch):
 def test_outside_exact_and_for_other_attention_nothing_changes(model):
     with packed_attention(model, False):
         assert model.config._attn_implementation == "sdpa"
-    with exact(), attending(model, "eager"), packed_attention(model, False):
+    with same_bits(), attending(model, "eager"), packed_attention(model, False):
         assert model.config._attn_implementation == "eager"

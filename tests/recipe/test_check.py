@@ -39,6 +39,12 @@ TASK = LEAST + "tasks:\n- name: t\n  kind: {kind}\n  data: y\n"
         (LEAST + "export:\n  formats: [f16, q8_0, f16]\n", 5, 24, "f16 stands twice"),
         (LEAST + "method:\n  targets: []\n", 5, 3, "names no layer"),
         (LEAST + "method:\n  targets: [a, a]\n", 5, 16, "named once"),
+        (LEAST + "method:\n  init: orthogonal\n  rank: 3\n", 6, 3, "even rank"),
+        (LEAST + "model: {quantization: nf4}\nmethod:\n  init: orthogonal\n", 6, 3, "beside plain weights"),
+        (LEAST + "method:\n  init: pissa\n  experts: true\n", 5, 3, "cannot begin as pissa"),
+        (LEAST + "method:\n  router: true\n  dora: true\n", 5, 3, "know no DoRA"),
+        (LEAST + "method: {name: full}\nexport:\n  formats: [lora]\n", 6, 3, "merged instead of lora"),
+        (LEAST + "method: {bias: all}\nexport:\n  formats: [q8_0, lora]\n", 6, 3, "method.bias makes more of it"),
     ],
 )
 def test_broken_rules(text: str, line: int, column: int, said: str) -> None:
@@ -61,6 +67,9 @@ def test_broken_rules(text: str, line: int, column: int, said: str) -> None:
         LEAST + "training:\n  micro_batch_tokens: 1024\n",
         LEAST + "export: {formats: []}\n",
         LEAST + "method:\n  targets: [q_proj, v_proj]\n",
+        LEAST + "method: {init: orthogonal}\n",
+        LEAST + "method: {init: pissa, router: true}\n",
+        LEAST + "method: {name: full}\nexport: {formats: [merged]}\n",
     ],
 )
 def test_kept_rules(text: str) -> None:

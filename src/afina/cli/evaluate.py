@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from afina.cli.options import Debug, Json
+from afina.console import console
 from afina.language import _
 
 Sources = Annotated[
@@ -44,4 +45,7 @@ def command(
     """Everyone beside the base."""
     from afina import pipeline
 
-    pipeline.evaluate(sources[0], *sources[1:], recipe=recipe, out=out, tasks=task or [], limit=limit, minutes=minutes)
+    made = pipeline.evaluate(
+        sources[0], *sources[1:], recipe=recipe, out=out, tasks=task or [], limit=limit, minutes=minutes
+    )
+    console.line(_("Report    {path}").format(path=made.parent / "report.html"))

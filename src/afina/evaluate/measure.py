@@ -238,6 +238,7 @@ def _figures(asked: Asked, taken: Taken, system: System) -> dict[str, Any]:
     errors = [*(answer.error for answer in given if answer.error), *taken.unmarked.values()]
     unasked = sum(answers is None for answers in taken.answers)
     seconds, tokens = sum(answer.seconds for answer in given), sum(answer.tokens for answer in given)
+    told = sum(not answer.error for answer in given)
     figures: dict[str, Any] = {
         "answered": len(marks),
         "unanswered": len(asked.samples) - len(marks) - unasked,
@@ -245,9 +246,9 @@ def _figures(asked: Asked, taken: Taken, system: System) -> dict[str, Any]:
         "reasons": sorted(set(errors))[:5],
         "problems": problems(marks),
         "seconds": seconds,
-        "samples_per_second": len(given) / seconds if seconds else None,
+        "samples_per_second": told / seconds if seconds and told else None,
         "tokens": tokens,
-        "tokens_per_second": tokens / seconds if seconds else None,
+        "tokens_per_second": tokens / seconds if seconds and told else None,
         **system.facts(),
     }
     if marks and all(mark.right is not None for mark in marks):

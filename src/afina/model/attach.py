@@ -69,7 +69,7 @@ def attach(
         make_room(model, tokens)
     if isinstance(method, Full):
         return _attach_full(model, method)
-    if isinstance(method, Lora) and method.init in ("pissa", "loftq"):
+    if isinstance(method, Lora):
         _check_beginning(model, method.init)
     config = _lora(model, method, tokens or {}) if isinstance(method, Lora) else _virtual(method)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), stand_ins(model):
@@ -109,6 +109,12 @@ def _check_beginning(model: nn.Module, init: str) -> None:
             hint=_("Take loftq, or a base of plain weights."),
             key=("method", "init"),
         )
+    if init == "orthogonal" and is_quantised(model):
+        raise RecipeError(
+            _("method.init: orthogonal begins beside plain weights, and this base is quantised."),
+            hint=_("Take default or loftq, or a base of plain weights."),
+            key=("method", "init"),
+        )
     if init == "loftq" and not is_quantised(model):
         raise RecipeError(
             _("method.init: loftq begins with what quantising the base loses, and this base is not quantised."),
@@ -126,7 +132,7 @@ def _check_tokens(method: Method) -> None:
             )
             if not saves
             else _("Turn tokens learn by rows of their own, which does not go together with method.modules_to_save."),
-            hint=_("Take method lora or full, or a template of tokens that the model has (model.turn_tokens)."),
+            hint=_("Take method lora, or full with all layers, or a template of tokens that the model has."),
             key=("model", "turn_tokens"),
         )
 

@@ -148,6 +148,21 @@ def weights_in(parameter: torch.Tensor) -> int:
     return parameter.numel() if state is None else int(state.shape.numel())
 
 
+def check_layers(model: nn.Module) -> None:
+    """Raises RecipeError for quantised layers whose plain weights lie the other way round (GPT-2's): what is merged of
+    them could not be loaded again."""
+    for module in model.modules():
+        if layer_kind(module) is not None and getattr(module, "source_cls", nn.Linear).__name__ == "Conv1D":
+            kind: Any = model.config
+            raise RecipeError(
+                _(
+                    "model.quantization: the weights of {family} lie the other way round, and cannot be quantised."
+                ).format(family=kind.model_type),
+                hint=_("Set model.quantization to none, or take another base."),
+                key=("model", "quantization"),
+            )
+
+
 def made_portable(model: nn.Module) -> nn.Module:
     """Quantised layers compute on a CPU as they do on a GPU.
 

@@ -188,7 +188,8 @@ def targets_are_named(recipe: Recipe) -> Iterator[Fault]:
 
 
 def the_base_suits_the_method(recipe: Recipe) -> Iterator[Fault]:
-    """Weights of four or eight bits cannot learn; PiSSA begins with plain weights, LoftQ with quantised ones."""
+    """Weights of four or eight bits cannot learn; PiSSA begins with plain weights, LoftQ with quantised ones. PEFT
+    draws orthogonal adapters in the base's own type, two halves at a time."""
     method, held, path = recipe.method, recipe.model.quantization, ("model", "quantization")
     if held != "none" and isinstance(method, Full):
         message = _("A quantised base cannot learn itself: take method lora, or quantization: none.")
@@ -199,6 +200,13 @@ def the_base_suits_the_method(recipe: Recipe) -> Iterator[Fault]:
     if held == "none" and isinstance(method, Lora) and method.init == "loftq":
         message = _("loftq begins with what quantising the base loses. Set model.quantization to nf4.")
         yield Fault(("method", "init"), message, (path,))
+    if isinstance(method, Lora) and method.init == "orthogonal":
+        if held != "none":
+            message = _("orthogonal begins beside plain weights, and this base is quantised. Take default or loftq.")
+            yield Fault(("method", "init"), message, (path,))
+        if method.rank % 2:
+            message = _("orthogonal needs an even rank.")
+            yield Fault(("method", "rank"), message, (("method", "init"),))
 
 
 def virtual_tokens_stay_outside_the_weights(recipe: Recipe) -> Iterator[Fault]:
@@ -212,6 +220,45 @@ def virtual_tokens_stay_outside_the_weights(recipe: Recipe) -> Iterator[Fault]:
     if isinstance(recipe.method, PrefixTuning) and recipe.training.gradient_checkpointing:
         message = _("prefix-tuning keeps keys and values, which computing layers again would lose. Leave this out.")
         yield Fault(("training", "gradient_checkpointing"), message, (("method", "name"),))
+
+
+def an_adapter_alone_is_pairs_of_matrices(recipe: Recipe) -> Iterator[Fault]:
+    """The format lora: llama.cpp adds low-rank pairs to a base, and nothing else."""
+    method, path = recipe.method, ("export", "formats")
+    if "lora" not in recipe.export.formats or isinstance(method, PromptTuning | PrefixTuning):
+        return
+    if isinstance(method, Full):
+        message = _("A fully tuned model has no adapter of its own. Write merged instead of lora.")
+        yield Fault(path, message, (("method", "name"),))
+        return
+    more: list[tuple[Path, bool]] = [
+        (("method", "dora"), method.dora),
+        (("method", "bias"), method.bias != "none"),
+        (("method", "modules_to_save"), bool(method.modules_to_save)),
+        (("model", "turn_tokens"), bool(recipe.model.turn_tokens)),
+    ]
+    for key, there in more:
+        if there:
+            message = _("llama.cpp adds pairs of matrices alone, and {key} makes more of it. Write merged, not lora.")
+            yield Fault(path, message.format(key=".".join(map(str, key))), (key,))
+
+
+UNKNOWN_BEGINNINGS = {"experts": ("orthogonal", "pissa", "loftq"), "router": ("loftq",)}
+"""Ways to begin that look at a matrix of the base, where there is a stack of them, or one that is no layer."""
+
+
+def adapters_of_parameters_are_plain(recipe: Recipe) -> Iterator[Fault]:
+    """PEFT adds B A to the weights of experts and routers, so that there is no input to drop and no row to scale."""
+    method = recipe.method
+    if not isinstance(method, Lora):
+        return
+    for key in ("experts", "router"):
+        if getattr(method, key) and method.dora:
+            message = _("Adapters on experts or a router know no DoRA. Leave one of the two out.")
+            yield Fault(("method", key), message, (("method", "dora"),))
+        if getattr(method, key) and method.init in UNKNOWN_BEGINNINGS[key]:
+            message = _("Adapters on experts or a router cannot begin as {init}. Take default or gaussian.")
+            yield Fault(("method", "init"), message.format(init=method.init), (("method", key),))
 
 
 def the_optimizer_suits_the_method(recipe: Recipe) -> Iterator[Fault]:
@@ -249,6 +296,8 @@ RULES: tuple[Rule, ...] = (
     targets_are_named,
     the_base_suits_the_method,
     virtual_tokens_stay_outside_the_weights,
+    an_adapter_alone_is_pairs_of_matrices,
+    adapters_of_parameters_are_plain,
     the_optimizer_suits_the_method,
 )
 

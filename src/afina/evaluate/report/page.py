@@ -117,6 +117,7 @@ def _contents(run: Path) -> Facts:
     return {
         "name": str(recipe.get("name") or run.resolve().name),
         "finished": bool(manifest),
+        "record": bool(manifest) or bool(metrics),
         "made": date(manifest.get("made")),
         "base": text(mapping(recipe.get("model")).get("base")),
         "method": _method(recipe),
