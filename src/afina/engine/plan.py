@@ -262,7 +262,7 @@ def measure(engine: "Engine") -> Rates:
             call()
         ended.record()
         ended.synchronize()
-        return began.elapsed_time(ended) / 4 * 1e3
+        return float(began.elapsed_time(ended)) / 4 * 1e3
 
     plain = Product.trial(widest, 2048)
     products, exact = (2048 * widest.n * widest.k / microseconds(trial) for trial in (widest.trial(2048), plain))
