@@ -2,6 +2,7 @@
 
     make bench-gpu                                                         everything, beside the peers that are here
     python benchmarks/gpu.py W1 W10 --tools afina,unsloth                  one process a case; lines go to results
+    python benchmarks/gpu.py W1 W3 --side-by-side --steps 2,4              packages imported at once, GPU used in turns
     python benchmarks/gpu.py --case '{"workload": "W1", "tool": "afina"}'  one case in this process
 
 Weights have the shapes of real models and random values; every token is learnt; three steps warm up, six are timed
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     if "layers" in options:  # to look at a few of them
         work = work | dict(shape=work["shape"] | dict(num_hidden_layers=options["layers"]))
     if "turn" in options:  # several may import side by side; one at a time has the GPU
-        wait_for(options["turn"])
+        wait_for(options.pop("turn"), tool)
     if tool == "floor":
         return floor(workload, work)
     if tool == "afina":
@@ -137,12 +139,15 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     return result
 
 
-def wait_for(turn: str) -> None:
+def wait_for(turn: str, tool: str) -> None:
     """Import what takes long, then hold a file's lock until this process ends; the wait counts for nothing."""
     import fcntl
 
-    import afina.engine.engine
-    import afina.model.attach  # noqa: F401
+    if tool == "unsloth":
+        import unsloth  # noqa: F401
+    elif tool != "floor":
+        import afina.engine.engine
+        import afina.model.attach  # noqa: F401
 
     global STARTED
     began = time.perf_counter()
@@ -370,15 +375,21 @@ def here(tool: str) -> bool:
     return tool not in needs or find_spec(needs[tool]) is not None
 
 
-def run(workload: str, tool: str, folder: Path) -> dict[str, Any] | None:
-    """A case in a process of its own, so that memory and first step are its own."""
+def begin(workload: str, tool: str, folder: Path, said: Path, **more: Any) -> subprocess.Popen[str]:
+    """A case in a process of its own, so that memory and first step are its own. It writes what it says into `said`."""
     description = {"workload": workload, "tool": tool} | ({} if tool in ("afina", "floor") else {"folder": str(folder)})
-    command = [sys.executable, str(Path(__file__)), "--case", json.dumps(description)]
+    command = [sys.executable, str(Path(__file__)), "--case", json.dumps(description | more)]
     environment = os.environ | {"UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    line = next((text for text in done.stdout.split("\n") if text.startswith("RESULT ")), None)
+    with said.open("w", encoding="utf-8") as out:
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def found_in(said: Path) -> dict[str, Any] | None:
+    """The result of a case that has ended."""
+    lines = said.read_text("utf-8", errors="replace").split("\n")
+    line = next((text for text in lines if text.startswith("RESULT ")), None)
     if line is None:
-        print(f"{workload} {tool} failed:\n{done.stderr[-1500:]}", flush=True)
+        print(f"{said.stem} failed:", *lines[-20:], sep="\n", flush=True)
         return None
     return json.loads(line.removeprefix("RESULT "))
 
@@ -390,38 +401,68 @@ def main() -> None:
     options.add_argument("--case")
     options.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "afina-bench-models")
     options.add_argument("--results", type=Path, default=HERE / "results" / "gpu.jsonl")
+    options.add_argument("--steps", help="to warm up, and timed: 2,4")
+    options.add_argument("--side-by-side", action="store_true", help="import at once, then have the GPU in turns")
     chosen = options.parse_args()
     if chosen.case:
         print("RESULT " + json.dumps(case(**json.loads(chosen.case))), flush=True)
         return
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
-    )
+    tools, more = list(filter(here, chosen.tools.split(","))), {}
+    if chosen.steps:
+        more["steps"] = [int(count) for count in chosen.steps.split(",")]
+    workloads = chosen.workloads or [name for name in WORKLOADS if WORKLOADS[name]["goal"]]
+    folders = {name: chosen.models / "{hidden_size}x{num_hidden_layers}".format(**WORKLOADS[name]["shape"])
+               for name in workloads}  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        if chosen.side_by_side:
+            more["turn"] = str(place / "turn")
+        waiting = []
+        # what needs no weights from a disk first: they are written meanwhile
+        for workload, tool in sorted(product(workloads, tools), key=lambda pair: pair[1] not in ("floor", "afina")):
+            folder, said = folders[workload], place / f"{workload}-{tool}.txt"
+            if tool not in ("afina", "floor") and not (folder / "tokenizer_config.json").is_file():
+                write_model(WORKLOADS[workload]["shape"], folder, more.get("turn", str(place / "nobody")))
+            waiting.append((workload, tool, begin(workload, tool, folder, said, **more), said))
+            if not chosen.side_by_side:
+                record(*waiting.pop(), chosen.results, chosen.steps)
+        while waiting:
+            for one in [one for one in waiting if one[2].poll() is not None]:
+                waiting.remove(one)
+                record(*one, chosen.results, chosen.steps)
+            time.sleep(0.2)
+
+
+def record(
+    workload: str, tool: str, process: subprocess.Popen[str], said: Path, results: Path, steps: str | None
+) -> None:
+    """Wait for a case and append its result."""
+    from end_to_end import commit
+
     from afina.artifact import versions
 
-    for workload in chosen.workloads or [name for name in WORKLOADS if WORKLOADS[name]["goal"]]:
-        shape = WORKLOADS[workload]["shape"]
-        folder = chosen.models / f"{shape['hidden_size']}x{shape['num_hidden_layers']}"
-        for tool in filter(here, chosen.tools.split(",")):
-            if tool not in ("afina", "floor") and not (folder / "tokenizer_config.json").is_file():
-                write_model(shape, folder)
-            result = run(workload, tool, folder)
-            if result is None:
-                continue
-            result |= dict(
-                command=f"python benchmarks/gpu.py {workload} --tools {tool}", commit=commit.stdout.strip(),
-                versions=versions(), date=datetime.now(UTC).isoformat(timespec="seconds"),
-            )  # fmt: skip
-            with chosen.results.open("a", encoding="utf-8") as results:
-                results.write(json.dumps(result) + "\n")
-            print(f"{workload:4} {tool:12} {result['tokens_per_second']:7,} tokens/s {result['peak_gib']:6.2f} GiB "
-                  f"first step {result['first_step_s']:5.1f} s  {result['losses'][:3]}", flush=True)  # fmt: skip
+    process.wait()
+    result = found_in(said)
+    if result is None:
+        return
+    result |= dict(
+        command=f"python benchmarks/gpu.py {workload} --tools {tool}" + (f" --steps {steps}" if steps else ""),
+        commit=commit(), versions=versions(), date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+    print(f"{workload:4} {tool:12} {result['tokens_per_second']:7,} tokens/s {result['peak_gib']:6.2f} GiB "
+          f"first step {result['first_step_s']:5.1f} s  {result['losses'][:3]}", flush=True)  # fmt: skip
 
 
-def write_model(shape: dict[str, Any], folder: Path) -> None:
-    """The peers' weights, in a process of its own so that the GPU is free afterwards."""
+def write_model(shape: dict[str, Any], folder: Path, turn: str) -> None:
+    """The peers' weights, in a process of its own so that the GPU is free afterwards; made while it has the turn."""
     name = next(name for name, value in globals().items() if value is shape)
-    code = f"import gpu, peer_gpu, pathlib; peer_gpu.write(gpu.random_model(gpu.{name}), pathlib.Path({str(folder)!r}))"
+    code = (
+        f"import fcntl, gpu, os, pathlib, peer_gpu; turn = os.open({turn!r}, os.O_CREAT | os.O_RDWR); "
+        f"fcntl.flock(turn, fcntl.LOCK_EX); model = gpu.random_model(gpu.{name}).cpu(); os.close(turn); "
+        f"peer_gpu.write(model, pathlib.Path({str(folder)!r}))"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, capture_output=True)
 
 

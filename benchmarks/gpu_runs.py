@@ -258,29 +258,26 @@ class Runs:
             found |= {"closing_s": [round(value, 2) for value in sorted(closings)]}
         return found | about(plain)
 
-    def waiting(self) -> dict[str, Any]:
+    def waiting(self, spare: int | None = None) -> dict[str, Any]:
         """How long the loop waits for a checkpoint, piece by piece, and how much slower it is while one is written.
 
-        And where the GPU has no room for a copy, so that the loop waits until it is in main memory.
+        spare: a copy is made on the GPU when so many times its size is free there.
         """
-        found: dict[str, Any] = {}
-        for name, spare in (("roomy", None), ("tight", 10**9)):
-            out, pieces = self.folder / f"waiting-{name}", Pieces(self.folder / f"pieces-{name}.json")
+        name = "waiting" if spare is None else "tight"
+        out, pieces = self.folder / name, Pieces(self.folder / f"{name}.json")
 
-            def work(out: Path = out, pieces: Pieces = pieces, spare: int | None = spare) -> int:
-                from afina.train import checkpoint
+        def work() -> int:
+            from afina.train import checkpoint
 
-                checkpoint.SPARE = spare or checkpoint.SPARE
-                pieces.watch()
-                status = train(self.folder, out, [f"training.steps={WAITED}", "training.checkpoint_minutes=0.01"])
-                pieces.dump()
-                return status
+            checkpoint.SPARE = spare or checkpoint.SPARE
+            pieces.watch()
+            status = train(self.folder, out, [f"training.steps={WAITED}", "training.checkpoint_minutes=0.01"])
+            pieces.dump()
+            return status
 
-            if forked(work, self.said).status:
-                raise SystemExit(self.said.read_text("utf-8")[-3000:])
-            found[name] = {**found_in(pieces.place), "step_ms": step_ms(out)}
-        self.compare("with room for a copy and without", self.folder / "waiting-roomy", self.folder / "waiting-tight")
-        return found | about(self.folder / "waiting-roomy")
+        if forked(work, self.said).status:
+            raise SystemExit(self.said.read_text("utf-8")[-3000:])
+        return {**found_in(pieces.place), "step_ms": step_ms(out), **about(out)}
 
     def memory(self) -> dict[str, Any]:
         """Less memory than the plan believes there is: the micro-batch shrinks, samples and schedule stay."""
@@ -473,7 +470,7 @@ def about(run: Path) -> dict[str, Any]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--shape", choices=SHAPES, default="1b")
-    options.add_argument("--parts", default="exact,loose,cost,memory,waiting,terms,kills")
+    options.add_argument("--parts", default="exact,loose,cost,memory,waiting,tight,terms,kills")
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--terms", type=int, default=6)
     options.add_argument("--seed", type=int, default=0, help="of the instants at which signals are sent")
@@ -503,7 +500,7 @@ def main() -> None:
             raise SystemExit(runs.said.read_text("utf-8")[-3000:])
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "exact": runs.exact, "loose": runs.loose, "cost": runs.cost, "memory": runs.memory,
-            "waiting": runs.waiting,
+            "waiting": runs.waiting, "tight": lambda: runs.waiting(10**9),
             "terms": lambda: runs.stopped(chosen.terms, signal.SIGTERM),
             "kills": lambda: runs.stopped(chosen.kills, signal.SIGKILL),
         }  # fmt: skip

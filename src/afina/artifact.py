@@ -7,6 +7,7 @@ nothing of models or data.
 
 import hashlib
 import json
+import mmap
 import platform
 import sys
 from collections.abc import Collection, Iterable
@@ -157,9 +158,10 @@ def parent(path: Path | str, digest: str, role: str) -> dict[str, str]:
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal, read in constant memory.
 
-    In few large parts: a thread that hashes waits 5 ms for Python's lock after each while others compute.
+    In few large parts: a thread that hashes waits 5 ms for Python's lock after each while others compute. Nor does it
+    hold that lock while the system makes room for such a part, as `bytearray` would.
     """
-    digest, room = hashlib.sha256(), memoryview(bytearray(max(2**12, min(path.stat().st_size, AT_ONCE))))
+    digest, room = hashlib.sha256(), memoryview(mmap.mmap(-1, max(2**12, min(path.stat().st_size, AT_ONCE))))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(room):
             digest.update(room[:count])

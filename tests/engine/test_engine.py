@@ -303,6 +303,21 @@ def test_the_engine_follows_the_optimiser():
     assert engine.summed_loss(model, batch).item() == pytest.approx(summed_loss(model, batch).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "phi", "llama, tied, one kv head"])
+def test_all_that_learns_in_another_precision_is_taken_over(family):
+    model = attach(FAMILIES[family](), Full(name="full"), seed=0)
+    (batch,) = micro_batches(rows([20, 9]), range(2), budget=1000, packing=True, pad_id=0)
+    engine = Engine(model, torch.float64)
+    for name in [name for name, _parameter in learning(model)]:
+        before = engine.summed_loss(model, batch).item()
+        with torch.no_grad():
+            parameter = model.get_parameter(name)
+            parameter.add_(torch.rand_like(parameter) * 0.2)
+        found = engine.summed_loss(model, batch).item()
+        assert found == Engine(model, torch.float64).summed_loss(model, batch).item(), name
+        assert found != before or name.endswith("k_proj.bias"), name  # moves every score of a query alike
+
+
 def test_the_transformers_model_shares_the_weights_and_answers_as_before():
     model = perturbed(llama())
     ids = torch.randint(3, 97, (2, 11))

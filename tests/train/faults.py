@@ -58,7 +58,7 @@ sys.addaudithook(_hook)
 def faulty(folder: Path, nth: int, error: int | type[Dead]):
     """Inside the block the disk below `folder` is that faulty."""
     global _disk
-    disk, sync, save = Disk(folder, nth, error), os.fsync, checkpoint.save_file
+    disk, sync, save = Disk(folder, nth, error), os.fsync, checkpoint.serialize_file
 
     def fsync(descriptor: int) -> None:
         disk.ask(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
@@ -73,11 +73,11 @@ def faulty(folder: Path, nth: int, error: int | type[Dead]):
             raise
         save(tensors, file)
 
-    os.fsync, checkpoint.save_file, _disk = fsync, save_file, disk
+    os.fsync, checkpoint.serialize_file, _disk = fsync, save_file, disk
     try:
         yield disk
     finally:
-        os.fsync, checkpoint.save_file, _disk = sync, save, None
+        os.fsync, checkpoint.serialize_file, _disk = sync, save, None
 
 
 def _halve(file: Path) -> None:

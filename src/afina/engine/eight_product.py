@@ -20,7 +20,7 @@ import torch
 
 from afina.engine import eight
 from afina.engine.eight import FP8, Format, Rows
-from afina.engine.elementwise import wide_product
+from afina.engine.elementwise import Copy, wide_product
 from afina.engine.products import FOUR_BITS, Product, Scratch
 
 ALIGN = 16
@@ -118,7 +118,7 @@ class EightProduct(Product):
             largest = torch.stack([down.max().float() for down in downs]).max()
             self.units[1] = self.form.largest / 7 / largest.clamp(min=1e-6)
 
-    def placed(self) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+    def placed(self) -> list[Copy]:
         """See Product."""
         found = []
         for adapter in self.adapters:

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 
 Twin = TypeVar("Twin", bound=Callable[..., Any])
+Copy = tuple[torch.Tensor, torch.Tensor, float]
+"""From a matrix, to a matrix, times a factor."""
 
 
 @dataclass
@@ -30,11 +32,10 @@ class Norm:
     centred: bool = False
     learnt: tuple[torch.nn.Parameter, ...] = ()
 
-    def refresh(self) -> None:
-        """Take over what has learnt."""
-        for place, parameter in zip((self.weight, self.bias), self.learnt, strict=False):
-            if place is not None:
-                place.copy_(parameter.detach())
+    def copies(self) -> list[Copy]:
+        """What must be copied whenever what learns has changed: all that learns in another precision."""
+        pairs = zip(self.learnt, [part for part in (self.weight, self.bias) if part is not None], strict=False)
+        return [(there.detach()[None], here[None], 1.0) for there, here in pairs if there.data_ptr() != here.data_ptr()]
 
 
 def twin_of(kernels: str) -> Callable[[Twin], Twin]:

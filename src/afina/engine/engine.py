@@ -126,16 +126,13 @@ class Engine:
     def _refresh(self) -> None:
         """Take over what learns as it is now: always, as a fused optimiser does not tell that it changed it."""
         if self._copies is None:
-            self._copies = Copies([copy for product in self._products for copy in product.placed()])
+            norms = [self.ends.norm, *(by for block in self.blocks for by in block.norms)]
+            copies = [part.placed() for part in self._products] + [by.copies() for by in norms]
+            self._copies = Copies([copy for part in copies for copy in part])
         self._copies.run()
         self._scratch.forget()
         self._eights.forget()
         if self.ends.learnt:
-            for product in self._products:
-                product.refresh_bias()
-            for block in self.blocks:
-                for by in block.norms:
-                    by.refresh()
             self.ends.refresh()
 
     @torch.no_grad()

@@ -78,7 +78,6 @@ class Ends:
         for place, parameter in zip(places, self.learnt, strict=False):
             if place.data_ptr() != parameter.data_ptr():
                 place.copy_(parameter.detach())
-        self.norm.refresh()
 
     def parameters(self) -> list[nn.Parameter]:
         """What learns, in the order of the gradients."""

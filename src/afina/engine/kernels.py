@@ -132,7 +132,7 @@ def head_norms_backward(
     return _by_head(x, d, norms, heads, x, backward=True)
 
 
-HEADS, WIDE = 8, 2048
+HEADS, WIDE = 8, 4096
 """Heads that one program norms; columns of an activation that one program takes."""
 
 
@@ -214,13 +214,14 @@ def gather_rotated(
     """See elementwise.gather_rotated."""
     q, k, v = d_heads
     length, heads, width = q.shape[1:]
-    block = triton.next_power_of_2(width)
-    group = max(1, 2048 // block)
+    half = cos.shape[1]
+    block, rest = triton.next_power_of_2(half), triton.next_power_of_2(max(1, width - 2 * half))
+    group = max(1, 1024 // block)
     grid = (out.shape[0], triton.cdiv(heads + 2 * k.shape[2], group))
     _gather_rotated[grid](
         q, q.stride(0), q.stride(1), q.stride(2), k, k.stride(0), k.stride(1), k.stride(2),
         v, v.stride(0), v.stride(1), v.stride(2), cos, sin, out, out.stride(0), length, heads, k.shape[2], width,
-        cos.shape[1], group, block, num_warps=4,
+        half, group, block, rest, width > 2 * half, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -229,29 +230,28 @@ def gather_rotated(
 def _gather_rotated(
     q, q_sample, q_token, q_head, k, k_sample, k_token, k_head, v, v_sample, v_token, v_head,
     cos, sin, out, out_stride, length, heads, kv_heads, width, half, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    REST: tl.constexpr, HAS_REST: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     sample, place = token // length, token % length
     head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    is_q, is_k = head < heads, (head >= heads) & (head < heads + kv_heads)
-    is_v = (head >= heads + kv_heads) & (head < heads + 2 * kv_heads)
-    inside, turns = column < width, (column < 2 * half) & (head < heads + kv_heads)
-    other = tl.where(column < half, column + half, column - half)  # what a turned column is turned against
     from_q = q + sample * q_sample + place * q_token + head * q_head
     from_k = k + sample * k_sample + place * k_token + (head - heads) * k_head
     from_v = v + sample * v_sample + place * v_token + (head - heads - kv_heads) * v_head
-    own = tl.load(from_q + column, mask=is_q & inside, other=0.0).to(tl.float32)
-    own += tl.load(from_k + column, mask=is_k & inside, other=0.0).to(tl.float32)
-    own += tl.load(from_v + column, mask=is_v & inside, other=0.0).to(tl.float32)
-    against = tl.load(from_q + other, mask=is_q & turns, other=0.0).to(tl.float32)
-    against += tl.load(from_k + other, mask=is_k & turns, other=0.0).to(tl.float32)
-    angle = tl.where(column < half, column, column - half)
-    c = tl.load(cos + token * half + angle, mask=turns, other=1.0)
-    s = tl.load(sin + token * half + angle, mask=turns, other=0.0)
-    found = own * c + tl.where(column < half, against, -against) * s
-    written = (is_q | is_k | is_v) & inside
-    tl.store(out + token * out_stride + head * width + column, found, mask=written)
+    source = tl.where(head < heads, from_q, tl.where(head < heads + kv_heads, from_k, from_v))
+    to = out + token * out_stride + head * width
+    known, column = head < heads + 2 * kv_heads, tl.arange(0, BLOCK)[None, :]
+    inside, turns = known & (column < half), (head < heads + kv_heads) & (column < half)
+    first = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + half + column, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + token * half + column, mask=turns, other=1.0)
+    s = tl.load(sin + token * half + column, mask=turns, other=0.0)
+    tl.store(to + column, first * c + second * s, mask=inside)
+    tl.store(to + half + column, second * c - first * s, mask=inside)
+    if HAS_REST:
+        behind = 2 * half + tl.arange(0, REST)[None, :]
+        there = known & (behind < width)
+        tl.store(to + behind, tl.load(source + behind, mask=there, other=0.0), mask=there)
 
 
 def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

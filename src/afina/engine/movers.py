@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
+    from afina.engine.elementwise import Copy
     from afina.engine.nf4 import Nf4
 
 
@@ -52,7 +53,7 @@ class Table:
     """Matrices of one precision on one GPU to be copied into places of one precision, each times a factor: hundreds of
     adapters in one launch. `copies`: from, to, factor; rows lie side by side."""
 
-    def __init__(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
+    def __init__(self, copies: Sequence["Copy"]) -> None:
         if any(tensor.stride(1) != 1 for copy in copies for tensor in copy[:2]):
             raise RuntimeError("rows must lie side by side")
         rows = [(a.data_ptr(), b.data_ptr(), *a.shape, a.stride(0), b.stride(0)) for a, b, _factor in copies]
@@ -62,7 +63,7 @@ class Table:
 
     def run(self) -> None:
         """Copy them as they are now."""
-        grid = self._factors.numel(), 16
+        grid = self._factors.numel(), 128
         _copy_many[grid](self._places, self._factors, self._source, self._target, 1024, num_warps=4)
 
 

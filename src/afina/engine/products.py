@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from afina.engine.elementwise import wide_product
+from afina.engine.elementwise import Copy, wide_product
 from afina.engine.nf4 import Nf4, from_bitsandbytes
 
 ALIGN = {"cuda": 64}
@@ -112,8 +112,8 @@ class Product:
     bases: list[Any] = field(default_factory=list)
     _fill: "Replayed | None" = None
 
-    def copies(self, wide: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-        """From, to, factor: what puts the adapters, and weights that learn in another precision, into a buffer."""
+    def copies(self, wide: torch.Tensor) -> list[Copy]:
+        """What puts the adapters, and what else learns in another precision or lies elsewhere, into a buffer."""
         found = []
         for adapter in self.adapters:
             found.append((adapter.a.detach(), wide[self.n :, : self.k][adapter.columns], 1.0))
@@ -121,17 +121,13 @@ class Product:
         for learnt in self.learnt:
             if learnt.weight.data_ptr() != wide[learnt.rows].data_ptr():
                 found.append((learnt.weight.detach(), wide[learnt.rows, : self.k], 1.0))
+            if learnt.bias is not None and self.bias is not None:
+                found.append((learnt.bias.detach()[None], self.bias[None, learnt.rows], 1.0))
         return found
 
-    def placed(self) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+    def placed(self) -> list[Copy]:
         """What must be copied whenever what learns has changed."""
         return [] if self.wide is None else self.copies(self.wide)
-
-    def refresh_bias(self) -> None:
-        """Take over the biases that learn."""
-        for learnt in self.learnt:
-            if learnt.bias is not None and self.bias is not None:
-                self.bias[learnt.rows].copy_(learnt.bias.detach())
 
     @property
     def moved(self) -> int:
@@ -201,13 +197,9 @@ class Product:
         wide = self.weights()
         if self.r:
             torch.mm(self.dropped(wide_x[:, : self.k], seed), wide[self.n :, : self.k].t(), out=wide_x[:, self.k :])
-        weight = wide[: self.n].t()
-        if residual is not None:
-            y = torch.addmm(residual, wide_x, weight, out=out)
-            return y if self.bias is None else y.add_(self.bias)
-        return (
-            torch.mm(wide_x, weight, out=out) if self.bias is None else torch.addmm(self.bias, wide_x, weight, out=out)
-        )
+        weight, beside = wide[: self.n].t(), self.bias if residual is None else residual
+        y = torch.mm(wide_x, weight, out=out) if beside is None else torch.addmm(beside, wide_x, weight, out=out)
+        return y if residual is None or self.bias is None else y.add_(self.bias)
 
     def low_of(self, wide_x: torch.Tensor) -> torch.Tensor:
         """s x A^T (tokens, used) after `forward`, which dB needs, in memory of its own."""
@@ -272,7 +264,7 @@ def keep_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
 class Copies:
     """Many matrices to be copied, each times a factor: one launch on a GPU. Their places are taken for good."""
 
-    def __init__(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
+    def __init__(self, copies: Sequence[Copy]) -> None:
         self._all = list(copies)
         self._table: Any = None
         if self._all and self._all[0][0].is_cuda and len({(a.dtype, b.dtype) for a, b, _factor in self._all}) == 1:
@@ -360,8 +352,6 @@ def _dropout(linear: Any) -> float:
 def _bias(layers: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | None:
     if all(layer.bias is None for layer in layers):
         return None
-    device = layers[0].weight.device
-    zeros = [torch.zeros(layer.out_features, dtype=dtype, device=device) for layer in layers]
-    return torch.cat(
-        [zero if layer.bias is None else layer.bias.detach() for layer, zero in zip(layers, zeros, strict=True)]
-    )
+    zeros = [torch.zeros(layer.out_features, dtype=dtype, device=layer.weight.device) for layer in layers]
+    parts = zip(layers, zeros, strict=True)
+    return torch.cat([zero if layer.bias is None else layer.bias.detach().to(dtype) for layer, zero in parts])

@@ -15,12 +15,13 @@ import re
 import stat
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, TensorSpec, serialize_file
+from safetensors.torch import load_file
 
 from afina import durable
 from afina.artifact import sha256
@@ -35,6 +36,8 @@ FACTS_BYTES = 2**26
 """No checkpoint.json is read beyond this."""
 SPARE = 2
 """A copy is made on the GPU when this many times its size is free there."""
+PINNED_BYTES = 2**30
+"""Up to so many the GPU copies into memory that is pinned once and used again; more is copied through the driver's."""
 NAME = re.compile(r"(\d{6,12})-step-(\d{1,12})")
 
 
@@ -80,13 +83,13 @@ class Snapshot:
     def fetch(self) -> dict[str, torch.Tensor]:
         """All of them in main memory, once."""
         copies, self._copies, flat, self._flat = self._copies, {}, self._flat or [], None
-        self.finite = all(bool(torch.isfinite(tensor).all()) for tensor in copies.values())
+        self.finite = all(_is_finite(tensor) for tensor in copies.values())
         if self._ready is not None:
             self._ready.synchronize()  # lets go of Python's lock, for which the loop waits while this thread begins
             with torch.cuda.stream(torch.cuda.Stream()):
                 for entries, whole in flat:
-                    here = whole.to("cpu")
-                    self.finite &= bool(torch.isfinite(here).all())
+                    here = _in_main_memory(whole)
+                    self.finite &= _is_finite(whole)
                     parts = here.split([shape.numel() for _name, shape in entries])
                     copies |= {name: part.view(shape) for (name, shape), part in zip(entries, parts, strict=True)}
         return copies
@@ -101,6 +104,24 @@ def _end_to_end(tensors: dict[str, torch.Tensor]) -> list[tuple[list[tuple[str, 
         ([(name, tensor.shape) for name, tensor in group.items()], torch.cat([t.flatten() for t in group.values()]))
         for group in kinds.values()
     ]
+
+
+def _in_main_memory(whole: torch.Tensor) -> torch.Tensor:
+    """A copy there of a tensor on the GPU, made on the current stream."""
+    pinned = partial(torch.empty_like, whole, device="cpu", pin_memory=True)
+    here = within_memory(pinned) if whole.nbytes <= PINNED_BYTES else None
+    if here is None:
+        return whole.to("cpu")
+    here.copy_(whole, non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    return here
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is neither infinity nor what is no number in it: both show in its least and greatest element."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
 def everything(state: State) -> dict[str, torch.Tensor]:
@@ -233,8 +254,17 @@ def prune(folder: Path, kept: Collection[Path]) -> None:
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Contiguous tensors in main memory. safetensors' function for tensors looks for 30 microseconds at each, whether
+    they share memory, with Python's lock, for which the loop waits meanwhile."""
+    specs = {
+        name: TensorSpec(
+            dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape), data_ptr=tensor.data_ptr(),
+            data_len=tensor.nbytes,
+        )
+        for name, tensor in tensors.items()
+    }  # fmt: skip
     try:
-        save_file(tensors, file)
+        serialize_file(specs, file)
     except SafetensorError as error:  # it tells what the operating system said in words alone
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
