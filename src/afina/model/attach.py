@@ -21,7 +21,7 @@ from afina.model.load import unpack
 from afina.model.quantize import absent, is_quantised, without_foreign_kernels
 from afina.model.targets import check_modules, chosen, in_layers, layer_numbers
 from afina.model.virtual import BIASES
-from afina.model.vocabulary import Pieces, fit_vocabulary, learning_rows, make_room
+from afina.model.vocabulary import Pieces, fit_vocabulary, keep_bias, learning_rows, make_room
 from afina.recipe.schema import Full, Lora, Method, PrefixTuning, PromptTuning
 
 with without_foreign_kernels():  # PEFT imports bitsandbytes where it is installed
@@ -76,6 +76,7 @@ def attach(
         warnings.simplefilter("ignore")  # of tied weights that learn, and of what transformers deprecates
         torch.manual_seed(seed)
         adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    keep_bias(adapted)
     if isinstance(method, PromptTuning) and text_ids:
         _begin_as(adapted, text_ids)
     if isinstance(method, Lora) and method.init == "pissa":
@@ -241,6 +242,7 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Mo
         )
     if biases:
         setattr(adapted, BIASES, biases)
+    keep_bias(adapted)
     return adapted.eval()
 
 
