@@ -143,3 +143,21 @@ def test_a_head_with_a_bias_keeps_it(tmp_path):
     with torch.inference_mode():
         torch.testing.assert_close(again(ids).logits, tuned)
         torch.testing.assert_close(merged(again)(ids).logits, tuned, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "falcon", "qwen2"])
+def test_a_head_that_is_the_embedding_learns_under_either_name(tmp_path, family):
+    """PEFT writes such a head once or twice, whatever the embedding is called: it is loaded again all the same."""
+    build(family).save_pretrained(tmp_path / "base")
+    ids = torch.tensor([[3, 40, 5, 9, 7, 2]])
+    embedding = {"gpt2": "wte", "falcon": "word_embeddings", "qwen2": "embed_tokens"}[family]
+    for place, modules in enumerate((["lm_head"], [embedding], [embedding, "lm_head"])):
+        method = Lora(rank=2, modules_to_save=modules)
+        model = trained(attach(load_model(str(tmp_path / "base"), CPU), method, seed=0), ids)
+        save_adapter(model, tmp_path / str(place), "base")
+        again = load_adapter(load_model(str(tmp_path / "base"), CPU), tmp_path / str(place))
+        with torch.inference_mode():
+            base = load_model(str(tmp_path / "base"), CPU)(ids).logits
+            torch.testing.assert_close(again(ids).logits, model(ids).logits)
+            assert (model(ids).logits - base).abs().max() > 0.1
+            torch.testing.assert_close(merged(again)(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)

@@ -235,15 +235,24 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Mo
     except Exception as error:  # a damaged folder makes PEFT and safetensors raise anything at all
         raise _misfit(folder, str(error).strip().split("\n")[0] or type(error).__name__) from error
     wanted = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False).keys()
-    if there != wanted:  # PEFT only warns of weights that have no place, and starts anew those that are not there
-        raise _misfit(
-            folder,
-            _("{count} weights differ, such as {name}").format(count=len(there ^ wanted), name=min(there ^ wanted)),
-        )
+    # PEFT only warns of weights that have no place, and starts anew those that are not there.
+    if different := (there ^ wanted) - _tied_head(model):
+        text = _("{count} weights differ, such as {name}").format(count=len(different), name=min(different))
+        raise _misfit(folder, text)
     if biases:
         setattr(adapted, BIASES, biases)
     keep_bias(adapted)
     return adapted.eval()
+
+
+def _tied_head(model: nn.Module) -> set[str]:
+    """How PEFT names the head of a model that shares the embedding's weights, which it writes once or twice."""
+    base: Any = base_of(model)
+    if not base.config.tie_word_embeddings:
+        return set()
+    return {
+        f"base_model.model.{name}.weight" for name, one in base.named_modules() if one is base.get_output_embeddings()
+    }
 
 
 def _biases_before(model: nn.Module, folder: Path) -> list[tuple[nn.Parameter, torch.Tensor]]:

@@ -40,7 +40,8 @@ def learning_rows(model: nn.Module, tokens: Pieces) -> dict[str, list[int]] | No
 def keep_bias(adapted: nn.Module) -> None:
     """Let a head whose rows learn add its bias (Phi-2's): PEFT multiplies by the weights alone, while what is merged
     has both. New tokens have the mean of the others', which no adapter needs to bring along."""
-    for module in adapted.modules():
+    modules: list[Any] = list(adapted.modules())
+    for module in modules:
         biased = (
             hasattr(module, "trainable_tokens_delta") and getattr(module.get_base_layer(), "bias", None) is not None
         )
@@ -51,7 +52,8 @@ def keep_bias(adapted: nn.Module) -> None:
 def _add_bias(layer: Any, _inputs: Any, found: torch.Tensor) -> torch.Tensor:
     if layer.disable_adapters or layer.merged or not layer.active_adapters:
         return found  # the base's own layer has added it
-    return found + layer.get_base_layer().bias.to(found.dtype)
+    bias: torch.Tensor = layer.get_base_layer().bias
+    return found + bias.to(found.dtype)
 
 
 def fit_vocabulary(model: nn.Module, adapter: Path) -> None:
