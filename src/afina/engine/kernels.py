@@ -184,28 +184,9 @@ def _head_norms(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, width: int) -> torch.Tensor:
-    """See elementwise.rotate."""
-    tokens, half = cos.shape
-    block = triton.next_power_of_2(half)
-    group = max(1, 1024 // block)
-    grid = tokens, triton.cdiv(heads, group)
-    _rotate[grid](x, x.stride(0), cos, sin, half, width, heads, group, block, num_warps=4)
-    return x
-
-
-@triton.jit
-def _rotate(x, x_stride, cos, sin, half, width, heads, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (head < heads) & (column < half)
-    c = tl.load(cos + token * half + column, mask=column < half, other=0.0)
-    s = tl.load(sin + token * half + column, mask=column < half, other=0.0)
-    place = x + token * x_stride + head * width + column
-    first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
-    tl.store(place, first * c - second * s, mask=inside)
-    tl.store(place + half, second * c + first * s, mask=inside)
+    """See elementwise.rotate: gathered from where they are, and turned the other way."""
+    turned = x[:, : heads * width].view(1, x.shape[0], heads, width)
+    return gather_rotated(x, (turned, turned[:, :, :0], turned[:, :, :0]), cos, -sin)
 
 
 def gather_rotated(

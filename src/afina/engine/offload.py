@@ -25,8 +25,7 @@ class Offload:
 
     def send(self, tensor: torch.Tensor) -> "Parked":
         """Begin to copy a tensor away. It stays on the GPU until the copy has ended."""
-        while len(self._leaving) >= self._at_once:
-            self._leaving.popleft()[1].synchronize()
+        self.settle(self._at_once - 1)
         free = self.free.setdefault((tensor.shape, tensor.dtype), [])
         host = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         done = torch.cuda.Event()
@@ -37,9 +36,9 @@ class Offload:
         self._leaving.append((tensor, done))
         return Parked(self, host, done)
 
-    def settle(self) -> None:
-        """Wait until all that was sent has left the GPU."""
-        while self._leaving:
+    def settle(self, left: int = 0) -> None:
+        """Wait until no more than so many of what was sent are still on the GPU."""
+        while len(self._leaving) > left:
             self._leaving.popleft()[1].synchronize()
 
 
