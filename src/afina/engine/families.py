@@ -67,9 +67,8 @@ def _why_not_method(model: nn.Module) -> str | None:
         return _("an adapter lies on a layer that is not fused")
     adapted: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
     for module in adapted:
-        if len(module.active_adapters) != 1 or any(getattr(module, "use_dora", {}).values()):
-            return _("its adapters are not plain LoRA")
-        if any(bias for bias in getattr(module, "lora_bias", {}).values()):
+        more = [value for kind in ("use_dora", "lora_bias") for value in getattr(module, kind, {}).values()]
+        if len(module.active_adapters) != 1 or any(more):
             return _("its adapters are not plain LoRA")
         if hasattr(module, "parameter_name"):  # of experts or a router
             if module.parameter_name not in ADAPTED_PARAMETERS:

@@ -116,9 +116,8 @@ class Ends:
         if self.tied:
             found[count].index_put_((ids,), d_embedded.to(found[count].dtype), accumulate=True)
         else:
-            rows = d_embedded.contiguous()
-            rows = torch.ops.aten.embedding_dense_backward(rows, ids, self.embedding.shape[0], -1, False)
-            found.insert(count, rows)
+            backward, whole = torch.ops.aten.embedding_dense_backward, self.embedding.shape[0]
+            found.insert(count, backward(d_embedded.contiguous(), ids, whole, -1, False))
         return [part.to(parameter.dtype) for part, parameter in zip(found, parameters, strict=True)]
 
     def _summed(
