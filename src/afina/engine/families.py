@@ -19,12 +19,8 @@ from afina.language import _
 SEQUENTIAL = {"llama", "mistral", "qwen2", "qwen3", "phi3"}
 PARALLEL = {"phi"}
 MIXTURE = {"gpt_oss", "qwen3_moe", "mixtral"}
-ACTIVATIONS = {
-    "silu": SEQUENTIAL | MIXTURE,
-    "swish": SEQUENTIAL | MIXTURE,
-    "gelu_new": PARALLEL,
-    "gelu_pytorch_tanh": PARALLEL,
-}
+GATED = SEQUENTIAL | MIXTURE
+ACTIVATIONS = {"silu": GATED, "swish": GATED, "gelu_new": PARALLEL, "gelu_pytorch_tanh": PARALLEL}
 
 ADAPTED_PARAMETERS = {"gate_up_proj", "down_proj", "weight"}
 

@@ -120,38 +120,32 @@ def _norm_backward(
         tl.store(place + tl.num_programs(0).to(tl.int64) * width, of_bias, mask=everywhere)
 
 
-def head_norms(x: torch.Tensor, norms: Sequence["Norm"], heads: Sequence[int], out: torch.Tensor) -> torch.Tensor:
-    """See elementwise.head_norms."""
-    return _by_head(x, x, norms, heads, out, backward=False)
+HEADS, WIDE = 8, 4096
+"""Heads that one program norms; columns of an activation that one program takes."""
+
+
+def head_norms(
+    x: torch.Tensor,
+    norms: Sequence["Norm"],
+    heads: Sequence[int],
+    out: torch.Tensor,
+    d: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See elementwise.head_norms. With d, the gradient of what it returned, out receives that of x."""
+    width, slopes = norms[0].weight.numel(), x if d is None else d
+    count = x.shape[1] // width
+    _head_norms[(x.shape[0], triton.cdiv(count, HEADS))](
+        x, x.stride(0), slopes, slopes.stride(0), out, out.stride(0), norms[0].weight, norms[1].weight, *heads, count,
+        width, norms[0].eps, HEADS, triton.next_power_of_2(width), d is not None, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def head_norms_backward(
     d: torch.Tensor, x: torch.Tensor, norms: Sequence["Norm"], heads: Sequence[int]
 ) -> torch.Tensor:
     """See elementwise.head_norms_backward."""
-    return _by_head(x, d, norms, heads, x, backward=True)
-
-
-HEADS, WIDE = 8, 4096
-"""Heads that one program norms; columns of an activation that one program takes."""
-
-
-def _by_head(
-    x: torch.Tensor,
-    d: torch.Tensor,
-    norms: Sequence["Norm"],
-    heads: Sequence[int],
-    out: torch.Tensor,
-    *,
-    backward: bool,
-) -> torch.Tensor:
-    width = norms[0].weight.numel()
-    count = x.shape[1] // width
-    _head_norms[(x.shape[0], triton.cdiv(count, HEADS))](
-        x, x.stride(0), d, d.stride(0), out, out.stride(0), norms[0].weight, norms[1].weight, *heads, count, width,
-        norms[0].eps, HEADS, triton.next_power_of_2(width), backward, num_warps=4,
-    )  # fmt: skip
-    return out
+    return head_norms(x, norms, heads, x, d)
 
 
 @triton.jit
