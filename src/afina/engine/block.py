@@ -46,6 +46,11 @@ class Placement:
     away: frozenset[str] = frozenset()
     again: frozenset[str] = frozenset()
 
+    @property
+    def early(self) -> bool:
+        """Whether what waits is brought back two layers before its turn: where it takes longer than one."""
+        return bool(self.away) and not self.again
+
 
 HERE = Placement()
 """Everything stays on the GPU."""
@@ -207,6 +212,8 @@ class Block:
     def keep(self, attended: Attended, lows: dict[str, torch.Tensor], **tensors: torch.Tensor | None) -> Saved:
         """What is saved, each where the placement says; `attended.out` goes with `out`."""
         kept: dict[str, torch.Tensor | Parked | None] = {}
+        if self.placement.away and self.offload is not None:
+            self.offload.begin()
         for name, tensor in {**tensors, "out": attended.out}.items():
             if tensor is None or name in self.placement.again:
                 kept[name] = None
@@ -284,7 +291,9 @@ def room(x: torch.Tensor, product: Product) -> torch.Tensor:
 
 
 def widened(x: torch.Tensor, product: Product) -> torch.Tensor:
-    """x (tokens, K) in rows with the product's extra columns."""
+    """x (tokens, K) in rows with the product's extra columns, if it has any."""
+    if not product.r:
+        return x
     return torch.cat([x, x.new_empty(x.shape[0], product.r)], dim=1)  # by far the fastest copy into wider rows
 
 
@@ -297,7 +306,5 @@ def norm_of(layer_norm: Any, eps: float, dtype: torch.dtype, *, centred: bool = 
     """From a norm of transformers, which keeps its own weights."""
     weight, bias = layer_norm.weight, getattr(layer_norm, "bias", None)
     learnt = tuple(part for part in (weight, bias) if part is not None and part.requires_grad)
-    if weight.dtype == dtype:
-        return Norm(weight.detach(), eps, None if bias is None else bias.detach(), centred, learnt)
     bias = None if bias is None else bias.detach().to(dtype)
     return Norm(weight.detach().to(dtype), eps, bias, centred, learnt)

@@ -12,17 +12,17 @@ from torch import nn
 
 from afina.engine.block import Block, Placement, Positions, Saved
 from afina.engine.eight import FP8, Format
-from afina.engine.eight_product import Beside, EightProduct
+from afina.engine.eight_head import EightHead
+from afina.engine.eight_product import EightProduct
 from afina.engine.eight_sequential import Scratches, in_eight_bits
 from afina.engine.families import final_norm, make_block, turned_half
 from afina.engine.head import Ends, Host
 from afina.engine.mixture import Mixture
 from afina.engine.offload import Offload
-from afina.engine.plan import Plan, choose, filled
+from afina.engine.plan import KNOWN, Plan, choose, filled
 from afina.engine.products import Copies, Scratch
 from afina.model.loss import Targeted
 
-BESIDE = False
 HEAD = "head"
 """Its name among products."""
 
@@ -40,7 +40,6 @@ class Engine:
         self.dtype = dtype or inside.embed_tokens.weight.dtype
         self._scratch = Scratch()
         self._eights = Scratches()
-        self._beside: Beside | None = None
         layers = enumerate(inside.layers)
         self.blocks: list[Block] = [make_block(layer, config, n, self._scratch, self.dtype) for n, layer in layers]
         self.ends = _ends(inside.embed_tokens.weight, head, final_norm(inside, config, self.dtype), self.dtype)
@@ -76,9 +75,14 @@ class Engine:
         loss: torch.Tensor = _Run.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
         return loss
 
-    def plan(self, tokens: int, least: int, free_bytes: int) -> Plan:
-        """Choose how many tokens are computed at once, from `tokens` down to `least`, and what of them waits where."""
-        plan = choose(self, tokens, least, free_bytes)
+    def plan(self, tokens: int, least: int, free_bytes: int, known: Plan | None = None) -> Plan:
+        """Choose how many tokens are computed at once, from `tokens` down to `least`, and what of them waits where.
+
+        known: the plan of an earlier sitting of the same run, taken again where it still fits: rates are measured, so
+        that another might be chosen.
+        """
+        fits = known is not None and known.bytes <= free_bytes * KNOWN and len(known.placements) == len(self.blocks)
+        plan = known if known is not None and fits else choose(self, tokens, least, free_bytes)
         self.place(plan.placements, rows_at_once=plan.rows_at_once, host=plan.host, held=plan.held)
         return plan
 
@@ -89,8 +93,7 @@ class Engine:
 
         held: so many of the last layers with four-bit weights keep them in the precision that is computed in too.
         """
-        most = max(len(placement.away) for placement in placements)
-        offload = Offload(most) if most else None
+        offload = Offload() if any(placement.away for placement in placements) else None
         for block, placement in zip(self.blocks, placements, strict=True):
             block.placement, block.offload, block.rows_at_once = placement, offload, rows_at_once
         for block in self.blocks[len(self.blocks) - held :]:
@@ -112,13 +115,10 @@ class Engine:
         self._eights = Scratches()
         of_layers = set(exact) - {HEAD}
         self.blocks = [in_eight_bits(block, form, self._eights, exact=of_layers, hold=hold) for block in self.blocks]
+        if self.head_goes_along(form, exact):
+            self.ends.eight = EightHead.of(self.ends.weight)
         self._products = [product for block in self.blocks for product in block.products]
         self._copies = None
-        if BESIDE and self.device.type == "cuda":
-            self._beside = Beside(self.device)
-            for product in self._products:
-                if isinstance(product, EightProduct):
-                    product.beside = self._beside
         if all(type(product) is EightProduct for product in self._products) and not self.mixed:
             self._scratch.let_go()
 
@@ -180,12 +180,11 @@ class Engine:
         gradients: list[list[torch.Tensor]] = []
         for place in range(len(self.blocks) - 1, -1, -1):
             below = self.blocks[place - 1].extra if place else (0 if self.ends.learnt else None)
-            if place:
-                self.blocks[place - 1].expect(saved[place - 1])
+            for block, waiting in zip(self.blocks[max(0, place - 2) : place], saved[-3:-1], strict=True):
+                if block.number == place - 1 or block.placement.early:
+                    block.expect(waiting)
             wide, of_block = self.blocks[place].backward(wide, saved.pop(), at, below)
             gradients.append(of_block)
-        if self._beside is not None:
-            self._beside.join()
         of_ends = self.ends.gradients(found, ids, wide, d_loss)
         return [*(gradient for of_block in reversed(gradients) for gradient in of_block), *of_ends]
 

@@ -6,7 +6,6 @@ computer's memory and of reading and writing the GPU's own.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
@@ -17,14 +16,16 @@ import torch
 from afina.engine.block import HERE, Placement
 from afina.engine.eight_head import CHUNKS
 from afina.engine.head import LOGITS_AT_ONCE, VOCABULARY_AT_ONCE, Host
+from afina.engine.offload import LAYERS_AT_ONCE
 from afina.engine.products import Product
 
 if TYPE_CHECKING:
     from afina.engine.block import Block
     from afina.engine.engine import Engine
 
-LAYER_US = 700
-"""Microseconds in which Python can launch a layer's forward and backward: no micro-batch is faster than that."""
+LAYER_US, AWAY_US = 2800, 150
+"""Microseconds in which Python on a server's slow core launches a layer's forward and backward, and sends a tensor away
+and brings it back: no micro-batch is faster than that."""
 OVERHEAD = 0.1
 """Of that time comes on top whatever is computed: the more tokens at once, the better."""
 ROWS_AT_ONCE = 4096
@@ -33,6 +34,8 @@ MEANWHILE = 0.04
 """A copy slows what computes meanwhile: beyond the computation its time counts in full, within it so much."""
 PASSED = frozenset({"gate_up", "h"})
 """Gone from the GPU when a layer's backward has come to its attention."""
+KNOWN = 1.05
+"""A plan that was carried out before may take so much more than a new one."""
 LAST = 3
 """Layers that keep the most, where some do: what they fetch or make again would lie beside all that is saved."""
 PASSES = 9
@@ -81,6 +84,12 @@ class Plan:
     bytes: int
     microseconds: float
     held: int = 0
+
+    @property
+    def arithmetic(self) -> str:
+        """What of it last bits depend on: where tensors wait, or that they are made again, changes none."""
+        head = "in parts" if self.host == "both" else "whole"
+        return f"{self.rows_at_once or 'all'} rows at once, head {head}"
 
 
 @dataclass(frozen=True)
@@ -173,8 +182,16 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
         at_once += min(CHUNKS * at_once, tokens * vocabulary) // 4
     standing = sum(rung.kept for rung in rungs) * element
     needed = standing + of_head + at_once * 4 + 4 * tokens * hidden * element
+    behind = 0
+    for number, rung in enumerate(rungs):
+        settled = number == layers - 1 and not rung.away  # else what two layers send is still leaving
+        leaving = 0 if settled else sum(before.away for before in rungs[max(0, number - LAYERS_AT_ONCE) : number])
+        needed = max(needed, (behind + leaving + rung.forward) * element)
+        behind += rung.kept
     for number in range(layers - 1, -1, -1):
-        here = rungs[number].away + (rungs[number - 1].away if number else 0) + rungs[number].work
+        early = plan.placements[number - 2].early if number > 1 else False
+        coming = rungs[number - 1].away * (number > 0) + rungs[number - 2].away * early
+        here = rungs[number].away + coming + rungs[number].work
         needed = max(needed, standing + here * element + of_head + gradients * (layers - number))
         standing -= rungs[number].kept * element
     ends_away = {"neither": 0, "embedding": 1, "both": 1 if ends.tied else 2}[plan.host]
@@ -190,7 +207,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
     if plan.host == "both":
         times = -(-tokens * VOCABULARY_AT_ONCE // (4 * LOGITS_AT_ONCE))
         microseconds += vocabulary * hidden * (2 * times * element / rates.copies + tokens / _exact(rates))
-    launching = LAYER_US * layers
+    launching = LAYER_US * layers + AWAY_US * sum(len(placement.away) for placement in plan.placements)
     microseconds = max(microseconds, launching) + OVERHEAD * launching
     return replace(plan, rows_at_once=ROWS_AT_ONCE if cut else 0, bytes=int(needed), microseconds=microseconds)
 
@@ -212,12 +229,13 @@ def _between(engine: "Engine", tokens: int, longest: int | None, rates: Rates) -
 
 @dataclass(frozen=True)
 class _Weight:
-    """Of a layer on a rung, in elements: what stays, what waits away, what its backward has beside that at the most;
-    and the multiply-adds of what is made again."""
+    """Of a layer on a rung, in elements: what stays, what waits away, what its backward has beside that at the most,
+    all that its forward has; and the multiply-adds of what is made again."""
 
     kept: int
     away: int
     work: int
+    forward: int
     again: int
 
 
@@ -235,7 +253,8 @@ def _weigh(block: "Block", rung: Placement, tokens: int, rows: int) -> _Weight:
     of_attention -= sum(size for name, size in sizes.items() if name in PASSED - rung.again)
     work = 2 * tokens * (hidden + block.extra) + max(of_mlp, of_attention)
     multiplied = sum(block.multiply_adds(name) for name in rung.again) * tokens
-    return _Weight(sum(sizes.values()) + lows - away - again, away, work, multiplied)
+    forward = lows + sum(made.values()) + block.at_work(rows) + tokens * hidden
+    return _Weight(sum(sizes.values()) + lows - away - again, away, work, forward, multiplied)
 
 
 def room_to_hold(engine: "Engine", tokens: int, free_bytes: int) -> bool:
@@ -255,13 +274,15 @@ def measure(engine: "Engine") -> Rates:
     here = torch.empty(2**25, dtype=torch.uint8, device=engine.device)
 
     def microseconds(call: Callable[[], object]) -> float:
+        """As the GPU counts them: its clock does not wait for Python."""
         call()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _turn in range(3):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        for _turn in range(4):
             call()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - started) / 3 * 1e6
+        ended.record()
+        ended.synchronize()
+        return float(began.elapsed_time(ended)) / 4 * 1e3
 
     plain = Product.trial(widest, 2048)
     products, exact = (2048 * widest.n * widest.k / microseconds(trial) for trial in (widest.trial(2048), plain))
