@@ -306,7 +306,5 @@ def norm_of(layer_norm: Any, eps: float, dtype: torch.dtype, *, centred: bool = 
     """From a norm of transformers, which keeps its own weights."""
     weight, bias = layer_norm.weight, getattr(layer_norm, "bias", None)
     learnt = tuple(part for part in (weight, bias) if part is not None and part.requires_grad)
-    if weight.dtype == dtype:
-        return Norm(weight.detach(), eps, None if bias is None else bias.detach(), centred, learnt)
     bias = None if bias is None else bias.detach().to(dtype)
     return Norm(weight.detach().to(dtype), eps, bias, centred, learnt)

@@ -23,7 +23,7 @@ class Offload:
 
     def begin(self) -> None:
         """What is sent from here on is another layer's."""
-        self._wait(LAYERS_AT_ONCE - 1)
+        self.settle(LAYERS_AT_ONCE - 1)
         self._leaving.append([])
 
     def send(self, tensor: torch.Tensor) -> "Parked":
@@ -38,13 +38,9 @@ class Offload:
         self._leaving[-1].append((tensor, done))
         return Parked(self, host, done)
 
-    def settle(self) -> None:
-        """Wait until all that was sent has left the GPU."""
-        self._wait(0)
-
-    def _wait(self, layers: int) -> None:
-        """Until only so many layers' tensors are on their way."""
-        while len(self._leaving) > layers:
+    def settle(self, left: int = 0) -> None:
+        """Wait until the tensors of no more than so many layers are still on their way."""
+        while len(self._leaving) > left:
             for _tensor, done in self._leaving.popleft():
                 done.synchronize()
 
