@@ -212,6 +212,8 @@ class Block:
     def keep(self, attended: Attended, lows: dict[str, torch.Tensor], **tensors: torch.Tensor | None) -> Saved:
         """What is saved, each where the placement says; `attended.out` goes with `out`."""
         kept: dict[str, torch.Tensor | Parked | None] = {}
+        if self.placement.away and self.offload is not None:
+            self.offload.begin()
         for name, tensor in {**tensors, "out": attended.out}.items():
             if tensor is None or name in self.placement.again:
                 kept[name] = None
