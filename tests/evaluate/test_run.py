@@ -120,6 +120,24 @@ def test_a_label_that_training_never_showed_is_told(tmp_path, capsys):
         assert "The label middling never occurs in the training data; 2 samples have it." in (run / name).read_text()
 
 
+def test_samples_that_were_trained_on_are_no_test(tmp_path, capsys):
+    """Told in numbers, in words and on the page, and not called held out."""
+    lay_out(tmp_path)
+    rows = (tmp_path / "test.jsonl").read_text("utf-8").splitlines()
+    learnt = (tmp_path / "train.jsonl").read_text("utf-8").splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join([*rows, *learnt[:3]]) + "\n", "utf-8")
+    run = afina.train(tmp_path / "recipe.yaml", tmp_path / "run", ["training.steps=2", "export.formats=[]"])
+    afina.evaluate(run)
+    heard = capsys.readouterr()
+    said = f"3 of these {len(rows) + 3} samples stand in the training data: what they measure is memory."
+    assert said in " ".join(heard.err.split()) and f"{len(rows) + 3} held-out" not in heard.out
+    for name in ("report.html", "report.md"):
+        assert said in (run / name).read_text("utf-8")
+    assert "held-out samples" not in (run / "report.html").read_text("utf-8").replace("Measure it on held-out", "")
+    tasks = json.loads((run / "evaluation" / "evaluation.json").read_text())["tasks"]
+    assert [task["trained_on"] for task in tasks] == [3, 3]
+
+
 def test_an_adapter_alone_answers_as_its_run(runs, tmp_path):
     """In PEFT's format, on the base it names, beside a merged model and the base: asked without a run."""
     place = runs["lora"]

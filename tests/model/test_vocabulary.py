@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from families import build
 from small import CPU, loud_llama
 from tokenizers import AddedToken
 from torch import nn
@@ -120,3 +121,43 @@ def test_padding_is_never_what_ends_an_answer(made, pad, more, expected):
     tokenizer = Tokenizer(hf, None)
     wanted = hf.convert_tokens_to_ids(expected) if isinstance(expected, str) else expected
     assert tokenizer.pad_id == wanted and tokenizer.pad_id not in tokenizer.end_ids
+
+
+def test_a_head_with_a_bias_keeps_it(tmp_path):
+    """Phi-2's: learning a row of it, loaded again, switched off and merged it adds what the base's head adds."""
+    build("phi2").save_pretrained(tmp_path / "base")
+    base = load_model(str(tmp_path / "base"), CPU)
+    assert base.lm_head.bias.abs().max() > 0.05
+    ids = torch.tensor([[3, 40, 5, 97, 7, 98]])
+    model = attach(load_model(str(tmp_path / "base"), CPU), Lora(rank=4), seed=0, tokens={97: [3, 4], 98: [5]})
+    with torch.inference_mode():
+        # Nothing has learnt yet: known tokens are the base's.
+        torch.testing.assert_close(model(ids[:, :3]).logits[..., :97], base(ids[:, :3]).logits)
+    trained_model = trained(model, ids)
+    with torch.inference_mode():
+        tuned = trained_model(ids).logits
+        with trained_model.disable_adapter():
+            torch.testing.assert_close(trained_model(ids[:, :3]).logits[..., :97], base(ids[:, :3]).logits)
+    save_adapter(trained_model, tmp_path / "adapter", "base")
+    again = load_adapter(load_model(str(tmp_path / "base"), CPU), tmp_path / "adapter")
+    with torch.inference_mode():
+        torch.testing.assert_close(again(ids).logits, tuned)
+        torch.testing.assert_close(merged(again)(ids).logits, tuned, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "falcon", "qwen2"])
+def test_a_head_that_is_the_embedding_learns_under_either_name(tmp_path, family):
+    """PEFT writes such a head once or twice, whatever the embedding is called: it is loaded again all the same."""
+    build(family).save_pretrained(tmp_path / "base")
+    ids = torch.tensor([[3, 40, 5, 9, 7, 2]])
+    embedding = {"gpt2": "wte", "falcon": "word_embeddings", "qwen2": "embed_tokens"}[family]
+    for place, modules in enumerate((["lm_head"], [embedding], [embedding, "lm_head"])):
+        method = Lora(rank=2, modules_to_save=modules)
+        model = trained(attach(load_model(str(tmp_path / "base"), CPU), method, seed=0), ids)
+        save_adapter(model, tmp_path / str(place), "base")
+        again = load_adapter(load_model(str(tmp_path / "base"), CPU), tmp_path / str(place))
+        with torch.inference_mode():
+            base = load_model(str(tmp_path / "base"), CPU)(ids).logits
+            torch.testing.assert_close(again(ids).logits, model(ids).logits)
+            assert (model(ids).logits - base).abs().max() > 0.1
+            torch.testing.assert_close(merged(again)(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)

@@ -176,8 +176,9 @@ class Engine:
         gradients: list[list[torch.Tensor]] = []
         for place in range(len(self.blocks) - 1, -1, -1):
             below = self.blocks[place - 1].extra if place else (0 if self.ends.learnt else None)
-            if place:
-                self.blocks[place - 1].expect(saved[place - 1])
+            for block, waiting in zip(self.blocks[max(0, place - 2) : place], saved[-3:-1], strict=True):
+                if block.number == place - 1 or block.placement.early:
+                    block.expect(waiting)
             wide, of_block = self.blocks[place].backward(wide, saved.pop(), at, below)
             gradients.append(of_block)
         of_ends = self.ends.gradients(found, ids, wide, d_loss)

@@ -32,14 +32,22 @@ from afina.train.reopen import check_unchanged, recipe_of
 @dataclass(frozen=True)
 class Wanted:
     """What of a recipe's evaluation is wanted now. `others` are asked beside those that the recipe names; `learnt`
-    tells the answers of the training data."""
+    reads the training data again."""
 
     others: Sequence[str] = ()
     tasks: Sequence[str] = ()
     limit: int | None = None
     minutes: float | None = None
     prompt_of: PromptOf | None = None
-    learnt: Callable[[], frozenset[str]] | None = None
+    learnt: Callable[[], "Learnt"] | None = None
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What the training data hold: their answers, and the digests of their samples."""
+
+    answers: frozenset[str] = frozenset()
+    samples: frozenset[bytes] = frozenset()
 
 
 def evaluate_run(run: Path, out: Path, console: Console, wanted: Wanted = Wanted()) -> Artifact:
@@ -57,7 +65,7 @@ def evaluate_run(run: Path, out: Path, console: Console, wanted: Wanted = Wanted
         )
     names = [*recipe.evaluation.systems, *wanted.others]
     parents = [parent(run.name, artifact.digest, "run")]
-    wanted = replace(wanted, learnt=partial(_learnt_answers, recipe, folder))
+    wanted = replace(wanted, learnt=partial(_learnt, recipe, folder))
     return _evaluate(recipe, folder, run, names, out, console, wanted, parents)
 
 
@@ -91,7 +99,7 @@ def _evaluate(
             sitting = Sitting(systems, asked, answers, lambda done: progress.advance(done, _("asking")), clock, judge)
             sitting.ask()
         results, rows = sitting.results()
-        _note_unseen(results, asked, wanted)
+        _note_learnt(results, asked, wanted)
         for system in systems:
             _remember_facts(system, results, answers)
     durable.remove(out)
@@ -150,23 +158,28 @@ def _read(task: Task, recipe: Recipe, folder: Path) -> Reading:
     return reading
 
 
-def _learnt_answers(recipe: Recipe, folder: Path) -> frozenset[str]:
-    """Every answer of the training data, which may be gone by now: then none."""
+def _learnt(recipe: Recipe, folder: Path) -> Learnt:
+    """What the training data hold, which may be gone by now: then nothing."""
     try:
-        return frozenset(sample.answer.strip() for sample in read(recipe.data.train, recipe.data, folder).samples)
+        samples = read(recipe.data.train, recipe.data, folder).samples
     except AfinaError:
-        return frozenset()
+        return Learnt()
+    return Learnt(
+        frozenset(sample.answer.strip() for sample in samples), frozenset(sample.digest() for sample in samples)
+    )
 
 
-def _note_unseen(results: list[dict[str, Any]], asked: Sequence[Asked], wanted: Wanted) -> None:
-    """Labels that are asked for and were never answered in training, with how many samples have them."""
-    if wanted.learnt is None or all(one.task.kind != "classification" for one in asked):
+def _note_learnt(results: list[dict[str, Any]], asked: Sequence[Asked], wanted: Wanted) -> None:
+    """Samples that stand in the training data; and labels that are asked for and were never answered there, with how
+    many samples have them."""
+    if wanted.learnt is None or all(one.task.data is None for one in asked):
         return
     known = wanted.learnt()
     for result, one in zip(results, asked, strict=True):
-        if one.task.kind == "classification" and known:
+        result["trained_on"] = sum(sample.digest() in known.samples for sample in one.samples)
+        if one.task.kind == "classification" and known.answers:
             counts = Counter(sample.answer.strip() for sample in one.samples)
-            result["unseen"] = {label: count for label, count in counts.items() if label not in known}
+            result["unseen"] = {label: count for label, count in counts.items() if label not in known.answers}
 
 
 def _judge(opening: Opening, task: Task) -> System:
@@ -199,8 +212,12 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
         console.table(
             ("", shown_measure(result["measure"]), _("95% interval"), *filter(None, [own]), _("samples/s"), _("size")),
             [_row(name, figures, result["measure"], key) for name, figures in result["systems"].items()],
-            title=_("{task}: {count} held-out samples").format(task=result["name"], count=result["samples"]),
+            title=(
+                _("{task}: {count} samples") if result.get("trained_on") else _("{task}: {count} held-out samples")
+            ).format(task=result["name"], count=result["samples"]),
         )
+        if count := result.get("trained_on"):
+            console.warn(trained_on_said(count, result["samples"]))
         for name, figures in result["systems"].items():
             said = [f"{count} {names.get(problem, problem)}" for problem, count in figures["problems"].items()]
             if figures["unanswered"]:
@@ -218,6 +235,13 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
         for pair in result["comparisons"]:
             console.line(pair["verdict"])
         console.event("task", **result)
+
+
+def trained_on_said(count: int, samples: int) -> str:
+    """A sentence about samples that are no test of anything."""
+    return _("{count} of these {samples} samples stand in the training data: what they measure is memory.").format(
+        count=count, samples=samples
+    )
 
 
 def unseen_said(label: str, count: int) -> str:

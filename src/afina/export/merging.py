@@ -60,7 +60,9 @@ def expected_changes(model: nn.Module) -> list[Change]:
         sides = {"lora_A.weight", "lora_B.weight"}
         if getattr(module, "use_dora", {}).get("default"):  # type: ignore[union-attr]
             lengths = module.lora_magnitude_vector["default"].weight  # type: ignore[index, union-attr]
-            added = (weight + added) * (lengths / (weight + added).norm(dim=1))[:, None] - weight
+            turned = bool(getattr(module, "fan_in_fan_out", False))  # GPT-2's matrices lie the other way round
+            factors = lengths / (weight + added).norm(dim=0 if turned else 1)
+            added = (weight + added) * (factors[None] if turned else factors[:, None]) - weight
             sides.add("lora_magnitude_vector")
         rows = torch.linspace(0, weight.shape[0] - 1, min(ROWS, weight.shape[0])).long()
         share = float(added.norm() / weight.norm().clamp(min=1e-30))

@@ -21,7 +21,7 @@ from afina.model.load import unpack
 from afina.model.quantize import absent, is_quantised, without_foreign_kernels
 from afina.model.targets import check_modules, chosen, in_layers, layer_numbers
 from afina.model.virtual import BIASES
-from afina.model.vocabulary import Pieces, fit_vocabulary, learning_rows, make_room
+from afina.model.vocabulary import Pieces, fit_vocabulary, keep_bias, learning_rows, make_room
 from afina.recipe.schema import Full, Lora, Method, PrefixTuning, PromptTuning
 
 with without_foreign_kernels():  # PEFT imports bitsandbytes where it is installed
@@ -76,6 +76,7 @@ def attach(
         warnings.simplefilter("ignore")  # of tied weights that learn, and of what transformers deprecates
         torch.manual_seed(seed)
         adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    keep_bias(adapted)
     if isinstance(method, PromptTuning) and text_ids:
         _begin_as(adapted, text_ids)
     if isinstance(method, Lora) and method.init == "pissa":
@@ -234,14 +235,24 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Mo
     except Exception as error:  # a damaged folder makes PEFT and safetensors raise anything at all
         raise _misfit(folder, str(error).strip().split("\n")[0] or type(error).__name__) from error
     wanted = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False).keys()
-    if there != wanted:  # PEFT only warns of weights that have no place, and starts anew those that are not there
-        raise _misfit(
-            folder,
-            _("{count} weights differ, such as {name}").format(count=len(there ^ wanted), name=min(there ^ wanted)),
-        )
+    # PEFT only warns of weights that have no place, and starts anew those that are not there.
+    if different := (there ^ wanted) - _tied_head(model):
+        text = _("{count} weights differ, such as {name}").format(count=len(different), name=min(different))
+        raise _misfit(folder, text)
     if biases:
         setattr(adapted, BIASES, biases)
+    keep_bias(adapted)
     return adapted.eval()
+
+
+def _tied_head(model: nn.Module) -> set[str]:
+    """How PEFT names the head of a model that shares the embedding's weights, which it writes once or twice."""
+    base: Any = base_of(model)
+    if not base.config.tie_word_embeddings:
+        return set()
+    return {
+        f"base_model.model.{name}.weight" for name, one in base.named_modules() if one is base.get_output_embeddings()
+    }
 
 
 def _biases_before(model: nn.Module, folder: Path) -> list[tuple[nn.Parameter, torch.Tensor]]:

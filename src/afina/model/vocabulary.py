@@ -30,13 +30,30 @@ def make_room(model: nn.Module, tokens: Pieces) -> None:
         for index, pieces in tokens.items():
             if pieces:
                 layer.weight[index] = layer.weight[list(pieces)].float().mean(0).to(layer.weight.dtype)
-            if pieces and getattr(layer, "bias", None) is not None:
-                layer.bias[index] = layer.bias[list(pieces)].mean()
 
 
 def learning_rows(model: nn.Module, tokens: Pieces) -> dict[str, list[int]] | None:
     """Which rows of which layers learn, as PEFT wants it said; None for none."""
     return {name: sorted(tokens) for name in _ends(model)} if tokens else None
+
+
+def keep_bias(adapted: nn.Module) -> None:
+    """Let a head whose rows learn add its bias (Phi-2's): PEFT multiplies by the weights alone, while what is merged
+    has both. New tokens have the mean of the others', which no adapter needs to bring along."""
+    modules: list[Any] = list(adapted.modules())
+    for module in modules:
+        biased = (
+            hasattr(module, "trainable_tokens_delta") and getattr(module.get_base_layer(), "bias", None) is not None
+        )
+        if biased and _add_bias not in module._forward_hooks.values():
+            module.register_forward_hook(_add_bias)
+
+
+def _add_bias(layer: Any, _inputs: Any, found: torch.Tensor) -> torch.Tensor:
+    if layer.disable_adapters or layer.merged or not layer.active_adapters:
+        return found  # the base's own layer has added it
+    bias: torch.Tensor = layer.get_base_layer().bias
+    return found + bias.to(found.dtype)
 
 
 def fit_vocabulary(model: nn.Module, adapter: Path) -> None:

@@ -49,6 +49,7 @@ def task_of(index: int, task: Facts, predictions: Sequence[Facts]) -> Facts:
         "verdict": str(task.get("verdict") or ""),
         "comparisons": [_comparison(pair) for pair in mappings(task.get("comparisons"))],
         "systems": systems,
+        "trained_on": number(task.get("trained_on")) or 0,
         "unseen": {str(label): number(count) or 0 for label, count in mapping(task.get("unseen")).items()},
         "parts": _parts(systems),
         "gain": tuned - base if base is not None and tuned is not None else None,
