@@ -22,35 +22,28 @@ TINY = tl.constexpr(1e-30)
 LEAST_SLOPE = tl.constexpr(2.0**-20)
 BACKWARD = (4096, 32)
 """Columns of SwiGLU's backward that are in registers at a time, and warps."""
-GROUP = 1
-"""Rows that a program goes over one after another: what belongs to the columns is read once for them."""
 
 
 def quantise(x: torch.Tensor, to: "Rows", fold: torch.Tensor | None, peak: float) -> "Rows":
     """See eight.quantise."""
     rows, width = x.shape
-    block, group = triton.next_power_of_2(width), _group(rows)
-    _quantise[(rows // group,)](
+    block = triton.next_power_of_2(width)
+    _quantise[(rows,)](
         x, x.stride(0), to.scales if fold is None else fold, to.values, to.values.stride(0), to.scales, width,
-        peak, group, block, fold is not None, num_warps=_warps(block),
+        peak, block, fold is not None, num_warps=_warps(block),
     )  # fmt: skip
     return to
 
 
 @triton.jit
-def _quantise(
-    x, x_stride, fold, out, out_stride, scales, width, peak,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, FOLDS: tl.constexpr,
-):  # fmt: skip
+def _quantise(x, x_stride, fold, out, out_stride, scales, width, peak, BLOCK: tl.constexpr, FOLDS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    by = tl.load(fold + columns, mask=inside & FOLDS, other=0.0)
-    for number in range(GROUP):
-        row = tl.program_id(0).to(tl.int64) * GROUP + number
-        value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        if FOLDS:
-            value = value * by
-        _write(value, out + row * out_stride + columns, scales + row, peak, inside)
+    value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if FOLDS:
+        value = value * tl.load(fold + columns, mask=inside, other=0.0)
+    _write(value, out + row * out_stride + columns, scales + row, peak, inside)
 
 
 @triton.jit
@@ -78,11 +71,11 @@ def rounded(value, KIND: tl.constexpr):
 def norm_rows(x: torch.Tensor, by: "Norm", to: "Rows", past: torch.Tensor | None, total: torch.Tensor | None) -> "Rows":
     """See eight.norm_rows."""
     rows, width = x.shape
-    block, group = triton.next_power_of_2(width), _group(rows)
+    block = triton.next_power_of_2(width)
     other, sums = (x, x) if past is None or total is None else (past, total)
-    _norm_rows[(rows // group,)](
+    _norm_rows[(rows,)](
         x, x.stride(0), other, other.stride(0), sums, sums.stride(0), by.weight, to.values, to.values.stride(0),
-        to.scales, width, by.eps, to.form.peak, group, block, past is not None, num_warps=_warps(block),
+        to.scales, width, by.eps, to.form.peak, block, past is not None, num_warps=_warps(block),
     )  # fmt: skip
     return to
 
@@ -90,22 +83,21 @@ def norm_rows(x: torch.Tensor, by: "Norm", to: "Rows", past: torch.Tensor | None
 @triton.jit
 def _norm_rows(
     x, x_stride, past, past_stride, total, total_stride, w, out, out_stride, scales, width, eps, peak,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, HAS_PAST: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_PAST: tl.constexpr,
 ):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
+    value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_PAST:
+        value += tl.load(past + row * past_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        value = value.to(total.dtype.element_ty)
+        tl.store(total + row * total_stride + columns, value, mask=inside)
+        value = value.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
     weight = tl.load(w + columns, mask=inside, other=0.0).to(tl.float32)
-    for number in range(GROUP):
-        row = tl.program_id(0).to(tl.int64) * GROUP + number
-        value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        if HAS_PAST:
-            value += tl.load(past + row * past_stride + columns, mask=inside, other=0.0).to(tl.float32)
-            value = value.to(total.dtype.element_ty)
-            tl.store(total + row * total_stride + columns, value, mask=inside)
-            value = value.to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
-        rounded = (value * inverse).to(x.dtype.element_ty).to(tl.float32)
-        _write(weight * rounded, out + row * out_stride + columns, scales + row, peak, inside)
+    rounded = (value * inverse).to(x.dtype.element_ty).to(tl.float32)
+    _write(weight * rounded, out + row * out_stride + columns, scales + row, peak, inside)
 
 
 def norm_backward_rows(
@@ -120,38 +112,37 @@ def norm_backward_rows(
 ) -> None:
     """See eight.norm_backward_rows."""
     rows, width = x.shape
-    block, group = triton.next_power_of_2(width), _group(rows)
+    block = triton.next_power_of_2(width)
     d, by_column = (again, again.scales) if to is None or fold is None else (to, fold)
-    _norm_backward_rows[(rows // group,)](
+    _norm_backward_rows[(rows,)](
         dy, dy.stride(0), x, x.stride(0), by.weight, residual, residual.stride(0), dx, dx.stride(0),
         again.values, again.values.stride(0), again.scales, d.values, d.values.stride(0), d.scales, by_column,
-        width, by.eps, again.form.peak, group, block, to is not None, num_warps=_warps(block),
+        width, by.eps, again.form.peak, block, to is not None, num_warps=_warps(block),
     )  # fmt: skip
 
 
 @triton.jit
 def _norm_backward_rows(
     dy, dy_stride, x, x_stride, w, past, past_stride, dx, dx_stride, again, again_stride, again_scales,
-    d, d_stride, d_scales, fold, width, eps, peak, GROUP: tl.constexpr, BLOCK: tl.constexpr, FOLDS: tl.constexpr,
+    d, d_stride, d_scales, fold, width, eps, peak, BLOCK: tl.constexpr, FOLDS: tl.constexpr,
 ):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
+    value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    slope = tl.load(dy + row * dy_stride + columns, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(w + columns, mask=inside, other=0.0).to(tl.float32)
-    by = tl.load(fold + columns, mask=inside & FOLDS, other=0.0)
-    for number in range(GROUP):
-        row = tl.program_id(0).to(tl.int64) * GROUP + number
-        value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        slope = tl.load(dy + row * dy_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        scaled = slope * weight
-        inverse = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
-        normed = value * inverse
-        found = (scaled - normed * (tl.sum(scaled * normed, axis=0) / width)) * inverse
-        found += tl.load(past + row * past_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + row * dx_stride + columns, found, mask=inside)
-        rounded = normed.to(x.dtype.element_ty).to(tl.float32)
-        _write(weight * rounded, again + row * again_stride + columns, again_scales + row, peak, inside)
-        if FOLDS:
-            _write(found * by, d + row * d_stride + columns, d_scales + row, peak, inside)
+    scaled = slope * weight
+    inverse = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+    normed = value * inverse
+    found = (scaled - normed * (tl.sum(scaled * normed, axis=0) / width)) * inverse
+    found += tl.load(past + row * past_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + row * dx_stride + columns, found, mask=inside)
+    rounded = normed.to(x.dtype.element_ty).to(tl.float32)
+    _write(weight * rounded, again + row * again_stride + columns, again_scales + row, peak, inside)
+    if FOLDS:
+        found = found * tl.load(fold + columns, mask=inside, other=0.0)
+        _write(found, d + row * d_stride + columns, d_scales + row, peak, inside)
 
 
 def swiglu_rows(gate_up: torch.Tensor, to: "Rows") -> torch.Tensor:
@@ -294,11 +285,10 @@ def gather_rotated_rows(
     length, heads, width = q.shape[1:]
     half, group = cos.shape[1], triton.next_power_of_2(heads + 2 * k.shape[2])
     block, block_rest = triton.next_power_of_2(half), triton.next_power_of_2(max(1, width - 2 * half))
-    tokens = _group(cos.shape[0])
-    _gather_rotated_rows[(cos.shape[0] // tokens,)](
+    _gather_rotated_rows[(cos.shape[0],)](
         q, q.stride(0), q.stride(1), q.stride(2), k, k.stride(0), k.stride(1), k.stride(2),
         v, v.stride(0), v.stride(1), v.stride(2), cos, sin, fold, to.values, to.values.stride(0), to.scales, length,
-        heads, k.shape[2], width, half, to.form.peak, tokens, group, block, block_rest, width > 2 * half,
+        heads, k.shape[2], width, half, to.form.peak, group, block, block_rest, width > 2 * half,
         num_warps=_warps(group * block),
     )  # fmt: skip
     return to
@@ -308,51 +298,42 @@ def gather_rotated_rows(
 def _gather_rotated_rows(
     q, q_sample, q_token, q_head, k, k_sample, k_token, k_head, v, v_sample, v_token, v_head,
     cos, sin, fold, out, out_stride, scales, length, heads, kv_heads, width, half, peak,
-    TOKENS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr,
-    HAS_REST: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr, HAS_REST: tl.constexpr,
 ):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    sample, place = token // length, token % length
     head = tl.arange(0, GROUP)[:, None]
+    of_q = q + sample * q_sample + place * q_token + head * q_head
+    of_k = k + sample * k_sample + place * k_token + (head - heads) * k_head
+    of_v = v + sample * v_sample + place * v_token + (head - heads - kv_heads) * v_head
+    source = tl.where(head < heads, of_q, tl.where(head < heads + kv_heads, of_k, of_v))
     known = head < heads + 2 * kv_heads
     column = tl.arange(0, BLOCK)[None, :]
     inside = known & (column < half)
+    first = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + half + column, mask=inside, other=0.0).to(tl.float32)
     turns = inside & (head < heads + kv_heads)
+    c = tl.load(cos + token * half + column, mask=turns, other=1.0)
+    s = tl.load(sin + token * half + column, mask=turns, other=0.0)
     by = fold + head * width + column
-    by_first = tl.load(by, mask=inside, other=0.0)
-    by_second = tl.load(by + half, mask=inside, other=0.0)
-    for number in range(TOKENS):
-        token = tl.program_id(0).to(tl.int64) * TOKENS + number
-        sample, place = token // length, token % length
-        of_q = q + sample * q_sample + place * q_token + head * q_head
-        of_k = k + sample * k_sample + place * k_token + (head - heads) * k_head
-        of_v = v + sample * v_sample + place * v_token + (head - heads - kv_heads) * v_head
-        source = tl.where(head < heads, of_q, tl.where(head < heads + kv_heads, of_k, of_v))
-        first = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(source + half + column, mask=inside, other=0.0).to(tl.float32)
-        c = tl.load(cos + token * half + column, mask=turns, other=1.0)
-        s = tl.load(sin + token * half + column, mask=turns, other=0.0)
-        one = (first * c + second * s) * by_first
-        two = (second * c - first * s) * by_second
-        largest = tl.max(tl.max(tl.maximum(tl.abs(one), tl.abs(two)), axis=1), axis=0)
-        nothing = tl.sum(tl.sum((one + two) * 0.0, axis=1), axis=0)
-        at = out + token * out_stride + head * width
-        if HAS_REST:
-            behind = 2 * half + tl.arange(0, BLOCK_REST)[None, :]
-            there = known & (behind < width)
-            rest = tl.load(source + behind, mask=there, other=0.0).to(tl.float32)
-            rest = rest * tl.load(fold + head * width + behind, mask=there, other=0.0)
-            largest = tl.maximum(largest, tl.max(tl.max(tl.abs(rest), axis=1), axis=0))
-            nothing += tl.sum(tl.sum(rest * 0.0, axis=1), axis=0)
-        scale = _scale(largest, nothing, peak)
-        tl.store(scales + token, scale)
-        tl.store(at + column, rounded(one / scale, out.dtype.element_ty), mask=inside)
-        tl.store(at + half + column, rounded(two / scale, out.dtype.element_ty), mask=inside)
-        if HAS_REST:
-            tl.store(at + behind, rounded(rest / scale, out.dtype.element_ty), mask=there)
-
-
-def _group(rows: int) -> int:
-    """GROUP, where it divides them."""
-    return GROUP if rows % GROUP == 0 else 1
+    one = (first * c + second * s) * tl.load(by, mask=inside, other=0.0)
+    two = (second * c - first * s) * tl.load(by + half, mask=inside, other=0.0)
+    largest = tl.max(tl.max(tl.maximum(tl.abs(one), tl.abs(two)), axis=1), axis=0)
+    nothing = tl.sum(tl.sum((one + two) * 0.0, axis=1), axis=0)
+    at = out + token * out_stride + head * width
+    if HAS_REST:
+        behind = 2 * half + tl.arange(0, BLOCK_REST)[None, :]
+        there = known & (behind < width)
+        rest = tl.load(source + behind, mask=there, other=0.0).to(tl.float32)
+        rest = rest * tl.load(fold + head * width + behind, mask=there, other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.max(tl.abs(rest), axis=1), axis=0))
+        nothing += tl.sum(tl.sum(rest * 0.0, axis=1), axis=0)
+    scale = _scale(largest, nothing, peak)
+    tl.store(scales + token, scale)
+    tl.store(at + column, rounded(one / scale, out.dtype.element_ty), mask=inside)
+    tl.store(at + half + column, rounded(two / scale, out.dtype.element_ty), mask=inside)
+    if HAS_REST:
+        tl.store(at + behind, rounded(rest / scale, out.dtype.element_ty), mask=there)
 
 
 def _warps(block: int) -> int:
