@@ -90,9 +90,9 @@ def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: torc
     rows, r = x.values.shape[0], small.shape[0]
     low = torch.empty(rows, r, dtype=small.dtype, device=small.device)
     block = max(16, triton.next_power_of_2(r))
-    block_t, block_k, warps, stages = INWARD.get(block, INWARD[64])
+    block_t, block_k, warps, stages, programs = INWARD.get(block, INWARD[64])
     tiles = triton.cdiv(rows, block_t)
-    splits = max(1, min(PROGRAMS // tiles, triton.cdiv(x.width, 4 * block_k)))
+    splits = max(1, min(programs // tiles, triton.cdiv(x.width, 4 * block_k)))
     parts = low if splits == 1 else torch.empty(splits, rows, r, dtype=torch.float32, device=low.device)
     _inward[(tiles, splits)](
         x.values, x.values.stride(0), x.scales, small, *small.stride(), x.scales if unfold is None else unfold, low,
@@ -103,10 +103,9 @@ def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: torc
     return low
 
 
-INWARD = {16: (32, 256, 4, 4), 32: (64, 128, 4, 4), 64: (32, 128, 4, 4)}
-"""By rank: rows and columns of a program's tile, warps, and tiles on their way; larger ones spill registers."""
-PROGRAMS = 1024
-"""How many there may be: some for each multiprocessor of the largest GPUs."""
+INWARD = {16: (32, 256, 4, 4, 1024), 32: (64, 128, 4, 4, 256), 64: (32, 128, 4, 4, 256)}
+"""By rank: rows and columns of a program's tile, warps, and tiles on their way; larger ones spill registers. And how
+many programs there may be: with larger ranks what they have to add up afterwards weighs more."""
 
 
 @cache
