@@ -155,19 +155,28 @@ def wait_for(turn: str, tool: str) -> None:
     STARTED += time.perf_counter() - began
 
 
-def random_model(shape: dict[str, Any], packed: bool = False) -> Any:
-    """packed: experts in MXFP4, as gpt-oss is published."""
+def empty_model(shape: dict[str, Any]) -> Any:
+    """Of meta tensors."""
     import torch
     from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PhiConfig
-
-    from afina.model.mxfp4 import pack_experts
 
     kind = PhiConfig if shape is PHI_2 else GptOssConfig if shape is GPT_OSS_20B else LlamaConfig
     config = kind(**shape, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     attention = "eager" if shape is GPT_OSS_20B else "sdpa"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
-        if packed:
+    return model
+
+
+def random_model(shape: dict[str, Any], packed: bool = False) -> Any:
+    """packed: experts in MXFP4, as gpt-oss is published."""
+    import torch
+
+    from afina.model.mxfp4 import pack_experts
+
+    model = empty_model(shape)
+    if packed:
+        with torch.device("meta"):
             pack_experts(model)
     model.to_empty(device="cuda").tie_weights()
     generator = torch.Generator("cuda").manual_seed(0)
@@ -185,7 +194,7 @@ def random_model(shape: dict[str, Any], packed: bool = False) -> Any:
             else:
                 value.normal_(0, 0.02, generator=generator)
     # buffers that depend on the configuration, not on the weights, are lost with the meta device
-    rotary = type(model.model.rotary_emb)(config=config, device="cuda")
+    rotary = type(model.model.rotary_emb)(config=model.config, device="cuda")
     model.model.rotary_emb = rotary
     return model
 
@@ -463,6 +472,10 @@ def write_model(shape: dict[str, Any], folder: Path, turn: str) -> None:
         f"fcntl.flock(turn, fcntl.LOCK_EX); model = gpu.random_model(gpu.{name}).cpu(); os.close(turn); "
         f"peer_gpu.write(model, pathlib.Path({str(folder)!r}))"
     )
+    if shape is GPT_OSS_20B:
+        folder.mkdir(parents=True, exist_ok=True)
+        code = f"import gpu, pathlib, peer_gpu; folder = pathlib.Path({str(folder)!r}); "
+        code += f"peer_gpu.write_hollow(gpu.empty_model(gpu.{name}), folder)"
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, capture_output=True)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine.test_engine import FAMILIES, four_bits, gradients, perturbed, rows
+from engine.test_engine import FAMILIES, SHAPE, four_bits, gradients, perturbed, rows
 from small import llama, spread
 
 from afina.data.batch import micro_batches
@@ -183,6 +183,7 @@ def test_every_family_runs_in_eight_bits(family, form):
     proof = prove_eight(engine, batch, form)
     assert min(proof.products.values()) > 0.995 and proof.layers > 0.97 and proof.learnt > 0.97
     engine.into_eight_bits(form)
+    assert (engine.ends.eight is None) == (form is INT8)
     assert engine.summed_loss(model, batch).item() == pytest.approx(loss, rel=2e-2)
     with torch.no_grad():
         assert engine.summed_loss(model, batch).item() == pytest.approx(loss, rel=2e-2)
@@ -373,8 +374,9 @@ def test_products_on_a_gpu_are_the_emulated_ones(form, tokens):
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi", "four bits"])
 @pytest.mark.parametrize("again", [False, True])
-def test_a_gpu_computes_what_the_plain_twins_do(family, form, again):
+def test_a_gpu_computes_what_the_plain_twins_do(family, form, again, monkeypatch):
     """Both in eight bits: kernels in bf16 on the GPU, the plain code in fp32 on the CPU, from the same weights."""
+    monkeypatch.setitem(SHAPE, "intermediate_size", 64)  # a GPU multiplies rows of sixteens, as the gate sees to
     shape = dict(hidden_size=256, intermediate_size=512, head_dim=64, num_hidden_layers=2)
 
     def make():

@@ -46,6 +46,11 @@ class Placement:
     away: frozenset[str] = frozenset()
     again: frozenset[str] = frozenset()
 
+    @property
+    def early(self) -> bool:
+        """Whether what waits is brought back two layers before its turn: where it takes longer than one."""
+        return bool(self.away) and not self.again
+
 
 HERE = Placement()
 """Everything stays on the GPU."""
@@ -284,7 +289,9 @@ def room(x: torch.Tensor, product: Product) -> torch.Tensor:
 
 
 def widened(x: torch.Tensor, product: Product) -> torch.Tensor:
-    """x (tokens, K) in rows with the product's extra columns."""
+    """x (tokens, K) in rows with the product's extra columns, if it has any."""
+    if not product.r:
+        return x
     return torch.cat([x, x.new_empty(x.shape[0], product.r)], dim=1)  # by far the fastest copy into wider rows
 
 

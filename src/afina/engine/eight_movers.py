@@ -19,25 +19,44 @@ if TYPE_CHECKING:
 
 def append_up(weights: "Rows", up: torch.Tensor, unit: torch.Tensor) -> None:
     """See eight.append_up."""
-    rows, r = up.shape
+    _behind(weights.values, weights.width, up, weights.scales, unit, weights.form.largest)
+
+
+def append_down(out: torch.Tensor, rows: int, down: torch.Tensor, unit: torch.Tensor, largest: float) -> None:
+    """See eight.append_down."""
+    _behind(out, rows, down.t(), None, unit, largest)
+
+
+def _behind(
+    values: torch.Tensor,
+    width: int,
+    factor: torch.Tensor,
+    scales: torch.Tensor | None,
+    unit: torch.Tensor,
+    largest: float,
+) -> None:
+    """factor (rows, r) times unit, over scales (rows,) if any, behind `width` columns of values, in three parts."""
+    rows, r = factor.shape
     block = triton.next_power_of_2(r)
     group = max(1, 2048 // max(block, 128))
-    _append_up[(triton.cdiv(rows, group),)](
-        weights.values, weights.values.stride(0), weights.scales, up, up.stride(0), rows, weights.width,
-        weights.values.shape[1], r, unit, weights.form.largest, group, block, num_warps=4,
+    _append[(triton.cdiv(rows, group),)](
+        values, values.stride(0), width, values.shape[1], factor, factor.stride(0), factor.stride(1), rows, r,
+        unit if scales is None else scales, unit, largest, group, block, scales is not None, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
-def _append_up(
-    values, stride, scales, up, up_stride, rows, width, whole, r, unit, largest,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+def _append(
+    values, stride, width, whole, factor, factor_stride, factor_step, rows, r, scales, unit, largest,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)[:, None]
     rank = tl.arange(0, BLOCK)[None, :]
     known = (row < rows) & (rank < r)
-    value = tl.load(up + row * up_stride + rank, mask=known, other=0.0).to(tl.float32)
-    value = value * tl.load(unit) / tl.load(scales + row, mask=row < rows, other=1.0)
+    value = tl.load(factor + row * factor_stride + rank * factor_step, mask=known, other=0.0).to(tl.float32)
+    value = value * tl.load(unit)
+    if SCALES:
+        value = value / tl.load(scales + row, mask=row < rows, other=1.0)
     high, rest = halves(value, largest)
     high, rest = high.to(values.dtype.element_ty), rest.to(values.dtype.element_ty)
     at = values + row * stride + width + rank
@@ -74,35 +93,6 @@ def _turn(x, x_stride, out, out_stride, rows, width, BLOCK_N: tl.constexpr, BLOC
     tl.store(out + column[:, None] * out_stride + row[None, :], tl.trans(value), mask=inside)
 
 
-def append_down(out: torch.Tensor, rows: int, down: torch.Tensor, unit: torch.Tensor, largest: float) -> None:
-    """See eight.append_down."""
-    r, width = down.shape
-    block = triton.next_power_of_2(r)
-    group = max(1, 2048 // max(block, 128))
-    _append_down[(triton.cdiv(width, group),)](
-        out, out.stride(0), down, down.stride(0), rows, width, out.shape[1], r, unit, largest, group, block, num_warps=4
-    )
-
-
-@triton.jit
-def _append_down(
-    out, stride, down, down_stride, rows, width, whole, r, unit, largest, GROUP: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    column = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)[:, None]
-    rank = tl.arange(0, BLOCK)[None, :]
-    known = (column < width) & (rank < r)
-    value = tl.load(down + rank * down_stride + column, mask=known, other=0.0).to(tl.float32) * tl.load(unit)
-    high, rest = halves(value, largest)
-    high, rest = high.to(out.dtype.element_ty), rest.to(out.dtype.element_ty)
-    at = out + column * stride + rows + rank
-    tl.store(at, high, mask=known)
-    tl.store(at + r, high, mask=known)
-    tl.store(at + 2 * r, rest, mask=known)
-    behind = rows + 3 * r + tl.arange(0, PAD)[None, :]
-    nothing = tl.zeros((GROUP, PAD), tl.float32).to(out.dtype.element_ty)
-    tl.store(out + column * stride + behind, nothing, mask=(column < width) & (behind < whole))
-
-
 def spread(rows: "Rows", out: torch.Tensor) -> None:
     """See eight.spread."""
     count, block = out.shape[0], min(4096, triton.next_power_of_2(rows.width))
@@ -125,35 +115,36 @@ def unpack(weight: "Nf4", scales: torch.Tensor, out: torch.Tensor, turned: bool)
     levels = weight.scale_levels if nested else weight.levels
     outer = weight.outer_scales if nested else weight.scales
     offset = weight.offset if nested else weight.levels
-    block_n, block_k, warps = UNPACK
-    _unpack[(triton.cdiv(weight.rows, block_n), triton.cdiv(weight.columns, block_k))](
+    block_n, blocks, warps = UNPACK[turned]
+    _unpack[(triton.cdiv(weight.rows, block_n), triton.cdiv(weight.columns, 64 * blocks))](
         weight.packed, weight.levels, weight.scales, levels, outer, offset, scales, out, out.stride(0), weight.rows,
-        weight.columns, weight.outer_block, block_n, block_k, nested, turned, num_warps=warps,
+        weight.columns, weight.outer_block, block_n, blocks, nested, turned, num_warps=warps,
     )  # fmt: skip
 
 
-UNPACK = (64, 128, 8)
-"""Rows and columns of a tile, and warps."""
+UNPACK = {False: (8, 16, 8), True: (128, 2, 8)}
+"""As they lie, and turned over: rows of a tile and blocks of 64 columns, and warps."""
 
 
 @triton.jit
 def _unpack(
     packed, levels, scales, scale_levels, outer, offset, row_scales, out, out_stride, rows, columns, outer_block,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NESTED: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    half = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-    inside = (row[:, None] < rows) & (half[None, :] * 2 < columns)
-    pair = tl.load(packed + row[:, None] * (columns // 2) + half[None, :], mask=inside, other=0).to(tl.int32)
-    place = (row[:, None] * columns + half[None, :] * 2) // 64
-    scale = tl.load(scales + place, mask=inside, other=0)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = (row[:, None] < rows) & (block[None, :] * 64 < columns)
+    place = row[:, None] * (columns // 64) + block[None, :]
+    scale = tl.load(scales + place, mask=inside, other=0)  # one for 64 weights: a division for each took 30 ms a step
     if NESTED:
         wide = tl.load(outer + place // outer_block, mask=inside, other=0.0)
         scale = tl.load(scale_levels + scale.to(tl.int32)) * wide + tl.load(offset)
-    scale = scale / tl.load(row_scales + row, mask=row < rows, other=1.0)[:, None]
+    scale = (scale / tl.load(row_scales + row, mask=row < rows, other=1.0)[:, None])[:, :, None]
+    pairs = place[:, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+    pair = tl.load(packed + pairs, mask=inside[:, :, None], other=0).to(tl.int32)
     both = tl.interleave(tl.load(levels + (pair >> 4)) * scale, tl.load(levels + (pair & 15)) * scale)
-    value = rounded(both, out.dtype.element_ty)
-    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    value = tl.reshape(rounded(both, out.dtype.element_ty), (BLOCK_N, BLOCKS * 64))
+    column = tl.program_id(1) * (BLOCKS * 64) + tl.arange(0, BLOCKS * 64)
     if TURNED:
         known = (row[None, :] < rows) & (column[:, None] < columns)
         tl.store(out + column[:, None].to(tl.int64) * out_stride + row[None, :], tl.trans(value), mask=known)

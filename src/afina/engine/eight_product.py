@@ -12,8 +12,7 @@ base's as more columns of the same product, in two halves of e4m3, which is eigh
 INT8 has no such range: there, and where dropout makes the adapters' input another, the term is added afterwards.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,27 +26,6 @@ ALIGN = 16
 """Bytes at which every row of a factor must begin."""
 TILE = 128
 """What is appended fills whole tiles of the sum: rows that end within one took a fifth more time on Hopper."""
-
-
-class Beside:
-    """A second stream of a GPU, for what nothing waits for before a backward ends: gradients of adapters."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-
-    @contextmanager
-    def taking(self, *given: Rows | torch.Tensor) -> Iterator[None]:
-        """Within, kernels run in the second stream, once what is given is there, whose memory is theirs meanwhile."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        for part in given:
-            for tensor in (part.values, part.scales) if isinstance(part, Rows) else (part,):
-                tensor.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
-            yield
-
-    def join(self) -> None:
-        """What comes next in the first stream waits for it."""
-        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -70,7 +48,6 @@ class EightProduct(Product):
     first: torch.Tensor
     factors: torch.Tensor
     own: torch.Tensor | None = None
-    beside: "Beside | None" = None
 
     @classmethod
     def of(
@@ -244,13 +221,12 @@ class EightProduct(Product):
             return []
         if self._drops(seed) and isinstance(x, Rows):
             x = x.exact(self.like.dtype)
-        with self.beside.taking(dy, x, d_low, low) if self.beside is not None else nullcontext():
-            dtype, rank = self.adapters[0].a.dtype, max(adapter.b.shape[1] for adapter in self.adapters)
-            if isinstance(x, Rows):
-                downs = eight.outward(x, d_low, dtype)
-            else:
-                downs = wide_product(d_low.t(), self.dropped(x, seed)).to(dtype)
-            ups = eight.outward_turned(dy, low, self.first, self.factors, rank, dtype)
+        dtype, rank = self.adapters[0].a.dtype, max(adapter.b.shape[1] for adapter in self.adapters)
+        if isinstance(x, Rows):
+            downs = eight.outward(x, d_low, dtype)
+        else:
+            downs = wide_product(d_low.t(), self.dropped(x, seed)).to(dtype)
+        ups = eight.outward_turned(dy, low, self.first, self.factors, rank, dtype)
         found = []
         for adapter in self.adapters:
             found += [downs[adapter.columns], ups[adapter.rows, : adapter.b.shape[1]]]

@@ -12,7 +12,8 @@ from torch import nn
 
 from afina.engine.block import Block, Placement, Positions, Saved
 from afina.engine.eight import FP8, Format
-from afina.engine.eight_product import Beside, EightProduct
+from afina.engine.eight_head import EightHead
+from afina.engine.eight_product import EightProduct
 from afina.engine.eight_sequential import Scratches, in_eight_bits
 from afina.engine.families import final_norm, make_block, turned_half
 from afina.engine.head import Ends, Host
@@ -22,7 +23,6 @@ from afina.engine.plan import Plan, choose, filled
 from afina.engine.products import Copies, Scratch
 from afina.model.loss import Targeted
 
-BESIDE = False
 HEAD = "head"
 """Its name among products."""
 
@@ -40,7 +40,6 @@ class Engine:
         self.dtype = dtype or inside.embed_tokens.weight.dtype
         self._scratch = Scratch()
         self._eights = Scratches()
-        self._beside: Beside | None = None
         layers = enumerate(inside.layers)
         self.blocks: list[Block] = [make_block(layer, config, n, self._scratch, self.dtype) for n, layer in layers]
         self.ends = _ends(inside.embed_tokens.weight, head, final_norm(inside, config, self.dtype), self.dtype)
@@ -112,13 +111,10 @@ class Engine:
         self._eights = Scratches()
         of_layers = set(exact) - {HEAD}
         self.blocks = [in_eight_bits(block, form, self._eights, exact=of_layers, hold=hold) for block in self.blocks]
+        if self.head_goes_along(form, exact):
+            self.ends.eight = EightHead.of(self.ends.weight)
         self._products = [product for block in self.blocks for product in block.products]
         self._copies = None
-        if BESIDE and self.device.type == "cuda":
-            self._beside = Beside(self.device)
-            for product in self._products:
-                if isinstance(product, EightProduct):
-                    product.beside = self._beside
         if all(type(product) is EightProduct for product in self._products) and not self.mixed:
             self._scratch.let_go()
 
@@ -180,12 +176,11 @@ class Engine:
         gradients: list[list[torch.Tensor]] = []
         for place in range(len(self.blocks) - 1, -1, -1):
             below = self.blocks[place - 1].extra if place else (0 if self.ends.learnt else None)
-            if place:
-                self.blocks[place - 1].expect(saved[place - 1])
+            for block, waiting in zip(self.blocks[max(0, place - 2) : place], saved[-3:-1], strict=True):
+                if block.number == place - 1 or block.placement.early:
+                    block.expect(waiting)
             wide, of_block = self.blocks[place].backward(wide, saved.pop(), at, below)
             gradients.append(of_block)
-        if self._beside is not None:
-            self._beside.join()
         of_ends = self.ends.gradients(found, ids, wide, d_loss)
         return [*(gradient for of_block in reversed(gradients) for gradient in of_block), *of_ends]
 

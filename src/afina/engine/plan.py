@@ -6,7 +6,6 @@ computer's memory and of reading and writing the GPU's own.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
@@ -23,8 +22,9 @@ if TYPE_CHECKING:
     from afina.engine.block import Block
     from afina.engine.engine import Engine
 
-LAYER_US = 700
-"""Microseconds in which Python can launch a layer's forward and backward: no micro-batch is faster than that."""
+LAYER_US, AWAY_US = 2800, 150
+"""Microseconds in which Python on a server's slow core launches a layer's forward and backward, and sends a tensor away
+and brings it back: no micro-batch is faster than that."""
 OVERHEAD = 0.1
 """Of that time comes on top whatever is computed: the more tokens at once, the better."""
 ROWS_AT_ONCE = 4096
@@ -174,7 +174,9 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
     standing = sum(rung.kept for rung in rungs) * element
     needed = standing + of_head + at_once * 4 + 4 * tokens * hidden * element
     for number in range(layers - 1, -1, -1):
-        here = rungs[number].away + (rungs[number - 1].away if number else 0) + rungs[number].work
+        early = plan.placements[number - 2].early if number > 1 else False
+        coming = rungs[number - 1].away * (number > 0) + rungs[number - 2].away * early
+        here = rungs[number].away + coming + rungs[number].work
         needed = max(needed, standing + here * element + of_head + gradients * (layers - number))
         standing -= rungs[number].kept * element
     ends_away = {"neither": 0, "embedding": 1, "both": 1 if ends.tied else 2}[plan.host]
@@ -190,7 +192,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
     if plan.host == "both":
         times = -(-tokens * VOCABULARY_AT_ONCE // (4 * LOGITS_AT_ONCE))
         microseconds += vocabulary * hidden * (2 * times * element / rates.copies + tokens / _exact(rates))
-    launching = LAYER_US * layers
+    launching = LAYER_US * layers + AWAY_US * sum(len(placement.away) for placement in plan.placements)
     microseconds = max(microseconds, launching) + OVERHEAD * launching
     return replace(plan, rows_at_once=ROWS_AT_ONCE if cut else 0, bytes=int(needed), microseconds=microseconds)
 
@@ -255,13 +257,15 @@ def measure(engine: "Engine") -> Rates:
     here = torch.empty(2**25, dtype=torch.uint8, device=engine.device)
 
     def microseconds(call: Callable[[], object]) -> float:
+        """As the GPU counts them: its clock does not wait for Python."""
         call()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _turn in range(3):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        for _turn in range(4):
             call()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - started) / 3 * 1e6
+        ended.record()
+        ended.synchronize()
+        return float(began.elapsed_time(ended)) / 4 * 1e3
 
     plain = Product.trial(widest, 2048)
     products, exact = (2048 * widest.n * widest.k / microseconds(trial) for trial in (widest.trial(2048), plain))

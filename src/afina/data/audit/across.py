@@ -6,7 +6,7 @@ different ones share a hash with probability 3e-8), its place, and a few figures
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -249,13 +249,13 @@ def _sixteen(values: np.ndarray) -> np.ndarray:
     return values.view(np.uint16)[::4]
 
 
-def hashes(texts: Sequence[str], counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def hashes(texts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(rows,) uint64 twice: hashes of each row's question (all its texts but the last; of one text, that) and of all
-    its texts. counts: (rows,) texts of each row."""
+    its texts. texts: (texts,) int64, the hash of each; counts: (rows,) texts of each row."""
     last = np.cumsum(counts) - 1
     first = last - counts + 1
-    turn = np.arange(len(texts), dtype=np.uint64) - np.repeat(first, counts).astype(np.uint64)
-    each = mix(np.fromiter(map(hash, texts), np.int64, len(texts)).view(np.uint64) + mix(turn))
+    turn = np.arange(texts.size, dtype=np.uint64) - np.repeat(first, counts).astype(np.uint64)
+    each = mix(texts.view(np.uint64) + mix(turn))
     whole = np.add.reduceat(each, first)
     return np.where(counts > 1, whole - each[last], whole), whole
 
@@ -273,8 +273,10 @@ def _endings() -> np.ndarray:
 
 
 def forms(joined: Joined, numbers: np.ndarray) -> np.ndarray:
-    """(numbers,) uint8: `form` of each of these texts, which are not all empty."""
-    found: np.ndarray = _endings()[joined.codes[joined.ends[numbers] - 1]]
+    """(numbers,) uint8: `form` of each of these texts."""
+    ends = np.empty_like(joined.ends)
+    ends[joined.order] = joined.ends
+    found: np.ndarray = _endings()[joined.units(ends[numbers] - 1)]
     for at in np.flatnonzero((found == LOOK) | (joined.lengths[numbers] == 0)).tolist():
         found[at] = form(joined.texts[numbers[at]])
     return found

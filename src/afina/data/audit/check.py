@@ -22,9 +22,9 @@ from afina.data.audit.blocks import Block, line_blocks, row_blocks
 from afina.data.audit.finding import Finding, Report
 from afina.data.audit.kinds import Severity, kinds
 from afina.data.audit.letters import Fault
-from afina.data.audit.quick import NOT_PLAIN, TYPED, Look, loose
-from afina.data.audit.scan import joined_apart, suspects
-from afina.data.audit.syntax import quotes_of
+from afina.data.audit.quick import NOT_PLAIN, TYPED, Look, Plain, loose
+from afina.data.audit.scan import join, suspects
+from afina.data.audit.syntax import quotes, quotes_in, quotes_of
 from afina.data.audit.text import ALL, faults
 from afina.data.audit.tongue import languages
 from afina.data.conversation import ROLES, Message, Sample
@@ -37,25 +37,58 @@ KEYS_TOLD = 20
 """Names of keys that are told, at most."""
 KEPT = 2**24
 """Bytes of freed memory, twice which are kept for the next block."""
+NONE = np.zeros(0, np.int64)
 ENOUGH = 50
 """Rows of a block to judge by whether the quick look is worth its while."""
 
 
 @dataclass
 class Taken:
-    """The conversations of a block: of each its place in it, its roles, and how many texts; all texts, end to end."""
+    """The conversations of a block, some at a time: of each its place there, its roles, and how many texts it has;
+    all texts, end to end, and the hash of each."""
 
-    rows: list[int] = field(default_factory=list)
     roles: list[tuple[str, ...]] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    _rows: list[np.ndarray] = field(default_factory=list)
+    _counts: list[np.ndarray] = field(default_factory=list)
+    _hashed: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, row: int, roles: tuple[str, ...], texts: list[str]) -> None:
+    def add(self, rows: np.ndarray, plain: Plain, hashed: np.ndarray, good: np.ndarray) -> None:
+        """Take up those of some conversations that are good. rows: their places; good: (conversations,) bool."""
+        if good.all():
+            self.roles += plain.roles
+            self.texts += plain.texts
+        else:
+            each = np.repeat(good, plain.counts)
+            self.roles += compress(plain.roles, good.tobytes())
+            self.texts += compress(plain.texts, each.tobytes())
+            rows, hashed, plain = rows[good], hashed[each], plain._replace(counts=plain.counts[good])
+        self._rows.append(rows)
+        self._counts.append(plain.counts)
+        self._hashed.append(hashed)
+
+    def add_one(self, row: int, roles: tuple[str, ...], texts: list[str]) -> None:
         """Take up a conversation."""
-        self.rows.append(row)
         self.roles.append(roles)
-        self.counts.append(len(texts))
         self.texts += texts
+        self._rows.append(np.array([row]))
+        self._counts.append(np.array([len(texts)]))
+        self._hashed.append(np.array(list(map(hash, texts))))
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(conversations,) int64."""
+        return np.concatenate([NONE, *self._rows])
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(conversations,) int64."""
+        return np.concatenate([NONE, *self._counts])
+
+    @property
+    def hashed(self) -> np.ndarray:
+        """(texts,) int64."""
+        return np.concatenate([NONE, *self._hashed])
 
 
 @dataclass
@@ -114,57 +147,41 @@ class Pass:
         taken = Taken()
         found = reader.read(block, taken)
         self.report.rows += reader.seen
-        rows, counts = np.array(taken.rows, np.int64), np.array(taken.counts, np.int64)
+        rows, counts = taken.rows, taken.counts
         last = np.cumsum(counts) - 1
-        looks, lengths, form, tongues = self._looked(taken.texts, last)
+        joined = join(taken.texts)
+        looks = dict.fromkeys(range(len(taken.texts)), ALL) if self.plain else suspects(joined)
         numbers = sorted(looks)
         for number, owner in zip(numbers, np.searchsorted(last, numbers).tolist(), strict=True):
-            row = taken.rows[owner]
+            row = int(rows[owner])
             for fault in faults(taken.texts[number], looks[number], plain_markup=self.markup):
                 begin, end = syntax.place(block.raws[row], taken.texts[number], fault.begin, fault.end)
                 found.setdefault(row, []).append(fault._replace(begin=begin, end=end))
         if self.labels is not None:
             for at, fault in self.labels(_samples(path, block, taken)):
-                found.setdefault(taken.rows[at], []).append(
-                    fault._replace(begin=0, end=len(block.raws[taken.rows[at]]))
-                )
+                row = int(rows[at])
+                found.setdefault(row, []).append(fault._replace(begin=0, end=len(block.raws[row])))
         self._tell(path, block, found)
-        if not taken.rows:
+        if not rows.size:
             return
         order = np.argsort(rows)
         if self.near is not None:
             for at in order.tolist():
                 self.near.add("\n".join(taken.texts[last[at] + 1 - counts[at] : last[at] + 1]))
-        asked, whole = hashes(taken.texts, counts)
+        asked, whole = hashes(taken.hashed, counts)
+        tongues = languages(joined)
         columns = Columns(
             whole=whole,
             asked=asked,
             line=block.lines[rows],
             begin=block.begins[rows],
             size=block.sizes[rows],
-            length=lengths[last],
-            form=form[last],
+            length=joined.lengths[last],
+            form=forms(joined, last),
             answer_in=tongues[last],
             question_in=np.where(counts > 1, tongues[last - 1], 0),
         )
         self.across.add(Columns(*(column[order] for column in columns)), (taken.texts[at] for at in last))
-
-    def _looked(self, texts: list[str], last: np.ndarray) -> tuple[dict[int, int], np.ndarray, np.ndarray, np.ndarray]:
-        """Of texts: which need a closer look and for what; of each its characters, form (of the `last` ones) and
-        language."""
-        looks = dict.fromkeys(range(len(texts)), ALL) if self.plain else {}
-        lengths, form, tongues, ends = (np.zeros(len(texts), kind) for kind in (np.int64, np.uint8, np.uint8, np.bool_))
-        ends[last] = True
-        parts = list(joined_apart(texts))
-        for numbers, joined in parts:
-            if not self.plain:
-                looks |= {int(numbers[at]): look for at, look in suspects(joined).items()}
-            answers = np.flatnonzero(ends[numbers])
-            form[numbers[answers]] = forms(joined, answers)
-            lengths[numbers] = joined.lengths
-        if parts:
-            tongues[np.concatenate([numbers for numbers, _joined in parts])] = languages(*(part for _at, part in parts))
-        return looks, lengths, form, tongues
 
     def _tell(self, path: Path, block: Block, found: dict[int, list[Fault]]) -> None:
         table = kinds()
@@ -187,7 +204,7 @@ def _keep_freed_memory() -> None:
 
 def _samples(path: Path, block: Block, taken: Taken) -> list[Sample]:
     made, at = [], 0
-    for row, roles, count in zip(taken.rows, taken.roles, taken.counts, strict=True):
+    for row, roles, count in zip(taken.rows.tolist(), taken.roles, taken.counts.tolist(), strict=True):
         texts = taken.texts[at : at + count]
         made.append(Sample(tuple(map(Message, roles, texts)), path, int(block.lines[row])))
         at += count
@@ -253,21 +270,17 @@ class _Reader:
                 rest.append(len(decoded) + len(rest))
         plain = look.spread(decoded)
         places = np.delete(np.arange(start, len(block.raws)), rest)
-        good = quotes_of(block.text, block.begins - block.begins[0])[places] == plain.marks
+        good = np.ones(places.size, np.bool_)
+        others = sum(quotes(raw) for raw in [*block.raws[:start], *(raws[at] for at in rest)])
+        if quotes_in(block.text) != plain.marks.sum() + others:  # no row has too few, as it has been parsed
+            good &= quotes_of(block.text, block.begins - block.begins[0])[places] == plain.marks
         sound = {roles: _is_sound(roles) for roles in set(plain.roles)}
         if not all(sound.values()):
             good &= [sound[roles] for roles in plain.roles]
+        hashed = np.fromiter(map(hash, plain.texts), np.int64, len(plain.texts))
         if good.size:
-            good &= _spoken(plain.texts, plain.counts)
-        if good.all():
-            taken.rows += places.tolist()
-            taken.roles += plain.roles
-            taken.texts += plain.texts
-        else:
-            taken.rows += places[good].tolist()
-            taken.roles += compress(plain.roles, good)
-            taken.texts += compress(plain.texts, np.repeat(good, plain.counts))
-        taken.counts += plain.counts[good].tolist()
+            good &= _spoken(plain.texts, hashed, plain.counts)
+        taken.add(places, plain, hashed, good)
         return sorted([*(start + at for at in rest), *places[~good].tolist()])
 
     def _slowly(self, places: Iterable[int], block: Block, taken: Taken, found: dict[int, list[Fault]]) -> None:
@@ -328,7 +341,7 @@ class _Reader:
         odd = [_blame(row.raw, kind, text, "") for kind, text in chat.oddities(roles, texts, row.value)]
         if notes or odd:
             found[at] = notes + odd
-        taken.add(at, roles, texts)
+        taken.add_one(at, roles, texts)
 
 
 @cache
@@ -341,10 +354,15 @@ def _is_sound(roles: tuple[str, ...]) -> bool:
     return set(roles) <= set(ROLES) and not chat.order(roles)
 
 
-def _spoken(texts: list[str], counts: np.ndarray) -> np.ndarray:
-    """(rows,) bool: whether each row has no blank text, and its last one is not the one before it again."""
+def _spoken(texts: list[str], hashed: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(rows,) bool: whether each row has no blank text, and its last one is not the one before it again.
+
+    hashed: (texts,) their hashes; counts: (rows,) texts of each row.
+    """
+    stripped = list(map(str.strip, texts))
+    if stripped != texts:  # mostly each of them is the very text
+        hashed = np.fromiter(map(hash, stripped), np.int64, len(stripped))
     last = np.cumsum(counts) - 1
-    hashed = np.fromiter(map(hash, map(str.strip, texts)), np.int64, len(texts))
     blank = np.logical_or.reduceat(hashed == hash(""), last - counts + 1)
     return np.asarray(~blank & ((counts == 1) | (hashed[last] != hashed[last - 1])))
 

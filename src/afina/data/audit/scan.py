@@ -1,4 +1,4 @@
-"""Many texts at once: which of them need a closer look, and the language of each, by passes over arrays of bytes.
+"""Many texts at once: which of them need a closer look, by passes over arrays of bytes.
 
 The texts of a block are joined and every character becomes one byte of flags. A handful of vectorised passes over
 these bytes (about 3 ns a character in all) then say which texts hold something that text.py should look at. A test
@@ -36,23 +36,34 @@ ONES = np.uint64(0x0101010101010101)
 
 @dataclass(slots=True)
 class Joined:
-    """Texts end to end, with a line end after each and EIGHT after the last: `flags` and `codes` a character each
-    (UTF-16 units).
+    """Texts end to end, those of ASCII first, a line end before the first, one after each, and EIGHT after the last.
 
-    `starts`: where each begins, in these units; `ends`: the unit after its last; `lengths`: its characters.
+    `lengths`: characters of each of `texts`; `order`: of each that stands here its number. `starts`, `ends`: where
+    it begins, and the place after its last character. A place is a UTF-16 unit: in `narrow` what it is in Latin-1, 0
+    where that has no such character; in `flags` what is to be known of it; from `first` on, where texts are no more of
+    ASCII, in `wide` itself.
     """
 
     texts: list[str]
-    text: str
-    codes: np.ndarray
-    flags: np.ndarray
+    lengths: np.ndarray
+    order: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
-    lengths: np.ndarray
+    narrow: bytes
+    flags: np.ndarray
+    first: int
+    wide: np.ndarray
 
     def owners(self, places: np.ndarray) -> np.ndarray:
-        """The text that each place lies in."""
-        return np.searchsorted(self.starts, places, side="right") - 1
+        """Which of those that stand here each place lies in."""
+        return np.asarray(np.searchsorted(self.starts, places, side="right") - 1)
+
+    def units(self, places: np.ndarray) -> np.ndarray:
+        """(places,) uint16: what stands at these places."""
+        found: np.ndarray = np.frombuffer(self.narrow, np.uint8)[places].astype(np.uint16)
+        beyond = np.flatnonzero((found == 0) & (places >= self.first))
+        found[beyond] = self.wide[places[beyond] - self.first]
+        return found
 
 
 @cache
@@ -97,34 +108,30 @@ def _low_table() -> bytes:
     return _table()[:256].tobytes()
 
 
-def joined_apart(texts: list[str]) -> Iterator[tuple[np.ndarray, Joined]]:
-    """Texts of ASCII and the others, each with their numbers: most are of ASCII and take half the room and time."""
-    ascii_only = np.fromiter(map(str.isascii, texts), np.bool_, len(texts))
-    for some in (ascii_only, ~ascii_only):
-        numbers = np.flatnonzero(some)
-        if numbers.size:
-            yield numbers, join(texts if numbers.size == len(texts) else list(compress(texts, some)))
-
-
 def join(texts: list[str]) -> Joined:
     """Texts made ready for passes over all of them."""
-    text = "\n".join([*texts, "\n" * (EIGHT - 1)])
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    ends = np.cumsum(lengths + 1) - 1
-    starts = ends - lengths
-    if text.isascii():
-        raw = text.encode("ascii")
-        codes = np.frombuffer(raw, np.uint8)
-        return Joined(texts, text, codes, np.frombuffer(raw.translate(_low_table()), np.uint8), starts, ends, lengths)
-    codes = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), np.uint16)
-    flags = np.frombuffer(codes.astype(np.uint8).tobytes().translate(_low_table()), np.uint8).copy()
-    beyond = np.flatnonzero(codes > 127)
-    flags[beyond] = _table()[codes[beyond]]
-    if codes.size != len(text):  # characters beyond the basic plane are two units: every later text starts one further
-        halves = beyond[(codes[beyond] & 0xFC00) == 0xD800]
-        halves -= np.arange(halves.size)
-        starts, ends = starts + np.searchsorted(halves, starts), ends + np.searchsorted(halves, ends)
-    return Joined(texts, text, codes, flags, starts, ends, lengths)
+    is_narrow = bytearray(map(str.isascii, texts))
+    others = np.flatnonzero(np.frombuffer(is_narrow, np.bool_) == np.False_)
+    order, plain, rest = np.arange(len(texts)), texts, list[str]()
+    if others.size:
+        order = np.concatenate([np.delete(order, others), others])
+        plain, rest = list(compress(texts, is_narrow)), [texts[at] for at in others.tolist()]
+    raw = "\n".join(["", *plain, ""]).encode("ascii")
+    wide = np.frombuffer("\n".join([*rest, "\n" * (EIGHT - 1)]).encode("utf-16-le", "surrogatepass"), np.uint16)
+    narrow = raw + np.where(wide < 256, wide, 0).astype(np.uint8).tobytes()
+    flags = np.frombuffer(narrow.translate(_low_table()), np.uint8)
+    ends = np.cumsum(lengths[order] + 1)
+    starts = ends - lengths[order]
+    if others.size:
+        flags = flags.copy()
+        beyond = np.flatnonzero(wide > 127)
+        flags[beyond + len(raw)] = _table()[wide[beyond]]
+        halves = beyond[(wide[beyond] & 0xFC00) == 0xD800]
+        if halves.size:  # characters beyond the basic plane are two units: every later text starts one further
+            halves += len(raw) - np.arange(halves.size)
+            starts, ends = starts + np.searchsorted(halves, starts), ends + np.searchsorted(halves, ends)
+    return Joined(texts, lengths, order, starts, ends, narrow, flags, len(raw), wide)
 
 
 def suspects(joined: Joined) -> dict[int, int]:
@@ -132,38 +139,37 @@ def suspects(joined: Joined) -> dict[int, int]:
     found: dict[int, int] = {}
     for look, places in _places(joined):
         if places.size:
-            for owner in np.unique(joined.owners(places)).tolist():
-                if (look == FENCES and joined.texts[owner].count(FENCE) % 2 == 0) or (
-                    look == WORDS and not any(phrase in joined.texts[owner] for phrase in PHRASES.values())
+            for number in joined.order[np.unique(joined.owners(places))].tolist():
+                if (look == FENCES and joined.texts[number].count(FENCE) % 2 == 0) or (
+                    look == WORDS and not any(phrase in joined.texts[number] for phrase in PHRASES.values())
                 ):
                     continue
-                found[owner] = found.get(owner, 0) | look
+                found[number] = found.get(number, 0) | look
     return found
 
 
 def _places(joined: Joined) -> Iterator[tuple[int, np.ndarray]]:
-    flags, codes = joined.flags, joined.codes
+    flags = joined.flags
     eights = flags[: flags.size // EIGHT * EIGHT].view(np.uint64)  # at its end are line ends alone
     yield LETTERS, _having(flags, eights, ODD)
-    if codes.dtype != np.uint8:
+    if joined.wide.size > EIGHT:
         leads = _having(flags, eights, LEAD)
         yield MOJIBAKE, leads[(flags[leads + 1] & FOLLOW) != 0]
     pairs = _having(flags, eights, OPENS)
     if pairs.size:
-        second = codes[pairs + 1]
-        pairs = pairs[_pairs()[codes[pairs], np.where(second < 128, second, 0)] | (second == ord("｜"))]
-        first = codes[pairs]
+        first, second = joined.units(pairs), joined.units(pairs + 1)
+        known = _pairs()[first, np.where(second < 128, second, 0)] | (second == ord("｜"))
+        pairs, first, second = pairs[known], first[known], second[known]
         yield FENCES, pairs[first == ord("`")]
         phrase = np.isin(first, [ord(letter) for letter in PHRASES])
         yield WORDS, pairs[phrase]
-        pairs = pairs[~phrase & (first != ord("`"))]
-        double = codes[pairs + 1] == ord("<")  # << is an operator; <<SYS>> is Llama 2's
-        third = codes[pairs + 2]
-        yield OPENING, pairs[~double | (third == ord("S")) | (third == ord("/"))]
+        third = joined.units(pairs + 2)  # << is an operator; <<SYS>> is Llama 2's
+        markup = (second != ord("<")) | (third == ord("S")) | (third == ord("/"))
+        yield OPENING, pairs[~phrase & (first != ord("`")) & markup]
     for places in _runs(flags, eights):
         yield RUNS, places
-    if joined.lengths.max(initial=0) >= LONG_WORD:
-        yield RUNS, _unbroken(codes)
+    if (joined.ends - joined.starts).max(initial=0) >= LONG_WORD:
+        yield RUNS, _unbroken(np.frombuffer(joined.narrow, np.uint8))
 
 
 def _having(flags: np.ndarray, eights: np.ndarray, flag: int) -> np.ndarray:

@@ -196,6 +196,15 @@ def escaped_quotes(raw: bytes) -> int:
     return (raw.replace(b"\\\\", b"") if b"\\\\" in raw else raw).count(b'\\"')
 
 
+def quotes_in(text: bytes) -> int:
+    """`quotes` of many lines together. text: these with their line ends."""
+    codes = np.frombuffer(text, np.uint8)
+    after = codes[np.flatnonzero(codes == ord("\\")) + 1]
+    if (after == ord("\\")).any():
+        return int(quotes_of(text, np.zeros(1, np.int64))[0])
+    return int(np.count_nonzero(codes == ord('"')) - np.count_nonzero(after == ord('"')))
+
+
 def quotes_of(text: bytes, begins: np.ndarray) -> np.ndarray:
     """(lines,) int64: `quotes` of each line. text: lines with their line ends; begins: (lines,) where each begins."""
     codes = np.frombuffer(text, np.uint8)
@@ -215,25 +224,25 @@ def quotes_of(text: bytes, begins: np.ndarray) -> np.ndarray:
 
 def place(raw: bytes, text: str, begin: int, end: int) -> tuple[int, int]:
     """The bytes of a JSON line that hold characters `begin` to `end` of the string `text`; the line where none does."""
-    plain = raw.find(json.dumps(text, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-    if plain >= 0 and "\\" not in text and '"' not in text and text.isprintable():  # written as it is: no escapes
-        bytes_before, inside = (len(part.encode("utf-8")) for part in (text[:begin], text[begin:end]))
-        return plain + 1 + bytes_before, plain + 1 + bytes_before + inside
+    written = json.dumps(text, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    plain = raw.find(written)
+    if plain >= 0 and "\\" not in text and '"' not in text:  # found as it would be written anew
+        return _within(written, plain, begin, end)
     part = text[begin:end]
     tokens = [(match, decoded) for match in _PAIR.finditer(raw) if (decoded := _decoded(match.group())) is not None]
     for match, decoded in tokens:
         if decoded == text:
-            return _within(match, begin, end)
+            return _within(match.group(), match.start(), begin, end)
     for match, decoded in tokens:  # a text made of several strings of the row: the first that holds the part
         if part and part in decoded:
             begin = decoded.index(part)
-            return _within(match, begin, begin + len(part))
+            return _within(match.group(), match.start(), begin, begin + len(part))
     return 0, len(raw)
 
 
-def _within(token: re.Match[bytes], begin: int, end: int) -> tuple[int, int]:
-    """The bytes of characters `begin` to `end` of a JSON string, escapes counted as what they stand for."""
-    inside, first = token.group()[1:-1].decode("utf-8", "surrogatepass"), token.start() + 1
+def _within(token: bytes, start: int, begin: int, end: int) -> tuple[int, int]:
+    """The bytes of characters `begin` to `end` of a JSON string at `start`, escapes counted as what they stand for."""
+    inside, first = token[1:-1].decode("utf-8", "surrogatepass"), start + 1
     edges = []
     for count in (begin, end):
         at = made = 0  # characters of the token, and what they stand for, up to an edge of it

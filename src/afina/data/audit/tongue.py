@@ -118,47 +118,32 @@ def _first_words(eights: np.ndarray) -> np.ndarray:
     return np.asarray(eights & (((zeros & (~zeros + np.uint64(1))) >> np.uint64(7)) - np.uint64(1)))
 
 
-def languages(*parts: Joined) -> np.ndarray:
-    """(texts,) uint8: the language of each text of all parts, a place in LANGUAGES."""
-    parts = tuple(part for part in parts if part.texts)
-    if not parts:
-        return np.zeros(0, np.uint8)
-    raw = b"".join([b"\n", *map(_narrow, parts)])  # after each text there is a line end, in the end eight
-    firsts = np.cumsum([0, *(part.codes.size for part in parts[:-1])])
-    begins = np.concatenate([part.starts + first for part, first in zip(parts, firsts, strict=True)])
-    scores = _scores(np.frombuffer(raw.translate(_lower()), np.uint8), begins)[: len(LATIN)]
+def languages(joined: Joined) -> np.ndarray:
+    """(texts,) uint8: the language of each text, a place in LANGUAGES."""
+    scores = _scores(np.frombuffer(joined.narrow.translate(_lower()), np.uint8), joined.starts)[: len(LATIN)]
     top = scores.max(0)
     best = scores == top
     second = np.where(best, 0, scores).max(0)
     top, second = top.astype(np.int64), second.astype(np.int64)
     # MOST words of prose come within a quarter of the characters that such a text may have
-    lengths = np.concatenate([part.lengths for part in parts])
-    dense = top * SPARSE >= np.minimum(lengths, MOST * SPARSE // 4)
+    dense = top * SPARSE >= np.minimum(joined.lengths[joined.order], MOST * SPARSE // 4)
     told = (best.sum(0) == 1) & (top >= LEAST) & dense & ((top >= 2 * second) | (top - second >= LEAST - 1))
     language = np.where(told, np.arange(1, len(LATIN) + 1) @ best, 0).astype(np.uint8)
-    end = 0
-    for part in parts:
-        begin, end = end, end + len(part.texts)
-        if part.codes.dtype != np.uint8:
-            _by_script(part, language[begin:end])
-    return language
-
-
-def _narrow(joined: Joined) -> bytes:
-    """The texts in Latin-1, what it does not know as zeros."""
-    codes = joined.codes
-    return (codes if codes.dtype == np.uint8 else np.where(codes < 256, codes, 0).astype(np.uint8)).tobytes()
+    _by_script(joined, language)
+    found = np.empty_like(language)
+    found[joined.order] = language
+    return found
 
 
 def _scores(low: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    """(8, texts) uint8: the little words of each text in each language. low: a line end, and all texts."""
+    """(8, texts) uint8: the little words of each text in each language. begins: (texts,) where each begins."""
     starts = _short_words(low != 0)
     keys = _first_words(np.ndarray((low.size - LETTERS,), np.uint64, low.data, 1, (1,)).take(starts))
     table, lanes, multiplier = _words()
     slots = _slots(keys, multiplier).view(np.int64)
     hits = np.flatnonzero(table[slots] == keys)
     found = np.append(lanes[slots[hits]], np.uint64(0))
-    first = np.searchsorted(starts[hits], begins)
+    first = np.searchsorted(starts[hits], begins - 1)
     last = np.minimum(np.append(first[1:], hits.size), first + MOST)
     sums: np.ndarray = np.add.reduceat(found, np.stack([first, last], 1).ravel())[::2]
     sums[first == last] = 0  # of an empty range reduceat gives the element it begins with
@@ -177,12 +162,12 @@ def _script_table() -> np.ndarray:
 
 def _by_script(joined: Joined, language: np.ndarray) -> None:
     """Set the language of texts that are mostly of another script than the Latin one."""
-    found = _script_table()[joined.codes]
+    found = _script_table()[joined.wide]
     places = np.flatnonzero(found != 0)
     if places.size < LEAST:
         return
     count, kinds = len(joined.texts), len(SCRIPTS) + 1
-    owners = joined.owners(places) * kinds + found[places]
+    owners = joined.owners(places + joined.first) * kinds + found[places]
     script = np.bincount(owners, minlength=count * kinds).reshape(count, kinds)[:, 1:].copy()
     ja, zh = list(SCRIPTS).index("ja"), list(SCRIPTS).index("zh")
     script[:, ja] += np.where(script[:, ja] * 8 >= script[:, zh], script[:, zh], 0)

@@ -31,7 +31,8 @@ class Training(Section):
     products: Literal["exact", "8bit", "fp8", "int8"] = "exact"
     """What the fused engine multiplies frozen weights in: exact, in the precision; 8bit, in eight bits both ways, which
     is fp8 (e4m3) where the GPU has it (Ada, Hopper, Blackwell), else int8 (Turing, Ampere). Faster, in less memory, and
-    a few percent of noise on every product; it proves itself on the first batch, else exact products train."""
+    a few percent of noise on every product; it proves itself on the first batch, else exact products train. Experts of
+    a mixture are held so, and multiplied exactly."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer and compute the rest again going back: less memory, a third more time. For the
     reference; the fused engine chooses by itself what it keeps."""
