@@ -43,8 +43,8 @@ class Console:
 
     @property
     def screen(self) -> Screen:
-        """Where people read. Made anew so that a redirected stdout is respected. Text is never taken for markup. A file or
-        a pipe has no width, so that no name is broken in a table there."""
+        """Where people read. Made anew so that a redirected stdout is respected. Text is never taken for markup. A
+        file or a pipe has no width, so that no name is broken in a table there."""
         live = sys.stdout.isatty()
         width = None if live else WIDE
         return Screen(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=not live, width=width)
