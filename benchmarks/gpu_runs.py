@@ -3,7 +3,7 @@
     python benchmarks/gpu_runs.py                                    a 1B shape on the GPU, about five minutes
     python benchmarks/gpu_runs.py --shape tiny --kills 3             the same path on a CPU, about a minute
     python benchmarks/gpu_runs.py --parts exact,memory               some of it
-    python benchmarks/gpu_runs.py --shape thin --parts kills --kills 7 --seed 1     beside others with other seeds
+    python benchmarks/gpu_runs.py --shape thin --parts kills,terms --at-once 5      20 kills and 6 signals, two minutes
 
 Random weights of a real model's shape are drawn and saved once; then each attempt is a whole `afina train` in a process
 forked from one that has imported everything and never touched the GPU. A line a part is printed and recorded; the
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,15 +98,21 @@ def prepare(folder: Path, shape: dict[str, Any], device: str) -> None:
     (folder / "recipe.yaml").write_text(recipe, "utf-8")
 
 
-def train(folder: Path, out: Path, overrides: list[str], fraction: float | None = None) -> int:
-    """One sitting in this process; the exit status that `afina train` would have."""
+def train(folder: Path, out: Path, overrides: list[str], fraction: float | None = None, free: int | None = None) -> int:
+    """One sitting in this process; the exit status that `afina train` would have.
+
+    fraction: of the GPU's memory, beyond which it runs short. free: bytes for which the engine is to plan.
+    """
     import torch
 
     from afina import pipeline
     from afina.errors import AfinaError
+    from afina.train import run as runs
 
     if fraction is not None:
         torch.cuda.set_per_process_memory_fraction(fraction)
+    if free is not None:
+        runs._free_bytes = lambda _engine, _hardware: free  # type: ignore[assignment]
     try:
         pipeline.train(folder / "recipe.yaml", out, overrides)
     except AfinaError as error:
@@ -172,8 +179,10 @@ def at_random(chance: random.Random, log: Path, life: float, training: float) ->
 class Runs:
     """All attempts on one base. `wrong`: the promises that did not hold."""
 
-    def __init__(self, folder: Path, device: str, budget: float, seed: int) -> None:
+    def __init__(self, folder: Path, device: str, budget: float, seed: int, at_once: int) -> None:
         self.folder, self.device, self.budget, self.seed, self.wrong = folder, device, budget, seed, list[str]()
+        self.at_once = at_once
+        self.longer = [f"training.steps={LONG}"] if device == "cuda" else []
         self.said = folder / "said.txt"
 
     def whole(self, name: str, *overrides: str, fraction: float | None = None) -> Path:
@@ -219,21 +228,19 @@ class Runs:
         found: dict[str, Any] = json.loads((self.folder / "cost.json").read_text())
         return found
 
-    def stopped(self, times: int, number: int) -> dict[str, Any]:
+    def stopped(self, plain: Path, times: int, number: int, seed: int) -> dict[str, Any]:
         """Signals at random instants until each run is done; the results beside that of the run left alone.
 
         After `budget` seconds no more are sent: what is left of the run that is under way is done in peace.
         """
-        began, chance = time.monotonic(), random.Random(f"{number} {self.seed}")
-        longer = f"training.steps={LONG}" if self.device == "cuda" else f"training.steps={STEPS}"
-        plain = self.whole(f"alone-{number}", longer)
-        training = sum(line["seconds"] for line in steps_of(plain))
-        life, hits, runs, attempts, wrong, closings = self.seconds, 0, 0, 0, 0, list[float]()
+        began, chance = time.monotonic(), random.Random(f"{number} {seed}")
+        training, life = sum(line["seconds"] for line in steps_of(plain)), self.seconds
+        hits, runs, attempts, closings, wrong = 0, 0, 0, list[float](), len(self.wrong)
         late = lambda: time.monotonic() - began > self.budget  # noqa: E731
         while hits < times and not (late() and runs):
-            out, first = self.folder / f"stopped-{number}-{runs}", attempts
+            out, first = self.folder / f"stopped-{number}-{seed}-{runs}", attempts
             while not (out / "manifest.json").exists():
-                work = lambda out=out: train(self.folder, out, [longer, OFTEN])  # noqa: E731
+                work = lambda out=out: train(self.folder, out, [*self.longer, OFTEN])  # noqa: E731
                 quiet = late() or hits >= times
                 due = None if quiet else at_random(chance, out / "metrics.jsonl", life, training)
                 ended = forked(work, self.said, due, number)
@@ -243,20 +250,41 @@ class Runs:
                     closings.append(ended.closing)
                 if ended.status == 0:
                     life = min(life, ended.seconds)  # the first one compiled what the others find
-                print(f"  signal {number}: {hits} sent, attempt {attempts}: {told(ended, out)}", flush=True)
+                print(f"  signal {number}, {seed}: {hits} sent, attempt {attempts}: {told(ended, out)}", flush=True)
                 if ended.status not in (0, -number, 128 + number) or attempts - first > 30:
                     raise SystemExit(f"attempt ended with {ended.status}:\n{self.said.read_text('utf-8')[-3000:]}")
-            same = self.compare(f"signal {number}, run {runs}", plain, out)
-            wrong += not same
-            print(f"  signal {number}: run {runs} after {hits} signals is the same: {same}", flush=True)
+            same = self.compare(f"signal {number}, {seed}, run {runs}", plain, out)
+            print(f"  signal {number}, {seed}: run {runs}, {hits} signals so far, is the same: {same}", flush=True)
             shutil.rmtree(out)
             runs += 1
-        found = {"seed": self.seed, "signals": hits, "runs": runs, "attempts": attempts, "different": wrong,
-                 "steps": LONG if self.device == "cuda" else STEPS, "alone_s": round(life, 1),
-                 "training_s": round(training, 1)}  # fmt: skip
-        if number != signal.SIGKILL:
-            found |= {"closing_s": [round(value, 2) for value in sorted(closings)]}
-        return found | about(plain)
+        return {"signals": hits, "runs": runs, "attempts": attempts, "different": len(self.wrong) - wrong,
+                "closing_s": [round(value, 2) for value in sorted(closings)]}  # fmt: skip
+
+    def chains(self, times: int, number: int) -> dict[str, Any]:
+        """`stopped` in several processes at once, which share the signals; their figures together."""
+        plain, running, found = self.whole(f"alone-{number}", *self.longer), [], list[dict[str, Any]]()
+        for chain in range(self.at_once):
+            child = os.fork()
+            if child == 0:
+                status = 70
+                try:
+                    share = times // self.at_once + (chain < times % self.at_once)
+                    facts = self.stopped(plain, share, number, self.seed + chain)
+                    (self.folder / f"chain-{number}-{chain}.json").write_text(json.dumps(facts))
+                    status = 0
+                finally:
+                    os._exit(status)
+            running.append(child)
+        for chain, child in enumerate(running):
+            if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+                raise SystemExit(f"chain {chain} of signal {number} ended badly")
+            found.append(json.loads((self.folder / f"chain-{number}-{chain}.json").read_text()))
+        self.wrong += [f"signal {number}"] * sum(one["different"] for one in found)
+        total = {key: sum(one[key] for one in found) for key in ("signals", "runs", "attempts", "different")}
+        seconds = sorted(itertools.chain.from_iterable(one["closing_s"] for one in found))
+        closing = {} if number == signal.SIGKILL else {"closing_s": seconds}
+        return {"seed": self.seed, "chains": self.at_once, **total, **closing, "steps": len(steps_of(plain)),
+                "alone_s": round(self.seconds, 1), **about(plain)}  # fmt: skip
 
     def waiting(self, spare: int | None = None) -> dict[str, Any]:
         """How long the loop waits for a checkpoint, piece by piece, and how much slower it is while one is written.
@@ -278,6 +306,38 @@ class Runs:
         if forked(work, self.said).status:
             raise SystemExit(self.said.read_text("utf-8")[-3000:])
         return {**found_in(pieces.place), "step_ms": step_ms(out), **about(out)}
+
+    def moved(self) -> dict[str, Any]:
+        """Killed while there was little room on the GPU, and gone on with when there is much: planned anew, it would
+        be run in another way. `equal_planned_anew`: whether the bits are the same then, too."""
+        peak = json.loads((self.whole("roomy-plan") / "manifest.json").read_text("utf-8"))["training"][
+            "peak_memory_bytes"
+        ]
+        standing = sum(file.stat().st_size for file in (self.folder / "base").glob("*.safetensors"))
+        free = int(0.45 * (peak - standing))
+        little = lambda out: lambda: train(self.folder, out, [OFTEN], free=free)  # noqa: E731
+        plain = self.folder / "little"
+        if forked(little(plain), self.said).status:
+            raise SystemExit(self.said.read_text("utf-8")[-3000:])
+        found: dict[str, Any] = {"planned_for_gib": round(free / 2**30, 2)}
+        for name in ("kept", "anew"):
+            out, seconds = self.folder / f"moved-{name}", sum(line["seconds"] for line in steps_of(plain))
+            due = at_random(random.Random(2), out / "metrics.jsonl", 1e9, 0.6 * seconds)
+            if forked(little(out), self.said, due, signal.SIGKILL).status != -signal.SIGKILL:
+                raise SystemExit(f"it was not killed:\n{self.said.read_text('utf-8')[-3000:]}")
+            found["plan"] = json.loads((out / "plan.json").read_text("utf-8"))
+            if name == "anew":
+                (out / "plan.json").unlink()
+            if forked(lambda out=out: train(self.folder, out, [OFTEN]), self.said).status:
+                raise SystemExit(self.said.read_text("utf-8")[-3000:])
+            if name == "kept":
+                found["equal"] = self.compare("more room than before", plain, out)
+            else:
+                found["equal_planned_anew"] = digests(plain) == digests(out)
+                found["resumed_after"] = json.loads((out / "manifest.json").read_text())["training"]["resumed_after"]
+        rungs = Counter((" ".join(one["away"]), " ".join(one["again"])) for one in found["plan"].pop("placements"))
+        found["plan"]["layers"] = [[away, again, number] for (away, again), number in rungs.items()]
+        return found | about(plain)
 
     def memory(self) -> dict[str, Any]:
         """Less memory than the plan believes there is: the micro-batch shrinks, samples and schedule stay."""
@@ -307,7 +367,7 @@ def time_exactness(folder: Path) -> dict[str, Any]:
 
     from afina.console import Console
     from afina.data.batch import micro_batches
-    from afina.data.template import Renderer
+    from afina.data.template import Rendered, Renderer
     from afina.data.tokenizer import load_tokenizer
     from afina.engine.engine import Engine
     from afina.model.attach import attach
@@ -323,10 +383,13 @@ def time_exactness(folder: Path) -> dict[str, Any]:
     rows = prepare(recipe, folder, renderer, Console()).train
     model = attach(load_model(str(folder / "base"), hardware), recipe.method, seed=0).train()
     engine = Engine(model, hardware.dtype)
-    lengths = {}
+    longest = sorted(range(len(rows)), key=lambda n: -rows[n].ids.size)[:5]
+    length, lengths = rows[longest[-1]].ids.size, {}
+    rows = [*rows, *(Rendered(rows[n].ids[:length], rows[n].learnt[:length]) for n in longest)]
     for name, chosen in (
         ("samples", range(8)),
-        ("one long sample", [max(range(len(rows)), key=lambda n: rows[n].ids.size)]),
+        ("one long sample", longest[:1]),
+        ("five of one length", range(len(rows) - 5, len(rows))),
     ):
         (batch,) = micro_batches(rows, chosen, budget=2**20, packing=True, pad_id=0)
         batch, seconds = batch.to(hardware.device), {True: list[float](), False: list[float]()}
@@ -373,8 +436,10 @@ class Pieces:
 
         for owner, name in (
             (session.Session, "_save"), (session.Session, "on_step"), (session, "peak_memory"), (record.Record, "mark"),
-            (record.Tally, "dump"), (keeper.Keeper, "save"), (keeper, "everything"), (keeper, "facts_of"),
-            (torch.cuda, "mem_get_info"), (checkpoint, "_end_to_end"), (checkpoint.Snapshot, "__init__"),
+            (record.Tally, "dump"), (keeper.Keeper, "save"), (keeper, "facts_of"), (session.Session, "on_validation"),
+            (torch.cuda, "mem_get_info"), (checkpoint.Layout, "__init__"), (checkpoint.Layout, "holds"),
+            (checkpoint.Row, "copy"), (checkpoint.Snapshot, "__init__"), (checkpoint, "_in_main_memory"),
+            (checkpoint, "_is_finite"),
             (threading.Thread, "start"), (keeper.Keeper, "_write"), (checkpoint.Snapshot, "fetch"),
             (record.Record, "sync"), (checkpoint, "_save"), (checkpoint, "sha256"), (durable, "write_json"),
             (durable, "_sync_tree"), (keeper, "prune"),
@@ -400,7 +465,8 @@ class Pieces:
 def found_in(place: Path) -> dict[str, Any]:
     """From the spans: milliseconds of each piece for the first saves and by the median; and what a save costs in all.
 
-    `slowed_ms`: by how much the steps that a save and its writing touch are longer than the others, all together.
+    `slowed_ms`: by how much the steps that a save and its writing touch are longer than the others, all of a save
+    together. Steps with a validation before them are left out.
     """
     spans = [(here, name, one, two) for here, name, one, two in json.loads(place.read_text())]
     marks = sorted(two for _here, name, _one, two in spans if name == "Session.on_step")[WARM:]
@@ -409,9 +475,11 @@ def found_in(place: Path) -> dict[str, Any]:
         for here, name, one, two in spans
         if (here, name) in (("loop", "Session._save"), ("thread", "Keeper._write"))
     ]
+    validations = [(one, two) for _here, name, one, two in spans if name == "Session.on_validation"]
     touched: dict[bool, list[float]] = {True: [], False: []}
     for before, after in itertools.pairwise(marks):
-        touched[any(one < after and two > before for one, two in busy)].append(1000 * (after - before))
+        if not any(one < after and two > before for one, two in validations):
+            touched[any(one < after and two > before for one, two in busy)].append(1000 * (after - before))
     waits = [(one, 1000 * (two - one)) for here, name, one, two in spans if (here, name) == ("loop", "Session._save")]
     saves = [wait for one, wait in waits if marks[0] < one < marks[-1]]
     quiet = statistics.median(touched[False])
@@ -424,6 +492,7 @@ def found_in(place: Path) -> dict[str, Any]:
         "share_of_a_step": round(statistics.median(saves) / quiet, 4),
         "slowed_ms": round((sum(touched[True]) - quiet * len(touched[True])) / len(saves), 2),
         "touched": len(touched[True]), "untouched": len(touched[False]),
+        "touched_ms": [round(value, 1) for value in sorted(touched[True])],
         "pieces_ms": {
             name: {"first": [round(value, 2) for value in found[:2]], "median": round(statistics.median(found), 3),
                    "calls": len(found)} for name, found in pieces.items()
@@ -470,10 +539,11 @@ def about(run: Path) -> dict[str, Any]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--shape", choices=SHAPES, default="1b")
-    options.add_argument("--parts", default="exact,loose,cost,memory,waiting,tight,terms,kills")
+    options.add_argument("--parts", default="exact,loose,cost,memory,moved,waiting,tight,terms,kills")
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--terms", type=int, default=6)
     options.add_argument("--seed", type=int, default=0, help="of the instants at which signals are sent")
+    options.add_argument("--at-once", type=int, default=1, help="so many runs are stopped at once")
     options.add_argument("--budget", type=float, default=600.0, help="seconds in which signals are sent")
     options.add_argument("--results", type=Path, default=HERE / "results" / "gpu_runs.jsonl")
     options.add_argument("--commit", default="", help="where the tree has no git")
@@ -495,14 +565,14 @@ def main() -> None:
         raise SystemExit("something that was imported has opened the GPU already; its import must wait for the forks")
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE)
     with tempfile.TemporaryDirectory(prefix="gpu-runs-") as name:
-        runs, shape = Runs(Path(name), device, chosen.budget, chosen.seed), SHAPES[chosen.shape]
+        runs, shape = Runs(Path(name), device, chosen.budget, chosen.seed, chosen.at_once), SHAPES[chosen.shape]
         if forked(lambda: prepare(runs.folder, shape, device), runs.said).status:
             raise SystemExit(runs.said.read_text("utf-8")[-3000:])
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "exact": runs.exact, "loose": runs.loose, "cost": runs.cost, "memory": runs.memory,
-            "waiting": runs.waiting, "tight": lambda: runs.waiting(10**9),
-            "terms": lambda: runs.stopped(chosen.terms, signal.SIGTERM),
-            "kills": lambda: runs.stopped(chosen.kills, signal.SIGKILL),
+            "moved": runs.moved, "waiting": runs.waiting, "tight": lambda: runs.waiting(10**9),
+            "terms": lambda: runs.chains(chosen.terms, signal.SIGTERM),
+            "kills": lambda: runs.chains(chosen.kills, signal.SIGKILL),
         }  # fmt: skip
         for part in chosen.parts.split(","):
             began = time.monotonic()

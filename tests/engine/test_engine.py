@@ -198,6 +198,19 @@ def test_the_plan_keeps_everything_where_it_fits_and_lets_go_of_no_more_than_it_
     assert [block.placement for block in engine.blocks] == leanest.placements
 
 
+def test_the_plan_of_an_earlier_sitting_is_taken_again_where_it_fits():
+    """However much is free now, or how fast copies are: with another plan other last bits would come."""
+    engine = Engine(perturbed(llama()))
+    known = replace(choose(engine, 4096, 4096, 0, RATES), rows_at_once=7)
+    for free in (10**12, known.bytes, known.bytes - known.bytes // 50):
+        assert engine.plan(4096, 256, free, known) is known
+        assert [block.placement for block in engine.blocks] == known.placements
+        assert {block.rows_at_once for block in engine.blocks} == {7}
+    assert engine.plan(4096, 4096, known.bytes // 2, known) is not known
+    assert engine.plan(4096, 256, 10**12, replace(known, placements=known.placements[:1])) is not known
+    assert known.arithmetic == "7 rows at once, head whole"
+
+
 def test_the_plan_counts_attention_the_head_and_what_passes_between_products():
     """8-bit products are faster, what lies around them is not: each term by itself, off by nothing."""
     engine = Engine(perturbed(four_bits(llama(hidden_size=64, intermediate_size=128))))

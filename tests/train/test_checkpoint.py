@@ -17,6 +17,8 @@ from small import CPU, llama
 from afina import durable
 from afina.artifact import sha256
 from afina.data.template import Rendered
+from afina.engine.block import HERE, Placement
+from afina.engine.plan import Plan
 from afina.errors import OutputError
 from afina.model.attach import attach
 from afina.recipe.schema import Lora, Recipe, Training
@@ -34,8 +36,8 @@ from afina.train.checkpoint import (
     write,
 )
 from afina.train.keeper import Keeper
+from afina.train.resume import PLAN, keep_plan, planned, refuse_other_recipe
 from afina.train.resume import begin as enter
-from afina.train.resume import refuse_other_recipe
 from afina.train.state import begin
 
 
@@ -164,6 +166,18 @@ def test_another_recipe_or_other_samples_are_refused_with_the_difference(tmp_pat
         with pytest.raises(OutputError, match=said):
             refused()
     assert enter(tmp_path, recipe(learning_rate=1e-4), [file], [row]) == run
+
+
+def test_the_engines_plan_is_kept_for_the_next_sitting(tmp_path):
+    rungs = [HERE, Placement(away=frozenset({"x", "h"}), again=frozenset({"gate_up"}))]
+    plan = Plan(4096, rungs, 512, "embedding", 10**9, 12.5, 1)
+    assert planned(tmp_path) is None
+    keep_plan(tmp_path, plan)
+    assert planned(tmp_path) == plan
+    whole = (tmp_path / PLAN).read_text()
+    for damaged in (whole[:40], "[1]", whole.replace("512", '"many"'), whole.replace('"away"', '"a"'), "[" * 10**5):
+        (tmp_path / PLAN).write_text(damaged)
+        assert planned(tmp_path) is None
 
 
 class Disk:
@@ -323,6 +337,51 @@ def test_the_newest_few_are_kept(tmp_path, state):
     for _number in range(5):
         keeper.save(state, {}, wait=True)
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["000004-step-0", "000005-step-0"]
+
+
+def test_what_lies_where_is_looked_up_again_where_it_has_moved(tmp_path):
+    """What is copied is what the state holds now, whatever was looked up for the save before."""
+    moving = begin(attach(llama(), Lora(rank=1, targets=["q_proj"]), seed=0), Training(), CPU)
+    keeper = Keeper(tmp_path / "c", "run", Training(), print)
+    name, parameter = next(iter(moving.learning.items()))
+    memory = moving.optimizer.state[parameter]
+    for turn in range(1, 6):
+        match turn:
+            case 2:
+                memory["exp_avg"].fill_(7.0)  # in place, as optimisers do
+            case 3:
+                memory["exp_avg"] = torch.full_like(memory["exp_avg"], 8.0)
+            case 4:
+                parameter.data = torch.full_like(parameter.data, 9.0)
+            case 5:
+                moving.optimizer.state[parameter] = {**memory, "exp_avg": torch.full_like(parameter.data, 5.0)}
+        keeper.save(moving, {}, wait=True)
+        saved, now = checkpoint.tensors_of(keeper.good[-1]), snapshot(moving)
+        assert saved.keys() == now.keys() and all(torch.equal(saved[key], now[key]) for key in now)
+        first = now[f"{name}|exp_avg"].flatten()[0], now[f"{name}|weight"].flatten()[0]
+        assert first[0] == [0, 7, 8, 8, 5][turn - 1] and (first[1] == 9) == (turn >= 4)
+
+
+def test_a_row_is_all_values_end_to_end():
+    group = {"a": torch.randn(3, 4), "b": torch.randn(5, 2).t(), "c": torch.randn(())}
+    row = checkpoint._in_a_row(group)
+    for _turn in range(2):
+        whole = row.copy()
+        parts = whole.split([shape.numel() for _name, shape in row.entries])
+        found = {name: part.view(shape) for (name, shape), part in zip(row.entries, parts, strict=True)}
+        assert found.keys() == group.keys() and all(torch.equal(found[name], group[name]) for name in group)
+        for tensor in group.values():
+            tensor.add_(1)  # seen by the next copy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+def test_what_is_no_number_is_seen_by_its_ends(dtype):
+    assert checkpoint._is_finite(torch.zeros(0, dtype=dtype)) and checkpoint._is_finite(torch.ones(7, dtype=dtype))
+    for value in (float("nan"), float("inf"), -float("inf")) if dtype.is_floating_point else ():
+        for place in (0, 3, 6):
+            tensor = torch.linspace(-1, 1, 7).to(dtype)
+            tensor[place] = value
+            assert not checkpoint._is_finite(tensor)
 
 
 def test_a_state_of_no_numbers_is_not_saved(tmp_path):

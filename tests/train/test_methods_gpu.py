@@ -183,7 +183,7 @@ def test_attention_has_the_same_bits_each_time(lengths, width):
     rights = [plain.out, *attend_backward(plain, d.float(), *leaves, lengths, 0.1)]
     for found in (first, once()):
         for one, right in zip(found, rights, strict=True):
-            assert (one - right.reshape(one.shape)).abs().max() <= 0.03 * right.abs().max()
+            assert (one - right.reshape(one.shape)).abs().max() <= 0.03 * right.abs().max() + 1e-5
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -212,6 +212,8 @@ class Block:
     def keep(self, attended: Attended, lows: dict[str, torch.Tensor], **tensors: torch.Tensor | None) -> Saved:
         """What is saved, each where the placement says; `attended.out` goes with `out`."""
         kept: dict[str, torch.Tensor | Parked | None] = {}
+        if self.placement.away and self.offload is not None:
+            self.offload.begin()
         for name, tensor in {**tensors, "out": attended.out}.items():
             if tensor is None or name in self.placement.again:
                 kept[name] = None
@@ -304,7 +306,5 @@ def norm_of(layer_norm: Any, eps: float, dtype: torch.dtype, *, centred: bool = 
     """From a norm of transformers, which keeps its own weights."""
     weight, bias = layer_norm.weight, getattr(layer_norm, "bias", None)
     learnt = tuple(part for part in (weight, bias) if part is not None and part.requires_grad)
-    if weight.dtype == dtype:
-        return Norm(weight.detach(), eps, None if bias is None else bias.detach(), centred, learnt)
     bias = None if bias is None else bias.detach().to(dtype)
     return Norm(weight.detach().to(dtype), eps, bias, centred, learnt)

@@ -7,7 +7,7 @@ both. `out` may be a part of wider rows, so that a product finds its input where
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from importlib import import_module
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -42,12 +42,13 @@ def twin_of(kernels: str) -> Callable[[Twin], Twin]:
     """Of a plain function: where its first tensor lies on a GPU, the kernel of the same name in this module runs."""
 
     def with_kernel(plain: Twin) -> Twin:
+        @cache
+        def kernel() -> Any:
+            return getattr(import_module(f"afina.engine.{kernels}"), plain.__name__)  # imports Triton
+
         @wraps(plain)
         def run(first: torch.Tensor, *rest: Any, **named: Any) -> Any:
-            if not first.is_cuda:
-                return plain(first, *rest, **named)
-            module = import_module(f"afina.engine.{kernels}")  # imports Triton
-            return getattr(module, plain.__name__)(first, *rest, **named)
+            return (kernel() if first.is_cuda else plain)(first, *rest, **named)
 
         return run  # type: ignore[return-value]
 

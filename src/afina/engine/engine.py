@@ -19,7 +19,7 @@ from afina.engine.families import final_norm, make_block, turned_half
 from afina.engine.head import Ends, Host
 from afina.engine.mixture import Mixture
 from afina.engine.offload import Offload
-from afina.engine.plan import Plan, choose, filled
+from afina.engine.plan import KNOWN, Plan, choose, filled
 from afina.engine.products import Copies, Scratch
 from afina.model.loss import Targeted
 
@@ -75,9 +75,14 @@ class Engine:
         loss: torch.Tensor = _Run.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
         return loss
 
-    def plan(self, tokens: int, least: int, free_bytes: int) -> Plan:
-        """Choose how many tokens are computed at once, from `tokens` down to `least`, and what of them waits where."""
-        plan = choose(self, tokens, least, free_bytes)
+    def plan(self, tokens: int, least: int, free_bytes: int, known: Plan | None = None) -> Plan:
+        """Choose how many tokens are computed at once, from `tokens` down to `least`, and what of them waits where.
+
+        known: the plan of an earlier sitting of the same run, taken again where it still fits: rates are measured, so
+        that another might be chosen.
+        """
+        fits = known is not None and known.bytes <= free_bytes * KNOWN and len(known.placements) == len(self.blocks)
+        plan = known if known is not None and fits else choose(self, tokens, least, free_bytes)
         self.place(plan.placements, rows_at_once=plan.rows_at_once, host=plan.host, held=plan.held)
         return plan
 
@@ -88,8 +93,7 @@ class Engine:
 
         held: so many of the last layers with four-bit weights keep them in the precision that is computed in too.
         """
-        most = max(len(placement.away) for placement in placements)
-        offload = Offload(most) if most else None
+        offload = Offload() if any(placement.away for placement in placements) else None
         for block, placement in zip(self.blocks, placements, strict=True):
             block.placement, block.offload, block.rows_at_once = placement, offload, rows_at_once
         for block in self.blocks[len(self.blocks) - held :]:

@@ -19,12 +19,8 @@ from afina.language import _
 SEQUENTIAL = {"llama", "mistral", "qwen2", "qwen3", "phi3"}
 PARALLEL = {"phi"}
 MIXTURE = {"gpt_oss", "qwen3_moe", "mixtral"}
-ACTIVATIONS = {
-    "silu": SEQUENTIAL | MIXTURE,
-    "swish": SEQUENTIAL | MIXTURE,
-    "gelu_new": PARALLEL,
-    "gelu_pytorch_tanh": PARALLEL,
-}
+GATED = SEQUENTIAL | MIXTURE
+ACTIVATIONS = {"silu": GATED, "swish": GATED, "gelu_new": PARALLEL, "gelu_pytorch_tanh": PARALLEL}
 
 ADAPTED_PARAMETERS = {"gate_up_proj", "down_proj", "weight"}
 
@@ -67,9 +63,8 @@ def _why_not_method(model: nn.Module) -> str | None:
         return _("an adapter lies on a layer that is not fused")
     adapted: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
     for module in adapted:
-        if len(module.active_adapters) != 1 or any(getattr(module, "use_dora", {}).values()):
-            return _("its adapters are not plain LoRA")
-        if any(bias for bias in getattr(module, "lora_bias", {}).values()):
+        more = [value for kind in ("use_dora", "lora_bias") for value in getattr(module, kind, {}).values()]
+        if len(module.active_adapters) != 1 or any(more):
             return _("its adapters are not plain LoRA")
         if hasattr(module, "parameter_name"):  # of experts or a router
             if module.parameter_name not in ADAPTED_PARAMETERS:

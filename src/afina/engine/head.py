@@ -97,10 +97,10 @@ class Ends:
         That is: hidden's gradient in rows with `extra` more columns, and those of norm, head and bias.
         """
         rows = hidden[batch.predicting]
-        if extra is None:
-            return self._summed(rows, batch, None)[0], None
-        d_rows = torch.empty_like(rows)
+        d_rows = None if extra is None else torch.empty_like(rows)
         total, found = self._summed(rows, batch, d_rows)
+        if extra is None or d_rows is None:
+            return total, None
         wide = hidden.new_zeros(hidden.shape[0], hidden.shape[1] + extra)
         wide[:, : hidden.shape[1]].index_copy_(0, batch.predicting, d_rows)
         return total, (wide, found)
@@ -116,9 +116,8 @@ class Ends:
         if self.tied:
             found[count].index_put_((ids,), d_embedded.to(found[count].dtype), accumulate=True)
         else:
-            rows = d_embedded.contiguous()
-            rows = torch.ops.aten.embedding_dense_backward(rows, ids, self.embedding.shape[0], -1, False)
-            found.insert(count, rows)
+            backward, whole = torch.ops.aten.embedding_dense_backward, self.embedding.shape[0]
+            found.insert(count, backward(d_embedded.contiguous(), ids, whole, -1, False))
         return [part.to(parameter.dtype) for part, parameter in zip(found, parameters, strict=True)]
 
     def _summed(

@@ -120,38 +120,32 @@ def _norm_backward(
         tl.store(place + tl.num_programs(0).to(tl.int64) * width, of_bias, mask=everywhere)
 
 
-def head_norms(x: torch.Tensor, norms: Sequence["Norm"], heads: Sequence[int], out: torch.Tensor) -> torch.Tensor:
-    """See elementwise.head_norms."""
-    return _by_head(x, x, norms, heads, out, backward=False)
+HEADS, WIDE = 8, 4096
+"""Heads that one program norms; columns of an activation that one program takes."""
+
+
+def head_norms(
+    x: torch.Tensor,
+    norms: Sequence["Norm"],
+    heads: Sequence[int],
+    out: torch.Tensor,
+    d: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See elementwise.head_norms. With d, the gradient of what it returned, out receives that of x."""
+    width, slopes = norms[0].weight.numel(), x if d is None else d
+    count = x.shape[1] // width
+    _head_norms[(x.shape[0], triton.cdiv(count, HEADS))](
+        x, x.stride(0), slopes, slopes.stride(0), out, out.stride(0), norms[0].weight, norms[1].weight, *heads, count,
+        width, norms[0].eps, HEADS, triton.next_power_of_2(width), d is not None, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def head_norms_backward(
     d: torch.Tensor, x: torch.Tensor, norms: Sequence["Norm"], heads: Sequence[int]
 ) -> torch.Tensor:
     """See elementwise.head_norms_backward."""
-    return _by_head(x, d, norms, heads, x, backward=True)
-
-
-HEADS, WIDE = 8, 4096
-"""Heads that one program norms; columns of an activation that one program takes."""
-
-
-def _by_head(
-    x: torch.Tensor,
-    d: torch.Tensor,
-    norms: Sequence["Norm"],
-    heads: Sequence[int],
-    out: torch.Tensor,
-    *,
-    backward: bool,
-) -> torch.Tensor:
-    width = norms[0].weight.numel()
-    count = x.shape[1] // width
-    _head_norms[(x.shape[0], triton.cdiv(count, HEADS))](
-        x, x.stride(0), d, d.stride(0), out, out.stride(0), norms[0].weight, norms[1].weight, *heads, count, width,
-        norms[0].eps, HEADS, triton.next_power_of_2(width), backward, num_warps=4,
-    )  # fmt: skip
-    return out
+    return head_norms(x, norms, heads, x, d)
 
 
 @triton.jit
@@ -184,28 +178,9 @@ def _head_norms(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, width: int) -> torch.Tensor:
-    """See elementwise.rotate."""
-    tokens, half = cos.shape
-    block = triton.next_power_of_2(half)
-    group = max(1, 1024 // block)
-    grid = tokens, triton.cdiv(heads, group)
-    _rotate[grid](x, x.stride(0), cos, sin, half, width, heads, group, block, num_warps=4)
-    return x
-
-
-@triton.jit
-def _rotate(x, x_stride, cos, sin, half, width, heads, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (head < heads) & (column < half)
-    c = tl.load(cos + token * half + column, mask=column < half, other=0.0)
-    s = tl.load(sin + token * half + column, mask=column < half, other=0.0)
-    place = x + token * x_stride + head * width + column
-    first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
-    tl.store(place, first * c - second * s, mask=inside)
-    tl.store(place + half, second * c + first * s, mask=inside)
+    """See elementwise.rotate: gathered from where they are, and turned the other way."""
+    turned = x[:, : heads * width].view(1, x.shape[0], heads, width)
+    return gather_rotated(x, (turned, turned[:, :, :0], turned[:, :, :0]), cos, -sin)
 
 
 def gather_rotated(

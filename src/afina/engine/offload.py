@@ -16,17 +16,18 @@ LAYERS_AT_ONCE = 2
 class Offload:
     """Streams and pinned buffers; buffers are kept from step to step."""
 
-    def __init__(self, tensors: int = 1) -> None:
-        """tensors: how many a layer sends."""
-        self._at_once = LAYERS_AT_ONCE * tensors
+    def __init__(self) -> None:
         self._out, self.incoming = torch.cuda.Stream(), torch.cuda.Stream()
-        self._leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self._leaving: deque[list[tuple[torch.Tensor, torch.cuda.Event]]] = deque()
         self.free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+
+    def begin(self) -> None:
+        """What is sent from here on is another layer's."""
+        self.settle(LAYERS_AT_ONCE - 1)
+        self._leaving.append([])
 
     def send(self, tensor: torch.Tensor) -> "Parked":
         """Begin to copy a tensor away. It stays on the GPU until the copy has ended."""
-        while len(self._leaving) >= self._at_once:
-            self._leaving.popleft()[1].synchronize()
         free = self.free.setdefault((tensor.shape, tensor.dtype), [])
         host = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         done = torch.cuda.Event()
@@ -34,13 +35,14 @@ class Offload:
         with torch.cuda.stream(self._out):
             host.copy_(tensor, non_blocking=True)
             done.record()
-        self._leaving.append((tensor, done))
+        self._leaving[-1].append((tensor, done))
         return Parked(self, host, done)
 
-    def settle(self) -> None:
-        """Wait until all that was sent has left the GPU."""
-        while self._leaving:
-            self._leaving.popleft()[1].synchronize()
+    def settle(self, left: int = 0) -> None:
+        """Wait until the tensors of no more than so many layers are still on their way."""
+        while len(self._leaving) > left:
+            for _tensor, done in self._leaving.popleft():
+                done.synchronize()
 
 
 @dataclass

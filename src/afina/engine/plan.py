@@ -16,6 +16,7 @@ import torch
 from afina.engine.block import HERE, Placement
 from afina.engine.eight_head import CHUNKS
 from afina.engine.head import LOGITS_AT_ONCE, VOCABULARY_AT_ONCE, Host
+from afina.engine.offload import LAYERS_AT_ONCE
 from afina.engine.products import Product
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ MEANWHILE = 0.04
 """A copy slows what computes meanwhile: beyond the computation its time counts in full, within it so much."""
 PASSED = frozenset({"gate_up", "h"})
 """Gone from the GPU when a layer's backward has come to its attention."""
+KNOWN = 1.05
+"""A plan that was carried out before may take so much more than a new one."""
 LAST = 3
 """Layers that keep the most, where some do: what they fetch or make again would lie beside all that is saved."""
 PASSES = 9
@@ -81,6 +84,12 @@ class Plan:
     bytes: int
     microseconds: float
     held: int = 0
+
+    @property
+    def arithmetic(self) -> str:
+        """What of it last bits depend on: where tensors wait, or that they are made again, changes none."""
+        head = "in parts" if self.host == "both" else "whole"
+        return f"{self.rows_at_once or 'all'} rows at once, head {head}"
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,12 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
         at_once += min(CHUNKS * at_once, tokens * vocabulary) // 4
     standing = sum(rung.kept for rung in rungs) * element
     needed = standing + of_head + at_once * 4 + 4 * tokens * hidden * element
+    behind = 0
+    for number, rung in enumerate(rungs):
+        settled = number == layers - 1 and not rung.away  # else what two layers send is still leaving
+        leaving = 0 if settled else sum(before.away for before in rungs[max(0, number - LAYERS_AT_ONCE) : number])
+        needed = max(needed, (behind + leaving + rung.forward) * element)
+        behind += rung.kept
     for number in range(layers - 1, -1, -1):
         early = plan.placements[number - 2].early if number > 1 else False
         coming = rungs[number - 1].away * (number > 0) + rungs[number - 2].away * early
@@ -214,12 +229,13 @@ def _between(engine: "Engine", tokens: int, longest: int | None, rates: Rates) -
 
 @dataclass(frozen=True)
 class _Weight:
-    """Of a layer on a rung, in elements: what stays, what waits away, what its backward has beside that at the most;
-    and the multiply-adds of what is made again."""
+    """Of a layer on a rung, in elements: what stays, what waits away, what its backward has beside that at the most,
+    all that its forward has; and the multiply-adds of what is made again."""
 
     kept: int
     away: int
     work: int
+    forward: int
     again: int
 
 
@@ -237,7 +253,8 @@ def _weigh(block: "Block", rung: Placement, tokens: int, rows: int) -> _Weight:
     of_attention -= sum(size for name, size in sizes.items() if name in PASSED - rung.again)
     work = 2 * tokens * (hidden + block.extra) + max(of_mlp, of_attention)
     multiplied = sum(block.multiply_adds(name) for name in rung.again) * tokens
-    return _Weight(sum(sizes.values()) + lows - away - again, away, work, multiplied)
+    forward = lows + sum(made.values()) + block.at_work(rows) + tokens * hidden
+    return _Weight(sum(sizes.values()) + lows - away - again, away, work, forward, multiplied)
 
 
 def room_to_hold(engine: "Engine", tokens: int, free_bytes: int) -> bool:

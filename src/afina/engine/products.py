@@ -300,7 +300,7 @@ class Replayed:
         self._graph.replay()
 
 
-def make_product(linears: Sequence[nn.Module], scratch: Scratch, dtype: torch.dtype) -> Product:
+def make_product(linears: Sequence[Any], scratch: Scratch, dtype: torch.dtype) -> Product:
     """Concatenate linear layers (plain or NF4, alone or wrapped by PEFT's LoRA) into one product.
 
     Plain weights become views of its buffer, unless they learn in another precision. `dtype` is what is computed in.
@@ -308,7 +308,7 @@ def make_product(linears: Sequence[nn.Module], scratch: Scratch, dtype: torch.dt
     layers: list[Any] = [getattr(linear, "base_layer", linear) for linear in linears]
     k = layers[0].in_features
     sizes = [layer.out_features for layer in layers]
-    ranks = [_rank(linear) for linear in linears]
+    ranks = [int(linear.r[name]) if (name := _adapter_of(linear)) else 0 for linear in linears]
     device = layers[0].weight.device
     align = ALIGN.get(device.type, 8)
     n, r = sum(sizes), -(-sum(ranks) // align) * align
@@ -328,25 +328,19 @@ def make_product(linears: Sequence[nn.Module], scratch: Scratch, dtype: torch.dt
         product.packed = [(place, weight) for place, weight in zip(rows, packed, strict=True) if weight is not None]
         scratch.ask((n + r) * (k + r))
     product.scales, product.bases = torch.ones(r, dtype=dtype, device=device), layers
-    for linear, place, column, rank in zip(linears, rows, columns, ranks, strict=True):
-        if rank:
-            product.adapters.append(_adapter(linear, place, column))
-            product.scales[column] = product.adapters[-1].scale
-            product.dropout = _dropout(linear)
+    for linear, place, column in zip(linears, rows, columns, strict=True):
+        if name := _adapter_of(linear):
+            scale = float(linear.scaling[name])
+            product.adapters.append(
+                Adapter(linear.lora_A[name].weight, linear.lora_B[name].weight, scale, place, column)
+            )
+            product.scales[column] = scale
+            product.dropout = float(getattr(linear.lora_dropout[name], "p", 0.0))
     return product
 
 
-def _adapter(linear: Any, rows: slice, columns: slice) -> Adapter:
-    name = linear.active_adapters[0]
-    return Adapter(linear.lora_A[name].weight, linear.lora_B[name].weight, float(linear.scaling[name]), rows, columns)
-
-
-def _rank(linear: Any) -> int:
-    return int(linear.r[linear.active_adapters[0]]) if hasattr(linear, "lora_A") else 0
-
-
-def _dropout(linear: Any) -> float:
-    return float(getattr(linear.lora_dropout[linear.active_adapters[0]], "p", 0.0))
+def _adapter_of(linear: Any) -> str | None:
+    return str(linear.active_adapters[0]) if hasattr(linear, "lora_A") else None
 
 
 def _bias(layers: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | None:

@@ -41,9 +41,8 @@ class Sequential(Stacked):
         h, qkv, attended, of = self.below(x, at)
         keeps_gate_up = save and "gate_up" not in self.placement.again
         y, gate_up, lows = torch.empty_like(x), None, []
-        chunks = [slice(0, x.shape[0])] if keeps_gate_up else self.chunks(x.shape[0])
-        for rows in chunks:
-            gate_up, low_gate_up = self._gate_up(h[rows], at)
+        for rows in [slice(0, x.shape[0])] if keeps_gate_up else self.chunks(x.shape[0]):
+            gate_up, low_gate_up = self.widely(h[rows], self.norm_mlp, self.gate_up, at)
             wide = x.new_empty(gate_up.shape[0], self.down.k + self.down.r)
             swiglu(gate_up[:, : self.gate_up.n], wide[:, : self.down.k])
             self.down.forward(wide, residual=h[rows], out=y[rows], seed=self.seed(at, self.down))
@@ -68,7 +67,7 @@ class Sequential(Stacked):
         seeds = self.seed(at, self.gate_up), self.seed(at, self.down)
         for rows in self.chunks(h.shape[0]) if gate_up is None else [slice(0, h.shape[0])]:
             dy = wide_dy[rows]
-            wide_d = self._gate_up(h[rows], at)[0] if gate_up is None else gate_up
+            wide_d = self.widely(h[rows], self.norm_mlp, self.gate_up, at)[0] if gate_up is None else gate_up
             self.down.widen(dy)
             d_act = self.down.backward(dy, seeds[1])
             act = swiglu_backward(d_act, wide_d[:, : self.gate_up.n])
@@ -82,6 +81,3 @@ class Sequential(Stacked):
             low = saved.lows["gate_up"][rows]
             of_gate_up = added(of_gate_up, self.gate_up.gradients(wide_d, n, low, seeds[0]))
         return [*of_gate_up, *of_down], of_norm, []
-
-    def _gate_up(self, h: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.widely(h, self.norm_mlp, self.gate_up, at)

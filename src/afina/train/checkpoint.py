@@ -56,6 +56,70 @@ class Checkpoint:
     digest: str
 
 
+class Layout:
+    """Where a state's tensors lie, by name: looked up once, as hundreds of names and views take longer than a snapshot.
+
+    tensors: what learns, and the optimiser's moments; numbers: what bitsandbytes counts in plain ones, by name, with
+    the place where they are read. flat: of those on a GPU, type by type, names and shapes, and all of them in one row.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.numbers: dict[str, tuple[dict[str, Any], str]] = {}
+        self._weights: list[tuple[torch.nn.Parameter, int, dict[str, Any]]] = []
+        self._moments: list[tuple[dict[str, Any], str, Any]] = []
+        for name, parameter in state.learning.items():
+            memory = state.optimizer.state[parameter]
+            self.tensors[f"{name}|weight"] = parameter.detach()
+            self._weights.append((parameter, parameter.data_ptr(), memory))
+            for key, value in memory.items():
+                if isinstance(value, torch.Tensor):
+                    self.tensors[f"{name}|{key}"] = value
+                    self._moments.append((memory, key, value))
+                else:
+                    self.numbers[f"{name}|{key}"] = memory, key
+        self.on_gpu = {name: tensor for name, tensor in self.tensors.items() if tensor.is_cuda}
+        self.size = sum(tensor.nbytes for tensor in self.on_gpu.values())
+        self.paged = any(getattr(tensor, "is_paged", False) for tensor in self.tensors.values())
+        self.flat = [_in_a_row(group) for group in _by_type(self.on_gpu)]
+
+    def holds(self, state: State) -> bool:
+        """Whether these are still the state's own, each where it was."""
+        return (
+            len(self._weights) == len(state.learning)
+            and all(state.optimizer.state[p] is memory and p.data_ptr() == at for p, at, memory in self._weights)
+            and all(memory.get(key) is value for memory, key, value in self._moments)
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tensors of one type: their names and shapes, and how each is seen as one row, which copies none of them."""
+
+    entries: list[tuple[str, torch.Size]]
+    views: list[torch.Tensor]
+    scattered: list[torch.Tensor]
+    """Those that no such view shows, the last of the entries."""
+
+    def copy(self) -> torch.Tensor:
+        """All their values end to end, in a handful of launches."""
+        return torch.cat([*self.views, *(tensor.flatten() for tensor in self.scattered)])
+
+
+def _by_type(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    kinds: dict[torch.dtype, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        kinds.setdefault(tensor.dtype, {})[name] = tensor
+    return list(kinds.values())
+
+
+def _in_a_row(group: dict[str, torch.Tensor]) -> Row:
+    dense = {name: tensor for name, tensor in group.items() if tensor.is_contiguous()}
+    scattered = {name: tensor for name, tensor in group.items() if name not in dense}
+    entries = [(name, tensor.shape) for name, tensor in (*dense.items(), *scattered.items())]
+    return Row(entries, [tensor.view(-1) for tensor in dense.values()], list(scattered.values()))
+
+
 class Snapshot:
     """Copies of tensors as they are between two steps: the loop may go on at once.
 
@@ -66,19 +130,20 @@ class Snapshot:
 
     finite = True
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        on_gpu = {name: tensor for name, tensor in tensors.items() if tensor.is_cuda}
-        size = sum(tensor.nbytes for tensor in on_gpu.values())
+    def __init__(self, layout: Layout) -> None:
+        rest, on_gpu = layout.tensors, layout.on_gpu
         self._flat: list[tuple[list[tuple[str, torch.Size]], torch.Tensor]] | None = None
         self._ready: torch.cuda.Event | None = None
-        if on_gpu and torch.cuda.mem_get_info(next(iter(on_gpu.values())).device)[0] > SPARE * size:
-            self._flat = within_memory(lambda: _end_to_end(on_gpu))
+        if on_gpu and torch.cuda.mem_get_info(next(iter(on_gpu.values())).device)[0] > SPARE * layout.size:
+            self._flat = within_memory(lambda: [(row.entries, row.copy()) for row in layout.flat])
             self._ready = torch.cuda.Event()
             self._ready.record()
-        if any(getattr(tensor, "is_paged", False) for tensor in tensors.values()):
+        if layout.paged:
             torch.cuda.synchronize()  # the GPU may still be writing what the computer reads
-        rest = tensors if self._flat is None else {name: t for name, t in tensors.items() if name not in on_gpu}
+        if self._flat is not None:
+            rest = {name: tensor for name, tensor in rest.items() if name not in on_gpu}
         self._copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in rest.items()}
+        self._copies |= {name: torch.tensor(memory[key]) for name, (memory, key) in layout.numbers.items()}
 
     def fetch(self) -> dict[str, torch.Tensor]:
         """All of them in main memory, once."""
@@ -93,17 +158,6 @@ class Snapshot:
                     parts = here.split([shape.numel() for _name, shape in entries])
                     copies |= {name: part.view(shape) for (name, shape), part in zip(entries, parts, strict=True)}
         return copies
-
-
-def _end_to_end(tensors: dict[str, torch.Tensor]) -> list[tuple[list[tuple[str, torch.Size]], torch.Tensor]]:
-    """Names and shapes of those of one type, and all their values in one new tensor, type by type."""
-    kinds: dict[torch.dtype, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        kinds.setdefault(tensor.dtype, {})[name] = tensor
-    return [
-        ([(name, tensor.shape) for name, tensor in group.items()], torch.cat([t.flatten() for t in group.values()]))
-        for group in kinds.values()
-    ]
 
 
 def _in_main_memory(whole: torch.Tensor) -> torch.Tensor:
@@ -124,19 +178,9 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
-def everything(state: State) -> dict[str, torch.Tensor]:
-    """What learns and the optimiser's moments, by name."""
-    tensors = {}
-    for name, parameter in state.learning.items():
-        tensors[f"{name}|weight"] = parameter.detach()
-        for key, value in state.optimizer.state[parameter].items():
-            tensors[f"{name}|{key}"] = torch.as_tensor(value)  # bitsandbytes counts steps in a plain number
-    return tensors
-
-
 def snapshot(state: State) -> dict[str, torch.Tensor]:
-    """Copies of all that in main memory."""
-    return Snapshot(everything(state)).fetch()
+    """Copies of all that learns and of the optimiser's moments, in main memory."""
+    return Snapshot(Layout(state)).fetch()
 
 
 def facts_of(state: State) -> dict[str, Any]:

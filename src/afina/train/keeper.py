@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from afina.recipe.schema import Training
 from afina.train.best import Weights
 from afina.train.checkpoint import (
     Checkpoint,
+    Layout,
     Snapshot,
-    everything,
     facts_of,
     listed,
     newest,
@@ -58,6 +59,7 @@ class Keeper:
         self._outcome: Checkpoint | Exception | None = None
         self._began = 0.0
         self._writing: Weights | None = None
+        self._layout: Layout | None = None
         for place in (folder.parent, folder, folder / BEST):
             durable.sweep(place)
 
@@ -83,7 +85,9 @@ class Keeper:
         """
         self.settle(wait=True)
         self._began = time.monotonic()
-        copy = within_memory(lambda: Snapshot(everything(state)))
+        if self._layout is None or not self._layout.holds(state):
+            self._layout = Layout(state)
+        copy = within_memory(partial(Snapshot, self._layout))
         if copy is None:
             self.refused(OutputError(_("The memory does not hold a copy of the weights.")))
             return

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from afina import durable
 from afina.artifact import MANIFEST
+from afina.engine.block import Placement
+from afina.engine.plan import Plan
 from afina.errors import OutputError
 from afina.language import _
 from afina.recipe.schema import Recipe
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 STATE = "state.json"
 CHECKPOINTS = "checkpoints"
-WORKING = (STATE, CHECKPOINTS, durable.LOCK)
+PLAN = "plan.json"
+"""How the engine runs a micro-batch, see engine/plan.py: what is done again on going on is done the same way."""
+WORKING = (STATE, CHECKPOINTS, PLAN, durable.LOCK)
 """What a run folder holds only while it is unfinished."""
 FORMAT = 1
 FREE = ("checkpoint_minutes", "keep_checkpoints")
@@ -72,10 +76,27 @@ def begin(place: Path, recipe: Recipe, parents: list[dict[str, str]], samples: I
     return _digest(wanted)
 
 
+def planned(place: Path) -> Plan | None:
+    """The plan that this run's last sitting kept; None where there is none that can be read."""
+    try:
+        found = json.loads((place / PLAN).read_bytes()) if (place / PLAN).stat().st_size <= STATE_BYTES else {}
+        rungs = [Placement(frozenset(one["away"]), frozenset(one["again"])) for one in found["placements"]]
+        tokens, rows, size, held = (int(found[key]) for key in ("tokens", "rows_at_once", "bytes", "held"))
+        return Plan(tokens, rungs, rows, found["host"], size, float(found["microseconds"]), held)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def keep_plan(place: Path, plan: Plan) -> None:
+    """For the next sitting, if there is one."""
+    rungs = [{"away": sorted(one.away), "again": sorted(one.again)} for one in plan.placements]
+    durable.write_json(place / PLAN, {**vars(plan), "placements": rungs})
+
+
 def clear(place: Path) -> None:
     """Take away what only an unfinished run needs, once the manifest stands."""
     if (place / MANIFEST).is_file():
-        for name in (CHECKPOINTS, STATE):
+        for name in (CHECKPOINTS, PLAN, STATE):
             durable.remove(place / name)
 
 

@@ -49,8 +49,9 @@ from afina.train.opening import adapter_of, open_model, why_padded, why_referenc
 from afina.train.plan import Plan
 from afina.train.record import Record
 from afina.train.repeats import WATCHED, notice, repeated
-from afina.train.resume import CHECKPOINTS
+from afina.train.resume import CHECKPOINTS, keep_plan
 from afina.train.resume import begin as enter
+from afina.train.resume import planned as planned_before
 from afina.train.session import Session
 from afina.train.state import begin
 from afina.train.stop import Stop
@@ -154,7 +155,7 @@ def _run_loop(
 
     first = lay_out(examples.train, _few(examples.train, order.step(0)))[0]
     with packed_attention(model, packing):
-        loss_fn, engine = _choose_engine(model, recipe, hardware, first if packing else None, room)
+        loss_fn, engine = _choose_engine(model, recipe, hardware, first if packing else None, room, place)
     console.line(_("Engine    {engine}").format(engine=engine))
     again = repeated(examples.train)
     if told := notice(again, len(examples.train), order.epoch(steps), lambda sample: examples.origin[sample].where):
@@ -179,7 +180,7 @@ def _run_loop(
         held_out_samples=len(examples.validation),
         exact=training.exact or hardware.device.type != "cuda",
         criterion=looking.criterion(training.best_by) if training.keep == "best" else None,
-        surroundings=surroundings(str(hardware), "reference" if isinstance(loss_fn, partial) else "fused"),
+        surroundings=_surroundings(hardware, loss_fn, place),
         asking=asking,
     )
     record, stop = Record(place), Stop(aside=hardware.device.type == "cpu")
@@ -215,12 +216,12 @@ def _run_loop(
 
 
 def _choose_engine(
-    model: nn.Module, recipe: Recipe, hardware: Hardware, first: Batch | None, room: Room
+    model: nn.Module, recipe: Recipe, hardware: Hardware, first: Batch | None, room: Room, place: Path
 ) -> tuple[LossFunction, str]:
     """The loss function that trains, and a sentence on which engine it is and why. `first`: a packed batch, if packed.
 
     The fused engine proves itself on that batch against the reference; on a mismatch the reference trains. On a GPU it
-    plans what fits: `room` shrinks to that.
+    plans what fits, as in the sitting before where it still does: `room` shrinks to that.
     """
     plain = partial(summed_loss, noise=recipe.training.neftune_alpha or 0.0)
     if recipe.training.engine == "reference":
@@ -237,7 +238,9 @@ def _choose_engine(
 
     def plan() -> None:
         nonlocal planned
-        room.tokens = engine.plan(room.tokens, recipe.model.max_length, _free_bytes(engine, hardware)).tokens
+        found = engine.plan(room.tokens, recipe.model.max_length, _free_bytes(engine, hardware), planned_before(place))
+        keep_plan(place, found)
+        room.tokens = found.tokens
         planned = True
 
     trial = partial(prove, engine, model, batch, hardware.autocast(), engine.parameters)
@@ -268,6 +271,13 @@ def _choose_engine(
         "fused blocks; on the first batch loss and gradients are the reference's to {loss:.0e} and {gradient:.0e}; "
         "{products}"
     ).format(loss=proof.loss, gradient=proof.gradient, products=said)
+
+
+def _surroundings(hardware: Hardware, loss_fn: LossFunction, place: Path) -> dict[str, str]:
+    """What the last bits depend on; on a GPU the engine's plan too."""
+    fused = not isinstance(loss_fn, partial)
+    plan = planned_before(place) if fused and hardware.device.type == "cuda" else None
+    return surroundings(str(hardware), "fused" if fused else "reference", None if plan is None else plan.arithmetic)
 
 
 def _free_bytes(engine: Engine, hardware: Hardware) -> int:

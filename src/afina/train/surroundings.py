@@ -7,9 +7,10 @@ import torch
 from afina.artifact import versions
 
 
-def surroundings(hardware: str, engine: str) -> dict[str, str]:
-    """What the last bits of a result depend on, beside the recipe."""
+def surroundings(hardware: str, engine: str, plan: str | None = None) -> dict[str, str]:
+    """What the last bits of a result depend on, beside the recipe. plan: what of the engine's they do."""
     return {
+        **({} if plan is None else {"plan": plan}),
         **versions(),
         "hardware": hardware,
         "cuda": str(torch.version.cuda),
