@@ -22,9 +22,9 @@ from afina.data.audit.blocks import Block, line_blocks, row_blocks
 from afina.data.audit.finding import Finding, Report
 from afina.data.audit.kinds import Severity, kinds
 from afina.data.audit.letters import Fault
-from afina.data.audit.quick import NOT_PLAIN, TYPED, Look, Plain, loose
+from afina.data.audit.quick import NOT_PLAIN, Look, Plain, exact, loose
 from afina.data.audit.scan import join, suspects
-from afina.data.audit.syntax import quotes, quotes_in, quotes_of
+from afina.data.audit.syntax import MINUS_ZERO, quotes, quotes_in, quotes_of
 from afina.data.audit.text import ALL, faults
 from afina.data.audit.tongue import languages
 from afina.data.conversation import ROLES, Message, Sample
@@ -275,12 +275,18 @@ class _Reader:
         others = sum(quotes(raw) for raw in [*block.raws[:start], *(raws[at] for at in rest)])
         if quotes_in(block.text) != plain.marks.sum() + others:  # no row has too few, as it has been parsed
             good &= quotes_of(block.text, block.begins - block.begins[0])[places] == plain.marks
+        if look.numbers:  # a minus zero is looked for where it may be one, in a row by itself
+            zeros = [found.start() for found in MINUS_ZERO.finditer(block.text)]
+            good &= ~np.isin(places, np.searchsorted(block.begins - block.begins[0], zeros, side="right") - 1)
         sound = {roles: self.dialect == "text" or _is_sound(roles) for roles in set(plain.roles)}
         if not all(sound.values()):
             good &= [sound[roles] for roles in plain.roles]
         hashed = np.fromiter(map(hash, plain.texts), np.int64, len(plain.texts))
         if good.size:
             good &= _spoken(plain.texts, hashed, plain.counts)
+        if len(self.unread) < KEYS_TOLD and good.any():
+            keys = set(look.beside).union(*compress(plain.keys, good))
+            self.unread |= chat.unread(dict.fromkeys(keys), self.dialect)
         taken.add(places, plain, hashed, good)
         return sorted([*(start + at for at in rest), *places[~good].tolist()])
 
@@ -327,7 +333,8 @@ class _Reader:
             if self._make is None:
                 self.dialect = dialect_of(row.value, self.data)
                 self._make = maker(self.dialect, passages=self.passages)
-                self._look = TYPED[self.dialect]() if self.dialect in TYPED and not self.plain else None
+                if not self.plain and isinstance(row.value, dict):
+                    self._look = exact(self.dialect, row.value) or loose(self.dialect)
             messages = checked(self._make(row), None)
         except BadRow as reason:
             kind, text = chat.refused(row.value, self.dialect)

@@ -4,7 +4,7 @@ A row that is not so plain raises one of NOT_PLAIN. One whose JSON text has more
 has a key given twice, which no fast parser tells.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -60,104 +60,133 @@ class _Alpaca(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 class Plain(NamedTuple):
     """Rows taken apart: of each its roles, how many texts it has and how many quotation marks its JSON text must have;
-    the texts of all, end to end."""
+    the texts of all, end to end; of each its keys, where these may differ."""
 
     roles: list[tuple[str, ...]]
     texts: list[str]
     counts: np.ndarray
     marks: np.ndarray
+    keys: Sequence[Iterable[str]] = ()
 
 
 class Look(NamedTuple):
-    """`decode`: a line to what `spread` takes apart, many at once; raises one of NOT_PLAIN."""
+    """`decode`: a line to what `spread` takes apart, many at once; raises one of NOT_PLAIN. `numbers`: rows may hold
+    some, and a minus zero among them is to be looked for. `beside`: keys that all rows have beside the dialect's."""
 
     decode: Callable[[bytes], Any]
     spread: Callable[[list[Any]], Plain]
+    numbers: bool = False
+    beside: Sequence[str] = ()
 
 
 ASKED = ("user", "assistant")
 
 
-def _messages() -> Look:
-    def spread(rows: list[Any]) -> Plain:
-        talks = [row.messages for row in rows]
-        counts = np.fromiter(map(len, talks), np.int64, len(talks))
-        roles = [  # most have two, and need no loop of their own
-            (turns[0].role, turns[1].role) if len(turns) == 2 else tuple([turn.role for turn in turns])
-            for turns in talks
-        ]
-        return Plain(roles, [turn.content for turns in talks for turn in turns], counts, 8 * counts + 2)
-
-    return Look(msgspec.json.Decoder(_Messages).decode, spread)
+def _messages(rows: list[Any]) -> Plain:
+    talks = [row.messages for row in rows]
+    counts = np.fromiter(map(len, talks), np.int64, len(talks))
+    roles = [  # most have two, and need no loop of their own
+        (turns[0].role, turns[1].role) if len(turns) == 2 else tuple([turn.role for turn in turns]) for turns in talks
+    ]
+    return Plain(roles, [turn.content for turns in talks for turn in turns], counts, 8 * counts + 2)
 
 
-def _conversations() -> Look:
-    def spread(rows: list[Any]) -> Plain:
-        talks = [row.conversations for row in rows]
-        counts = np.fromiter(map(len, talks), np.int64, len(talks))
-        roles = [tuple([SHAREGPT[turn.role] for turn in turns]) for turns in talks]
-        return Plain(roles, [turn.value for turns in talks for turn in turns], counts, 8 * counts + 2)
-
-    return Look(msgspec.json.Decoder(_Conversations).decode, spread)
+def _conversations(rows: list[Any]) -> Plain:
+    talks = [row.conversations for row in rows]
+    counts = np.fromiter(map(len, talks), np.int64, len(talks))
+    roles = [tuple([SHAREGPT[turn.role] for turn in turns]) for turns in talks]
+    return Plain(roles, [turn.value for turns in talks for turn in turns], counts, 8 * counts + 2)
 
 
-def _texts() -> Look:
-    def spread(rows: list[Any]) -> Plain:
-        count = len(rows)
-        return Plain([(DOCUMENT,)] * count, [row.text for row in rows], np.ones(count, np.int64), np.full(count, 4))
-
-    return Look(msgspec.json.Decoder(_Text).decode, spread)
+def _texts(rows: list[Any]) -> Plain:
+    count = len(rows)
+    return Plain([(DOCUMENT,)] * count, [row.text for row in rows], np.ones(count, np.int64), np.full(count, 4))
 
 
-def _pair(shape: Any, asked: str, answered: str) -> Look:
+def _pairs(asked: str, answered: str) -> Callable[[list[Any]], Plain]:
     def spread(rows: list[Any]) -> Plain:
         texts = [text for row in rows for text in (getattr(row, asked), getattr(row, answered))]
         return Plain([ASKED] * len(rows), texts, np.full(len(rows), 2), np.full(len(rows), 8))
 
-    return Look(msgspec.json.Decoder(shape).decode, spread)
+    return spread
 
 
-def _alpaca() -> Look:
-    def spread(rows: list[Any]) -> Plain:
-        texts = []
-        for row in rows:
-            texts += [f"{row.instruction}\n\n{row.input}" if row.input else row.instruction, row.output]
-        marks = np.array([8 if row.input is None else 12 for row in rows], np.int64)
-        return Plain([ASKED] * len(rows), texts, np.full(len(rows), 2), marks)
-
-    return Look(msgspec.json.Decoder(_Alpaca).decode, spread)
+def _alpaca(rows: list[Any]) -> Plain:
+    texts = []
+    for row in rows:
+        texts += [f"{row.instruction}\n\n{row.input}" if row.input else row.instruction, row.output]
+    marks = np.array([8 if row.input is None else 12 for row in rows], np.int64)
+    return Plain([ASKED] * len(rows), texts, np.full(len(rows), 2), marks)
 
 
-TYPED: dict[str, Callable[[], Look]] = {
-    "messages": _messages,
-    "sharegpt": _conversations,
-    "text": _texts,
-    "alpaca": _alpaca,
-    "prompt-completion": lambda: _pair(_PromptCompletion, "prompt", "completion"),
-    "question-answer": lambda: _pair(_QuestionAnswer, "question", "answer"),
+TYPED: dict[str, tuple[type[msgspec.Struct], Callable[[list[Any]], Plain]]] = {
+    "messages": (_Messages, _messages),
+    "sharegpt": (_Conversations, _conversations),
+    "text": (_Text, _texts),
+    "alpaca": (_Alpaca, _alpaca),
+    "prompt-completion": (_PromptCompletion, _pairs("prompt", "completion")),
+    "question-answer": (_QuestionAnswer, _pairs("question", "answer")),
 }
-"""The quick look at rows that have the keys of their dialect and no other, by dialect."""
+"""Rows that have the keys of their dialect and no other, by dialect, and how they are taken apart."""
+SMALL = Annotated[int, msgspec.Meta(ge=-WIDE, le=WIDE - 1)]
+BESIDE = {str: str, bool: bool, int: SMALL, type(None): None}
+"""What a row may hold beside the keys of its dialect."""
+MEANT = frozenset({"chosen", "rejected", "system", "history"})
+"""Keys that mean something in some dialect."""
+
+
+def exact(dialect: str, row: dict[str, Any]) -> Look | None:
+    """The quick look at rows with the very keys of this one; None where there is none."""
+    if dialect not in TYPED:
+        return None
+    shape, spread = TYPED[dialect]
+    beside = {key: type(value) for key, value in row.items() if key not in shape.__struct_encode_fields__}
+    if not beside:
+        return Look(msgspec.json.Decoder(shape).decode, spread)
+    if MEANT & beside.keys() or not set(beside.values()) <= BESIDE.keys():
+        return None
+    names = {f"beside_{number}": key for number, key in enumerate(beside)}
+    wider = msgspec.defstruct(
+        "_Wider",
+        [(name, BESIDE[beside[key]]) for name, key in names.items()],
+        bases=(shape,),
+        rename=names,
+        kw_only=True,
+        forbid_unknown_fields=True,
+        gc=False,
+    )
+    more = 2 * len(beside) + 2 * list(beside.values()).count(str)
+
+    def spread_wider(rows: list[Any]) -> Plain:
+        plain = spread(rows)
+        return plain._replace(marks=plain.marks + more)
+
+    return Look(msgspec.json.Decoder(wider).decode, spread_wider, int in beside.values(), tuple(beside))
+
+
+Loose = tuple[tuple[str, ...], list[str], int, dict[str, Any]]
+"""A row taken apart: its roles, texts and quotation marks, and the row."""
 
 
 def loose(dialect: str) -> Look | None:
     """The quick look at rows with keys beside those of their dialect; None where there is none."""
     decode = msgspec.json.Decoder().decode
 
-    def messages(raw: bytes) -> tuple[tuple[str, ...], list[str], int]:
+    def messages(raw: bytes) -> Loose:
         value = decode(raw)
         turns = value["messages"]
         if type(turns) is not list or not turns or sum(map(len, turns)) != 2 * len(turns) or "chosen" in value:
             raise KeyError
         _ordinary(value, raw)
-        return tuple([turn["role"] for turn in turns]), [turn["content"] for turn in turns], 2 * strings(value)
+        return tuple([turn["role"] for turn in turns]), [turn["content"] for turn in turns], 2 * strings(value), value
 
-    def pair(asked: str, answered: str) -> Callable[[bytes], tuple[tuple[str, ...], list[str], int]]:
-        def look(raw: bytes) -> tuple[tuple[str, ...], list[str], int]:
+    def pair(asked: str, answered: str) -> Callable[[bytes], Loose]:
+        def look(raw: bytes) -> Loose:
             value = decode(raw)
             if "system" in value or "chosen" in value:
                 raise KeyError
             _ordinary(value, raw)
-            return ASKED, [value[asked], value[answered]], 2 * strings(value)
+            return ASKED, [value[asked], value[answered]], 2 * strings(value), value
 
         return look
 
@@ -178,14 +207,15 @@ def _texts_alone(look: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return only
 
 
-def _spread(rows: list[tuple[tuple[str, ...], list[str], int]]) -> Plain:
-    counts = np.array([len(texts) for _roles, texts, _marks in rows], np.int64)
-    marks = np.array([marks for _roles, _texts, marks in rows], np.int64)
+def _spread(rows: list[Loose]) -> Plain:
+    counts = np.array([len(texts) for _roles, texts, _marks, _row in rows], np.int64)
+    marks = np.array([marks for _roles, _texts, marks, _row in rows], np.int64)
     return Plain(
-        [roles for roles, _texts, _marks in rows],
-        [text for _roles, texts, _marks in rows for text in texts],
+        [roles for roles, _texts, _marks, _row in rows],
+        [text for _roles, texts, _marks, _row in rows for text in texts],
         counts,
         marks,
+        [row for _roles, _texts, _marks, row in rows],
     )
 
 

@@ -162,6 +162,8 @@ def strange_numbers(value: Any) -> Iterator[tuple[str, str]]:
         yield "big-integer", str(value)[:40]
 
 
+MINUS_ZERO = re.compile(rb"-0\s*[,}\]]")
+"""What may be one, in a text of JSON."""
 _ZERO = re.compile(rb"[:\[,]\s*(-0)(?=\s*[,}\]])")
 
 
