@@ -376,19 +376,21 @@ def profile(step: Any) -> None:
         print(f"waited {gap:8.0f} us at {at:7.1f} ms for {name}")
 
 
-def here(tool: str) -> bool:
-    """Whether a tool is installed."""
-    from importlib.util import find_spec
+def here(tool: str, peers: list[str]) -> bool:
+    """Whether a tool is installed, or lies in one of the peers' folders."""
+    from importlib.machinery import PathFinder
 
     needs = {"unsloth": "unsloth", "liger": "liger_kernel"}
-    return tool not in needs or find_spec(needs[tool]) is not None
+    return tool not in needs or PathFinder.find_spec(needs[tool], [*sys.path, *peers]) is not None
 
 
-def begin(workload: str, tool: str, folder: Path, said: Path, **more: Any) -> subprocess.Popen[str]:
+def begin(workload: str, tool: str, folder: Path, said: Path, peers: list[str], **more: Any) -> subprocess.Popen[str]:
     """A case in a process of its own, so that memory and first step are its own. It writes what it says into `said`."""
     description = {"workload": workload, "tool": tool} | ({} if tool in ("afina", "floor") else {"folder": str(folder)})
     command = [sys.executable, str(Path(__file__)), "--case", json.dumps(description | more)]
     environment = os.environ | {"UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if tool not in ("afina", "floor"):
+        environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *peers])
     with said.open("w", encoding="utf-8") as out:
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -409,6 +411,7 @@ def main() -> None:
     options.add_argument("--tools", default="floor,afina,unsloth,liger,transformers")
     options.add_argument("--case")
     options.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "afina-bench-models")
+    options.add_argument("--peers", type=Path, action="append", default=[], help="a folder of packages for peers alone")
     options.add_argument("--results", type=Path, default=HERE / "results" / "gpu.jsonl")
     options.add_argument("--steps", help="to warm up, and timed: 2,4")
     options.add_argument("--side-by-side", action="store_true", help="import at once, then have the GPU in turns")
@@ -416,7 +419,8 @@ def main() -> None:
     if chosen.case:
         print("RESULT " + json.dumps(case(**json.loads(chosen.case))), flush=True)
         return
-    tools, more = list(filter(here, chosen.tools.split(","))), {}
+    peers = [str(folder.resolve()) for folder in chosen.peers]
+    tools, more = [tool for tool in chosen.tools.split(",") if here(tool, peers)], {}
     if chosen.steps:
         more["steps"] = [int(count) for count in chosen.steps.split(",")]
     workloads = chosen.workloads or [name for name in WORKLOADS if WORKLOADS[name]["goal"]]
@@ -432,7 +436,7 @@ def main() -> None:
             folder, said = folders[workload], place / f"{workload}-{tool}.txt"
             if tool not in ("afina", "floor") and not (folder / "tokenizer_config.json").is_file():
                 write_model(WORKLOADS[workload]["shape"], folder, more.get("turn", str(place / "nobody")))
-            waiting.append((workload, tool, begin(workload, tool, folder, said, **more), said))
+            waiting.append((workload, tool, begin(workload, tool, folder, said, peers, **more), said))
             if not chosen.side_by_side:
                 record(*waiting.pop(), chosen.results, chosen.steps)
         while waiting:
