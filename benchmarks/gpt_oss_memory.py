@@ -194,7 +194,7 @@ def main() -> None:
     options.add_argument("--engine", choices=["fused", "reference"], default="fused")
     options.add_argument("--device", default="cuda")
     options.add_argument("--trace", action="store_true", help="where it runs out of memory, say what holds it")
-    options.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "gpu.jsonl")
+    options.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "gpt_oss_memory.jsonl")
     chosen = options.parse_args()
     print(json.dumps(account(packed_model(chosen.model, "meta"))), flush=True)
     if chosen.account:
