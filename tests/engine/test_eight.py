@@ -388,6 +388,24 @@ def test_products_on_a_gpu_are_the_emulated_ones(form, tokens):
 
 
 @ON_A_GPU
+@pytest.mark.parametrize("tokens, vocabulary", [(1, 97), (130, 4099), (700, 128256)])
+def test_the_head_on_a_gpu_is_the_emulated_one(tokens, vocabulary):
+    """In chunks, where there are more rows than one holds."""
+    rows = torch.randn(tokens, 64).bfloat16()
+    weight = (torch.randn(vocabulary, 64) * 0.2).bfloat16()
+    targets, weights = torch.randint(vocabulary, (tokens,)), torch.rand(tokens)
+
+    def made(device):
+        head = weight.to(device)
+        return EightHead.of(head).loss(
+            lambda some: some.float() @ head.float().t(), rows.to(device), targets.to(device), weights.to(device), 512
+        )
+
+    for found, truth in zip(made("cuda"), made("cpu"), strict=True):
+        assert (found.cpu().double() - truth.double()).norm() <= 2e-2 * truth.double().norm()
+
+
+@ON_A_GPU
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi", "four bits"])
 @pytest.mark.parametrize("again", [False, True])
