@@ -30,6 +30,10 @@ CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) n
 """Control characters are not printed: a model, a file or its name could move the cursor or rename the window."""
 
 
+WIDE = 1000
+"""Columns of what is no terminal."""
+
+
 class Console:
     """What is printed and how: for people (default) or as JSON lines."""
 
@@ -39,8 +43,11 @@ class Console:
 
     @property
     def screen(self) -> Screen:
-        """Where people read. Made anew so that a redirected stdout is respected. Text is never taken for markup."""
-        return Screen(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+        """Where people read. Made anew so that a redirected stdout is respected. Text is never taken for markup. A
+        file or a pipe has no width, so that no name is broken in a table there."""
+        live = sys.stdout.isatty()
+        width = None if live else WIDE
+        return Screen(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=not live, width=width)
 
     @property
     def side(self) -> Screen:

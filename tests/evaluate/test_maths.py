@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afina.data.conversation import Message, Sample
+from afina.data.files import BUNDLED_SETS
 from afina.evaluate.measure import KINDS
 from afina.evaluate.systems.asking import Answer
 from afina.evaluate.tasks.kind import Asked
@@ -81,6 +82,9 @@ def test_numbers_are_read_as_they_are_written(digits, places):
 def test_steps_are_checked_as_they_stand():
     text = "16 - 3 - 4 = <<16-3-4=9>>9 eggs. 9 * 2 = $18, and 10 x 3 = 31. 1.000,5 + 0,5 = 1.001. 10/3 = 3.33"
     assert steps(text) == [True, True, False, True, True]
+    assert steps("1/6 × 1/6 = 1/36, 8/12 + 3/12 = 11/13. 2 + 4 = 6 / 2 = 3") == [True, False, True]
+    assert steps("4080 + 4080 / 2 = 4080 + 2040 = 6120") == [True]  # the last of several equals
+    assert steps("60 students x 2/3 = 40 students, 8 eggs + 2*3 = 14") == []  # not all of it is seen
     assert steps("x = 3, y = 4") == [] == steps("2 ** 9999999 = 4") == steps("__import__('os') = 1")
 
 
@@ -94,6 +98,18 @@ def perturbed(value: Fraction) -> list[str]:
         value + Fraction(1, 10),
     ]
     return [str(float(other)) if other.denominator > 1 else str(other.numerator) for other in others]
+
+
+def test_the_bundled_exercises_are_right_to_each_step():
+    rows = [
+        json.loads(line)["messages"] for line in (BUNDLED_SETS / "maths-tutor" / "test.jsonl").open(encoding="utf-8")
+    ]
+    answers = [row[-1]["content"] for row in rows]
+    found = marks([(answer, answer) for answer in answers])
+    assert len(found) == 24 and all(mark.right for mark in found)
+    assert all(mark.more["right_steps"] == mark.more["steps"] >= 1 for mark in found)
+    others = [re.sub(r"[\d.]+(?=\D*$)", "777", answer) for answer in answers]
+    assert not any(mark.right for mark in marks(list(zip(answers, others, strict=True))))
 
 
 @pytest.mark.real

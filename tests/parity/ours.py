@@ -67,6 +67,7 @@ METHODS: dict[str, Case] = {
     "QLoRA, nf4": Case(Lora(**RANK), Model(quantization="nf4")),
     "QLoRA, fp4": Case(Lora(**RANK), Model(quantization="fp4", double_quantization=False)),
     "QLoRA, int8": Case(Lora(**RANK), Model(quantization="int8")),
+    "QDoRA, nf4": Case(Lora(**RANK, dora=True), Model(quantization="nf4")),
     "QLoRA, LoftQ start": Case(Lora(**RANK, init="loftq"), Model(quantization="nf4")),
     "prompt tuning": Case(PromptTuning(name="prompt-tuning", virtual_tokens=5)),
     "prefix tuning": Case(PrefixTuning(name="prefix-tuning", virtual_tokens=5)),

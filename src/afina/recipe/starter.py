@@ -32,6 +32,10 @@ TINY = {"base": "afina/tiny"}
 ADAPTER = {"name": "lora", "rank": 16, "alpha": 32.0}
 
 
+GENERAL = {"name": "general", "kind": "forgetting"}
+"""What tuning costs elsewhere: asked where a set has no held-out file too."""
+
+
 def _tutor(train: str, temperature: float, **more: Any) -> dict[str, Any]:
     """What the conversations of fifty rows have in common."""
     return {
@@ -92,9 +96,16 @@ USE_CASES: dict[str, dict[str, Any]] = {
         "export": {"formats": ["q8_0"]},
         "chat": {"temperature": 0.0, "max_new_tokens": 128},
     },
-    "maths-tutor": _tutor("afina/maths-tutor/train", 0.3),
-    "python-tutor": _tutor("afina/python-tutor/train", 0.3),
-    "algorithms-tutor": _tutor("afina/algorithms-tutor/train", 0.5),
+    "maths-tutor": _tutor(
+        "afina/maths-tutor/train",
+        0.3,
+        tasks=[
+            {"name": "exercises", "kind": "maths", "data": "afina/maths-tutor/test", "max_new_tokens": 256},
+            GENERAL,
+        ],
+    ),
+    "python-tutor": _tutor("afina/python-tutor/train", 0.3, tasks=[GENERAL]),
+    "algorithms-tutor": _tutor("afina/algorithms-tutor/train", 0.5, tasks=[GENERAL]),
     "bot-configurator": _tutor(
         "afina/bot-configurator/train",
         0.0,
@@ -117,7 +128,7 @@ USE_CASES: dict[str, dict[str, Any]] = {
         ],
         chat={"temperature": 0.0, "max_new_tokens": 512},
     ),
-    "support-chat": _tutor("afina/support-chat/train", 0.7),
+    "support-chat": _tutor("afina/support-chat/train", 0.7, tasks=[GENERAL]),
     "custom": _tutor("data/train.jsonl", 0.7),
 }
 """The live keys of each use case; every other key stands in the starter as a comment, with the schema's default."""

@@ -62,7 +62,14 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-_STEP = re.compile(r"(?<![\w.,])([($€£\d.,][\d.,\s$€£()+\-−*×·x/÷%]*?)=\s*([-−]?[$€£]?\s?\d[\d.,]*)")
+_STEP = re.compile(
+    r"(?<![\w.,])([($€£\d.,][\d.,\s$€£()+\-−*×·x/÷%]*?)=\s*([-−]?[$€£]?\s?\d[\d.,]*+(?:\s?/\s?\d++(?!\s*=))?)"
+    r"(?!\s*[-+−*×·÷]\s*[$€£]?[\d(])"
+)
+
+
+_BEGUN = re.compile(r"(?:[-+−*×·/÷]|(?<=\s)x)\s*$")
+"""A sign before a calculation: what it begins with is left out."""
 
 
 def steps(text: str, convention: Convention = "auto") -> list[bool]:
@@ -71,7 +78,10 @@ def steps(text: str, convention: Convention = "auto") -> list[bool]:
     GSM8K's annotations <<16-3-4=9>> repeat what stands beside them, and are taken out.
     """
     found = []
-    for match in _STEP.finditer(re.sub(r"<<[^<>]*>>", "", text)):
+    text = re.sub(r"<<[^<>]*>>", "", text)
+    for match in _STEP.finditer(text):
+        if _BEGUN.search(text[max(0, match.start() - 20) : match.start()]):
+            continue  # 60 students x 2/3 = 40: the words stand between the numbers
         result = NUMBER.match(match[2].rstrip(".,"))
         values = _calculated(match[1], convention)
         if result and values:
