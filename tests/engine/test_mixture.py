@@ -181,8 +181,8 @@ def test_experts_that_are_no_numbers_are_refused(form):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("form", [FP8, INT8], ids=lambda form: form.name)
 def test_experts_in_eight_bits_are_those_that_they_mean(family, method, form, device):
-    """The gradients of an engine whose experts were replaced by what the eight bits mean, attention aside; and what they
-    took before is free."""
+    """The gradients of an engine whose experts were replaced by what the eight bits mean, attention aside; and what
+    they took before is free."""
     names = ["qkv", "o", "head"]
     learnt = [name for name, _parameter in learning(learning_model(family, **METHODS[method]))]
     dtype, limit = (torch.bfloat16, 1e-2) if device == "cuda" else (torch.float32, 1e-5)
