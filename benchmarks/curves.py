@@ -112,6 +112,7 @@ def main() -> None:
     options.add_argument("--seeds", default="1,2,3")
     options.add_argument("--method", default="{rank: 16, alpha: 32.0}")
     options.add_argument("--at-once", type=int, default=1, help="processes; on a GPU of its own many runs fit")
+    options.add_argument("--ways", help="some of the ways alone, by name, with commas between")
     options.add_argument("--more", action="store_true", help="only what is not recorded yet")
     options.add_argument("--draw", action="store_true", help="only draw what is recorded")
     options.add_argument("--out", type=Path, default=ROOT)
@@ -141,7 +142,7 @@ def main() -> None:
             )
             for seed in seeds
             for way, given in ways.items()
-            if (way, seed) not in recorded
+            if (way, seed) not in recorded and way in (chosen.ways or ",".join(ways)).split(",")
         }
         for job in as_completed(jobs):
             (way, seed), found = jobs[job], job.result()

@@ -160,7 +160,7 @@ def tiles(tokens: int) -> None:
     low, low_up = torch.randn(tokens, 16, device="cuda").bfloat16(), torch.randn(tokens, r, device="cuda").bfloat16()
     before = eight_matrix.INWARD
     for tile in ((32, 256, 4, 3), (64, 256, 4, 4), (16, 256, 4, 3), (32, 256, 4, 4), (64, 128, 4, 4), (32, 128, 4, 4)):
-        eight_matrix.INWARD = dict.fromkeys(before, tile)
+        eight_matrix.INWARD = dict.fromkeys(before, (*tile, 256))
         timed(f"inward {tile} down", lambda: eight_matrix.inward(inputs, a, None, UNIT), tokens * WIDE)
         timed(f"inward {tile} gate_up", lambda: eight_matrix.inward(outputs, up, unfold, UNIT), tokens * n)
     eight_matrix.INWARD, before = before, eight_matrix.OUTWARD

@@ -29,13 +29,12 @@ from afina.model.loss import summed_loss
 from afina.model.mxfp4 import pack_experts
 from afina.model.packed import packed_attention
 from afina.recipe.schema import Lora
+from afina.train.run import USABLE
 
 SHAPES = {"20b": {"num_hidden_layers": 24, "num_local_experts": 32}, "120b": {}, "tiny": {"num_hidden_layers": 2}}
 SHAPES["tiny"] |= {"num_local_experts": 4, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 199}
 SHAPES["tiny"] |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 WARM_UP, TIMED = 2, 4
-SPARE = 0.3
-"""GiB of the cap that the plan leaves alone: what the allocator loses between its pieces."""
 
 
 def packed_model(name: str, device: str) -> nn.Module:
@@ -119,7 +118,7 @@ def fuse(
     def plan() -> None:
         torch.cuda.empty_cache()
         standing = moments + (torch.cuda.memory_allocated() if device == "cuda" else 0)
-        found = engine.plan(length, length, int((gib - SPARE) * 2**30) - standing)
+        found = engine.plan(length, length, int(gib * USABLE * 2**30) - standing)
         rungs = Counter((" ".join(sorted(one.away)), " ".join(sorted(one.again))) for one in found.placements)
         placed = [{"layers": number, "away": away, "again": again} for (away, again), number in rungs.items()]
         about.update(planned_gib=round((standing + found.bytes) / 2**30, 2), host=found.host, placed=placed)
@@ -195,7 +194,7 @@ def main() -> None:
     options.add_argument("--engine", choices=["fused", "reference"], default="fused")
     options.add_argument("--device", default="cuda")
     options.add_argument("--trace", action="store_true", help="where it runs out of memory, say what holds it")
-    options.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "gpu.jsonl")
+    options.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "gpt_oss_memory.jsonl")
     chosen = options.parse_args()
     print(json.dumps(account(packed_model(chosen.model, "meta"))), flush=True)
     if chosen.account:

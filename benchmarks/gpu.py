@@ -259,11 +259,11 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
     standing = torch.cuda.memory_allocated() + 2 * learning_bytes  # AdamW's two moments are still to come
     free = int((options.get("gib", work["gib"])) * 2**30) - standing
     rates = measure(engine)
-    plan = choose(engine, count, count, free, rates)
+    plan = choose(engine, count, count, free, rates, length)
     if "levels" in options:  # how many layers stand on each rung of the ladder
         rungs = ladder(frozenset(engine.blocks[0].saves(1)))
         placements = spread(rungs, options["levels"])
-        plan = count_up(engine, Plan(count, placements, 0, options.get("host", "neither"), 0, 0.0), rates)
+        plan = count_up(engine, Plan(count, placements, 0, options.get("host", "neither"), 0, 0.0), rates, length)
     rows = options.get("rows", plan.rows_at_once)
     engine.place(plan.placements, rows_at_once=rows, host=plan.host, held=options.get("held", plan.held))
     names = ["+".join(sorted(p.away)) + "/" + "+".join(sorted(p.again)) for p in plan.placements]

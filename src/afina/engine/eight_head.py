@@ -2,7 +2,8 @@
 
 The largest of softmax - one-hot in a row is that of the target, 1 - its share, so the row's scale is known before it is
 written, and e4m3 reaches down to a two-millionth of it. 512 rows make one tile for each of a Hopper's multiprocessors,
-which leaves e4m3 at bf16's rate: some chunks of logits are multiplied together, four times smaller than they were.
+which leaves e4m3 at bf16's rate: some chunks of logits, of whole tiles, are multiplied together, a quarter of the size
+that they had.
 """
 
 from collections.abc import Callable

@@ -85,32 +85,49 @@ def _rescale_kernel(
 
 
 def inward(x: Rows, small: torch.Tensor, unfold: torch.Tensor | None, unit: torch.Tensor | None) -> torch.Tensor:
-    """See eight.inward."""
+    """See eight.inward. Columns are split among programs, so that there are enough; the last to come adds up the parts
+    of some rows, always in one order."""
     rows, r = x.values.shape[0], small.shape[0]
     low = torch.empty(rows, r, dtype=small.dtype, device=small.device)
     block = max(16, triton.next_power_of_2(r))
-    block_t, block_k, warps, stages = INWARD.get(block, INWARD[64])
-    _inward[(triton.cdiv(rows, block_t),)](
+    block_t, block_k, warps, stages, programs = INWARD.get(block, INWARD[64])
+    tiles = triton.cdiv(rows, block_t)
+    splits = max(1, min(programs // tiles, triton.cdiv(x.width, 4 * block_k)))
+    parts = low if splits == 1 else torch.empty(splits, rows, r, dtype=torch.float32, device=low.device)
+    _inward[(tiles, splits)](
         x.values, x.values.stride(0), x.scales, small, *small.stride(), x.scales if unfold is None else unfold, low,
-        x.scales if unit is None else unit, rows, x.width, x.values.shape[1], r, x.form.largest, block_t, block_k,
-        block, unfold is not None, unit is not None, num_warps=warps, num_stages=stages,
+        parts, _arrived(low.device.index or 0, tiles), x.scales if unit is None else unit, rows, x.width,
+        x.values.shape[1], r, x.form.largest, block_t, block_k, block, unfold is not None, unit is not None, splits,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return low
 
 
-INWARD = {16: (32, 256, 4, 4), 32: (64, 128, 4, 4), 64: (32, 128, 4, 4)}
-"""By rank: rows and columns of a program's tile, warps, and tiles on their way; larger ones spill registers."""
+INWARD = {16: (32, 256, 4, 4, 1024), 32: (64, 128, 4, 4, 256), 64: (32, 128, 4, 4, 256)}
+"""By rank: rows and columns of a program's tile, warps, and tiles on their way; larger ones spill registers. And how
+many programs there may be: with larger ranks what they have to add up afterwards weighs more."""
+
+
+@cache
+def _counters(index: int, count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=f"cuda:{index}" if torch.cuda.is_available() else "cpu")
+
+
+def _arrived(index: int, tiles: int) -> torch.Tensor:
+    """(tiles or more,) zeros, how many programs have made their part; whoever adds them up sets them back."""
+    return _counters(index, triton.next_power_of_2(tiles))
 
 
 @triton.jit
 def _inward(
-    x, x_stride, scales, small, small_stride, small_step, unfold, low, unit, rows, width, whole, r, largest,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, UNFOLDS: tl.constexpr, APPENDS: tl.constexpr,
+    x, x_stride, scales, small, small_stride, small_step, unfold, low, parts, arrived, unit, rows, width, whole, r,
+    largest, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, UNFOLDS: tl.constexpr,
+    APPENDS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     rank = tl.arange(0, BLOCK_R)
     found = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    for start in range(0, width, BLOCK_K):
+    for start in range(tl.program_id(1) * BLOCK_K, width, SPLITS * BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
         inside = (row[:, None] < rows) & (column[None, :] < width)
         value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
@@ -121,14 +138,25 @@ def _inward(
         found = tl.dot(value.to(tl.float32).to(by.dtype), by, found, input_precision="ieee")
     scale = tl.load(scales + row, mask=row < rows, other=0.0)
     known = (row[:, None] < rows) & (rank[None, :] < r)
-    place = low + row[:, None] * r + rank[None, :]
-    tl.store(place, found * scale[:, None], mask=known)
-    if APPENDS:
-        tl.debug_barrier()  # read again, in the layout of rows: no tile of eight bits changes its own
-        found = tl.load(place, mask=known, other=0.0).to(tl.float32)
-        found = found / tl.where(row < rows, scale, 1.0)[:, None]
-        _append(found / tl.load(unit), x + row[:, None] * x_stride, row[:, None] < rows, rank[None, :], width, whole, r,
-                largest)  # fmt: skip
+    place = row[:, None] * r + rank[None, :]
+    last = True
+    if SPLITS > 1:
+        tl.store(parts + tl.program_id(1).to(tl.int64) * rows * r + place, found, mask=known)
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            tl.store(arrived + tl.program_id(0), 0)
+            found = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+            for split in range(SPLITS):
+                found += tl.load(parts + split * rows.to(tl.int64) * r + place, mask=known, other=0.0)
+        tl.store(low + place, found * scale[:, None], mask=known)
+        if APPENDS:
+            tl.debug_barrier()  # read again, in the layout of rows: no tile of eight bits changes its own
+            found = tl.load(low + place, mask=known, other=0.0).to(tl.float32)
+            found = found / tl.where(row < rows, scale, 1.0)[:, None]
+            _append(found / tl.load(unit), x + row[:, None] * x_stride, row[:, None] < rows, rank[None, :], width,
+                    whole, r, largest)  # fmt: skip
 
 
 @triton.jit

@@ -32,8 +32,10 @@ class EightSequential(Sequential):
         return super().saves(tokens) | {"gate_up": tokens * self.gate_up.n, "qkv": tokens * self.qkv.n}
 
     def at_work(self, rows: int) -> int:
-        """See Block: d of the activation, and in eight bits the gradient of gate and up and the activation again."""
-        return rows * (self.down.k + (self.gate_up.n + self.down.k) // 2)
+        """See Block: d of the activation, and in eight bits the gradient of gate and up and the activation again; or
+        what INT8 adds up for gate and up, in 32 bits."""
+        sums = 4 * self.gate_up.n // self.gate_up.like.element_size() if self.gate_up.form.dtype == torch.int8 else 0
+        return rows * max(self.down.k + (self.gate_up.n + self.down.k) // 2, sums)
 
     def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
         """See Block."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from afina.engine.eight_head import CHUNKS, EightHead
+from afina.engine.eight_product import TILE
 from afina.engine.elementwise import Norm, cross_entropy, norm, norm_backward, wide_product
 from afina.engine.offload import brought
 from afina.model.loss import Targeted
@@ -133,6 +134,8 @@ class Ends:
         of_norm: list[torch.Tensor] = []
         at_once = max(1, self.logits_at_once // (VOCABULARY_AT_ONCE if self.passes_by else self.weight.shape[0]))
         eight = self.eight if d_rows is not None else None
+        if eight is not None and at_once > TILE:
+            at_once -= at_once % TILE
         step = at_once if eight is None else CHUNKS * at_once
         for start in range(0, rows.shape[0], step):
             chunk, targets = rows[start : start + step], batch.targets[start : start + step]

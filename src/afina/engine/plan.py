@@ -103,26 +103,34 @@ class Rates:
     exact: float = 0.0
 
 
-def choose(engine: "Engine", tokens: int, least: int, free_bytes: int, rates: Rates | None = None) -> Plan:
+def choose(
+    engine: "Engine",
+    tokens: int,
+    least: int,
+    free_bytes: int,
+    rates: Rates | None = None,
+    longest: int | None = None,
+) -> Plan:
     """The plan with the least time per token of those that fit into `free_bytes`; the smallest where none fits.
 
-    In `free_bytes` there is no room for gradients yet: they come to be while saved tensors go.
+    In `free_bytes` there is no room for gradients yet: they come to be while saved tensors go. least: so many tokens
+    at once at least; longest: of a sample, unset `least`.
     """
-    rates = rates or measure(engine)
-    whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0), rates, least)
+    rates, longest = rates or measure(engine), longest or least
+    whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0), rates, longest)
     if whole.bytes <= free_bytes:
         each = engine.blocks[0].unpacked * engine.dtype.itemsize
         held = min(len(engine.blocks), (free_bytes - whole.bytes) // each) if each else 0
         spared = held * engine.blocks[0].moved / rates.memory
         return replace(whole, bytes=whole.bytes + held * each, microseconds=whole.microseconds - spared, held=held)
-    plans = list(_candidates(engine, tokens, least, rates))
+    plans = list(_candidates(engine, tokens, least, longest, rates))
     fitting = [plan for plan in plans if plan.bytes <= free_bytes]
     if not fitting:
         return min(plans, key=lambda plan: plan.bytes)
     return min(fitting, key=lambda plan: (plan.microseconds / plan.tokens, plan.bytes))
 
 
-def _candidates(engine: "Engine", tokens: int, least: int, rates: Rates) -> Iterator[Plan]:
+def _candidates(engine: "Engine", tokens: int, least: int, longest: int, rates: Rates) -> Iterator[Plan]:
     layers, rungs = len(engine.blocks), ladder(frozenset(engine.blocks[0].saves(1)))
     on_gpu = engine.device.type == "cuda"
     usable = [number for number, rung in enumerate(rungs) if on_gpu or not rung.away]
@@ -135,7 +143,7 @@ def _candidates(engine: "Engine", tokens: int, least: int, rates: Rates) -> Iter
     while True:
         for host in hosts:
             for mix in mixes:
-                yield count_up(engine, Plan(tokens, spread(rungs, mix), 0, host, 0, 0.0), rates, least)
+                yield count_up(engine, Plan(tokens, spread(rungs, mix), 0, host, 0, 0.0), rates, longest)
         if tokens // 2 < least:
             return
         tokens //= 2

@@ -22,9 +22,9 @@ from afina.recipe.schema import Model
 HELD = ("nf4", "fp4", "int8")
 
 
-UNNEEDED = ("scipy", "sklearn", "torchao")
-"""What transformers and PEFT load where it is installed, for detecting objects, for assisted decoding and for another
-way of quantising: seconds of a run's start."""
+UNNEEDED = ("scipy", "sklearn", "torchao", "torchvision")
+"""What transformers and PEFT load where it is installed, for images, for assisted decoding and for another way of
+quantising: seconds of a run's start."""
 
 
 @contextmanager

@@ -202,3 +202,55 @@ def test_quotation_marks_of_many_lines_are_those_of_each(lines: list[str]):
     raws = [line.encode() for line in lines]
     begins = np.cumsum([0, *(len(raw) + 1 for raw in raws)])[:-1]
     assert quotes_of(b"".join(raw + b"\n" for raw in raws), begins).tolist() == list(map(quotes, raws))
+
+
+FORMS = {
+    "messages": lambda ask, say: {
+        "messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": say}]
+    },
+    "sharegpt": lambda ask, say: {"conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": say}]},
+    "alpaca": lambda ask, say: {"instruction": ask, "input": "", "output": say},
+    "prompt-completion": lambda ask, say: {"prompt": ask, "completion": say},
+    "question-answer": lambda ask, say: {"question": ask, "answer": say},
+    "text": lambda ask, say: {"text": say and f"{ask} {say}"},
+}
+MORE = st.sampled_from(
+    [
+        *[
+            b"",
+            b', "id": 7',
+            b', "id": 7, "source": "web"',
+            b', "id": "a-0"',
+            b', "id": -0',
+            b', "id": 0',
+            b', "id": -0.5',
+        ],
+        *[b', "id": 18446744073709551617', b', "id": 1e999', b', "id": NaN', b', "id": null', b', "id": 7, "id": 7'],
+        *[
+            b', "tags": ["a"]',
+            b', "meta": {"a": 1}',
+            b', "input": "there"',
+            b', "input": null',
+            b', "system": "Be kind."',
+        ],
+        *[b', "chosen": "a", "rejected": "a"', b', "history": []', b', "text": "so"', b",", b' "', b'}, {"a": 1'],
+    ]
+)
+
+
+@quietly
+@given(
+    form=st.sampled_from(list(FORMS)),
+    rows=st.lists(st.tuples(MORE, st.sampled_from(["so", "go on", " ", "", "<|im_end|>", 'a "b" \\'])), max_size=90),
+    first=MORE,
+)
+def test_rows_of_every_dialect_are_judged_at_once_as_each_by_itself(
+    form: str, rows: list[tuple[bytes, str]], first: bytes, tmp_path: Path
+):
+    import json
+
+    lines = [
+        json.dumps(FORMS[form](f"question {number}", text)).encode()[:-1] + more + b"}"
+        for number, (more, text) in enumerate([(first, "so"), *rows])
+    ]
+    assert audit_bytes(tmp_path, b"\n".join(lines))[0] == audit_bytes(tmp_path, b"\n".join(lines), plain=True)[0]

@@ -274,7 +274,7 @@ class _Reader:
         others = sum(quotes(raw) for raw in [*block.raws[:start], *(raws[at] for at in rest)])
         if quotes_in(block.text) != plain.marks.sum() + others:  # no row has too few, as it has been parsed
             good &= quotes_of(block.text, block.begins - block.begins[0])[places] == plain.marks
-        sound = {roles: _is_sound(roles) for roles in set(plain.roles)}
+        sound = {roles: self.dialect == "text" or _is_sound(roles) for roles in set(plain.roles)}
         if not all(sound.values()):
             good &= [sound[roles] for roles in plain.roles]
         hashed = np.fromiter(map(hash, plain.texts), np.int64, len(plain.texts))

@@ -11,6 +11,8 @@ import msgspec
 import numpy as np
 
 from afina.data.audit.syntax import strings
+from afina.data.conversation import DOCUMENT
+from afina.data.dialects import SHAREGPT
 
 NOT_PLAIN = (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError)
 """What a look raises; msgspec's and Unicode's errors are ValueErrors."""
@@ -25,6 +27,19 @@ class _Turn(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 class _Messages(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     messages: Annotated[list[_Turn], msgspec.Meta(min_length=1)]
+
+
+class _Said(msgspec.Struct, forbid_unknown_fields=True, gc=False, rename={"role": "from"}):
+    role: Literal[*SHAREGPT]  # type: ignore[valid-type]
+    value: str
+
+
+class _Conversations(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    conversations: Annotated[list[_Said], msgspec.Meta(min_length=1)]
+
+
+class _Text(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    text: str
 
 
 class _PromptCompletion(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -76,6 +91,24 @@ def _messages() -> Look:
     return Look(msgspec.json.Decoder(_Messages).decode, spread)
 
 
+def _conversations() -> Look:
+    def spread(rows: list[Any]) -> Plain:
+        talks = [row.conversations for row in rows]
+        counts = np.fromiter(map(len, talks), np.int64, len(talks))
+        roles = [tuple([SHAREGPT[turn.role] for turn in turns]) for turns in talks]
+        return Plain(roles, [turn.value for turns in talks for turn in turns], counts, 8 * counts + 2)
+
+    return Look(msgspec.json.Decoder(_Conversations).decode, spread)
+
+
+def _texts() -> Look:
+    def spread(rows: list[Any]) -> Plain:
+        count = len(rows)
+        return Plain([(DOCUMENT,)] * count, [row.text for row in rows], np.ones(count, np.int64), np.full(count, 4))
+
+    return Look(msgspec.json.Decoder(_Text).decode, spread)
+
+
 def _pair(shape: Any, asked: str, answered: str) -> Look:
     def spread(rows: list[Any]) -> Plain:
         texts = [text for row in rows for text in (getattr(row, asked), getattr(row, answered))]
@@ -97,6 +130,8 @@ def _alpaca() -> Look:
 
 TYPED: dict[str, Callable[[], Look]] = {
     "messages": _messages,
+    "sharegpt": _conversations,
+    "text": _texts,
     "alpaca": _alpaca,
     "prompt-completion": lambda: _pair(_PromptCompletion, "prompt", "completion"),
     "question-answer": lambda: _pair(_QuestionAnswer, "question", "answer"),
