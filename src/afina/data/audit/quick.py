@@ -128,8 +128,8 @@ TYPED: dict[str, tuple[type[msgspec.Struct], Callable[[list[Any]], Plain]]] = {
     "question-answer": (_QuestionAnswer, _pairs("question", "answer")),
 }
 """Rows that have the keys of their dialect and no other, by dialect, and how they are taken apart."""
-SMALL = Annotated[int, msgspec.Meta(ge=-WIDE, le=WIDE - 1)]
-BESIDE = {str: str, bool: bool, int: SMALL, type(None): None}
+NUMBER = Annotated[int, msgspec.Meta(ge=-WIDE, le=WIDE - 1)] | float
+BESIDE = {str: str, bool: bool, int: NUMBER, float: NUMBER, type(None): None}
 """What a row may hold beside the keys of its dialect."""
 MEANT = frozenset({"chosen", "rejected", "system", "history"})
 """Keys that mean something in some dialect."""
@@ -161,7 +161,8 @@ def exact(dialect: str, row: dict[str, Any]) -> Look | None:
         plain = spread(rows)
         return plain._replace(marks=plain.marks + more)
 
-    return Look(msgspec.json.Decoder(wider).decode, spread_wider, int in beside.values(), tuple(beside))
+    numbers = bool({int, float} & set(beside.values()))
+    return Look(msgspec.json.Decoder(wider).decode, spread_wider, numbers, tuple(beside))
 
 
 Loose = tuple[tuple[str, ...], list[str], int, dict[str, Any]]
