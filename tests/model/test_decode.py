@@ -64,7 +64,7 @@ def test_fixed_memory_under_autocast():
 
 
 def test_prompts_are_read_in_parts(model, monkeypatch):
-    monkeypatch.setattr(fixed, "READ_AT_ONCE", 12)
+    monkeypatch.setitem(fixed.READ_AT_ONCE, "cpu", 12)
     rows = [Row(place, list(ids), 0, room=20) for place, ids in enumerate(sorted(PROMPTS, key=len, reverse=True))]
     with torch.inference_mode():
         write_fixed(model, rows, Settings(frozenset((2, 31)), 0, 0.0))

@@ -48,7 +48,7 @@ def graphs(monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "head_dim": 16}])
 def test_rows_that_end_apart_write_the_same(changes, graphs, monkeypatch):
     """Graphs made anew for those that are left, prompts read in several parts."""
-    monkeypatch.setattr(fixed, "READ_AT_ONCE", 200)
+    monkeypatch.setitem(fixed.READ_AT_ONCE, "cuda", 200)
     model = llama(4, vocab_size=64, **changes).cuda().double()
     prompts = prompts_of(60)
     for ends in (NEVER, (2, 31), EARLY):

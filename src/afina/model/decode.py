@@ -1,8 +1,8 @@
 """Many prompts to answers at once: sorted by length, padded on the left, finished rows leave, stopping at the end.
 
-The plain way is one call a prompt (`generate`); the tests hold this to the same ids. On a GPU the keys and values lie
-in fixed memory and one step of decoding is a CUDA graph, so that a token costs a few launches instead of hundreds;
-elsewhere the cache grows, and rows that are done are taken out of it. Knows no text.
+The plain way is one call a prompt (`generate`); the tests hold this to the same ids. Greedy answers are written over
+fixed memory, prompts read a few at a time and a step on a GPU being a CUDA graph (fixed.py). Where chance or a grammar
+chooses, or a window or sinks want more than one mask, the cache grows. Knows no text.
 """
 
 import time
@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from afina.errors import ModelError
 from afina.language import _
-from afina.model.fixed import can_be_fixed, write_fixed
+from afina.model.fixed import READ_AT_ONCE, can_be_fixed, write_fixed
 from afina.model.generate import generate
 from afina.model.load import cache_bytes, limit_of
 from afina.model.rows import Grammar, Row, Settings, device_of, next_logits, padded
@@ -27,6 +27,8 @@ CACHE_SHARE = 0.5
 """Of a GPU's free memory."""
 PROMPTS_AT_ONCE = {"cpu": 128, "cuda": 512}
 """Beyond these a step takes as much longer as it holds more rows."""
+PADDED_TO, SHORT = 0.5, 32
+"""Prompts that are read at once are half as long as the longest at least; so many tokens less make no difference."""
 LEAVING = 0.125
 """Share of rows that must be done before they are taken out of a growing cache: taking out copies it."""
 
@@ -68,6 +70,7 @@ def write_all(
                 )
             )
     settings = Settings(frozenset(end_ids), pad_id, temperature)
+    fixed = grammar is None and temperature == 0 and device_of(model).type in READ_AT_ONCE and can_be_fixed(model)
     # Neighbours in length; the longest first, so that a model that does not fit says so at once.
     order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
     most = PROMPTS_AT_ONCE.get(device_of(model).type, PROMPTS_AT_ONCE["cpu"])
@@ -75,11 +78,14 @@ def write_all(
         began = time.perf_counter()
         width = len(prompts[order[0]]) + max_new_tokens
         group = order[: min(most, _fitting(model, min(width, limit) if limit else width))]
+        if not fixed:  # all are read at once, as wide as the longest
+            least = len(prompts[group[0]]) * PADDED_TO - SHORT
+            group = [place for place in group if len(prompts[place]) >= least]
         rows = [Row(place, list(prompts[place]), seeds[place] if seeds else 0) for place in group]
         for row in rows:
             room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(row.prompt))
             row.room, row.grammar = room, grammar() if grammar else None
-        if not _write(model, rows, settings, max_new_tokens):
+        if not _write(model, rows, settings, max_new_tokens, fixed):
             most = max(1, len(rows) // 2)
             continue
         share = (time.perf_counter() - began) / len(rows)
@@ -88,17 +94,12 @@ def write_all(
         order = order[len(group) :]
 
 
-def _write(model: nn.Module, rows: list[Row], settings: Settings, new: int) -> bool:
+def _write(model: nn.Module, rows: list[Row], settings: Settings, new: int, fixed: bool) -> bool:
     """Write these together, by the way that suits; False, and nothing is kept, when the GPU's memory ran out."""
     try:
         if _learns_prompts(model):
             _write_plain(model, rows, settings, new)
-        elif (
-            device_of(model).type == "cuda"
-            and rows[0].grammar is None
-            and settings.temperature == 0
-            and can_be_fixed(model)
-        ):
+        elif fixed:
             write_fixed(model, rows, settings)
         else:
             _write_growing(model, rows, settings)

@@ -18,13 +18,14 @@ from transformers.cache_utils import StaticLayer
 from afina.model.attention import attending
 from afina.model.rows import Row, Settings, device_of, next_logits, padded
 
-READ_AT_ONCE = 2**14
-"""Tokens of prompts, padding included, that are read at once into fixed memory."""
+READ_AT_ONCE = {"cpu": 2**9, "cuda": 2**14}
+"""Tokens of prompts, padding included, that are read at once into fixed memory: enough for the products to be quick,
+and the fewer the less is padded."""
 GROUPED = "afina_grouped"
-LOOKED_AFTER = 8
-"""Steps of a CUDA graph between two looks at which rows are done: a look waits for the GPU."""
-FEWER = 0.5
-"""Share of a graph's rows that may be idle before it is made anew for those that are left."""
+LOOKED_AFTER = {"cpu": 1, "cuda": 8}
+"""Steps between two looks at which rows are done: a look waits for the GPU."""
+STAYING = {"cpu": 0.875, "cuda": 0.5}
+"""Share of the rows that are still going, at which the others are taken out: a graph is then made anew."""
 
 
 def can_be_fixed(model: nn.Module) -> bool:
@@ -42,19 +43,21 @@ def can_be_fixed(model: nn.Module) -> bool:
 def write_fixed(model: nn.Module, rows: list[Row], settings: Settings) -> None:
     """As `_write_growing`, greedy, over memory of a fixed size, each step a replay of a CUDA graph where there is
     one. What a row chooses after its end is thrown away."""
-    state = _read(model, rows, settings)
+    state, kind = _read(model, rows, settings), device_of(model).type
     at = list(range(len(rows)))  # which row of `rows` stands in each row of the state
     going = [place for place, index in enumerate(state.ids[:, 0].tolist()) if rows[place].take(index, settings.end_ids)]
     if len(going) < len(rows) and going:
         state, at = state.only(going), list(going)
     with attending(model, GROUPED):
         while going:
-            new = state.advance(min(LOOKED_AFTER, max(rows[place].room - len(rows[place].ids) for place in going)))
+            new = state.advance(
+                min(LOOKED_AFTER[kind], max(rows[place].room - len(rows[place].ids) for place in going))
+            )
             place_of = {place: number for number, place in enumerate(at)}
             for place in list(going):
                 if not all(rows[place].take(index, settings.end_ids) for index in new[place_of[place]]):
                     going.remove(place)
-            if going and len(going) <= FEWER * len(at):
+            if going and len(going) <= STAYING[kind] * len(at):
                 state, at = state.only([place_of[place] for place in going]), list(going)
 
 
@@ -71,7 +74,7 @@ def _read(model: nn.Module, rows: Sequence[Row], settings: Settings) -> "_Steps"
     first = torch.zeros(len(rows), 1, dtype=torch.long, device=device)
     start = 0
     while start < len(rows):
-        stop = start + max(1, READ_AT_ONCE // len(rows[start].prompt))
+        stop = start + max(1, READ_AT_ONCE[device.type] // len(rows[start].prompt))
         ids, mask = (tensor.to(device) for tensor in padded(rows[start:stop], settings.pad_id))
         read, here = DynamicCache(config=model.config), slice(width - ids.shape[1], width)
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
