@@ -145,7 +145,7 @@ def test_a_micro_batch_that_is_filled_up_has_the_same_loss_and_gradients(family,
 def test_there_are_few_sizes_and_little_padding():
     gpu = torch.device("cuda")
     found = [filled(tokens, gpu) for tokens in range(1, 20_000)]
-    assert all(tokens <= size <= max(tokens + 7, tokens * 1.04) for tokens, size in enumerate(found, 1))
+    assert all(tokens <= size <= max(tokens + 15, tokens * 1.04) for tokens, size in enumerate(found, 1))
     assert len(set(found[8191:16384])) == 33 and filled(8192, gpu) == 8192 and filled(61, torch.device("cpu")) == 61
 
 

@@ -73,7 +73,7 @@ def norm_backward(
     return list(sums.sum(1))[: len(by.learnt)] if by.learnt else []
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # rows of a head vary: it would be compiled for each kind of number
 def _norm_backward(
     dy, dy_stride, x, x_stride, w, b, past, past_stride, dx, dx_stride, y, y_stride, sums, rows, width, eps,
     BLOCK: tl.constexpr, CENTRED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, HAS_Y: tl.constexpr,
@@ -201,7 +201,7 @@ def gather_rotated(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _gather_rotated(
     q, q_sample, q_token, q_head, k, k_sample, k_token, k_head, v, v_sample, v_token, v_head,
     cos, sin, out, out_stride, length, heads, kv_heads, width, half, GROUP: tl.constexpr, BLOCK: tl.constexpr,
