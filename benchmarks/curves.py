@@ -78,15 +78,25 @@ def draw(runs: dict[str, list[dict[str, Any]]], to: Path) -> None:
     matplotlib.use("svg" if to.suffix == ".svg" else "agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for (name, several), colour in zip(runs.items(), ("#1b6ca8", "#d1495b", "#3c7a3c"), strict=False):
-        for number, run in enumerate(several):
-            label = name if number == 0 else None
-            axes.plot(smooth(run["losses"]), color=colour, alpha=0.75, linewidth=1.2, label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel(f"loss, mean of {SMOOTHED} steps")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure, (losses, apart) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    *ways, plain = runs
+    exact = {run["seed"]: smooth(run["losses"]) for run in runs[plain]}
+    middle = [sum(several) / len(several) for several in zip(*exact.values(), strict=True)]
+    for name, colour in zip([plain, *ways], ("#3c7a3c", "#1b6ca8", "#d1495b"), strict=False):
+        for number, run in enumerate(runs[name]):
+            style: dict[str, Any] = dict(color=colour, alpha=0.8, linewidth=1.1, label=None if number else name)
+            curve = smooth(run["losses"])
+            losses.plot(curve, **style)
+            beside = middle if name == plain else exact.get(run["seed"])
+            if beside is not None:
+                apart.plot([a - b for a, b in zip(curve, beside, strict=True)], **style)
+    losses.set_ylabel(f"loss, mean of {SMOOTHED} steps")
+    apart.set_ylabel(f"less {plain} of the same seed")
+    apart.set_title(f"({plain}: less the mean of their seeds)", fontsize=9)
+    for axes in (losses, apart):
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+    losses.legend(frameon=False)
     figure.savefig(to, dpi=120)
 
 
