@@ -48,7 +48,7 @@ fuzz: $(ready) ## two million mutated files for the GGUF reader: half a minute
 	@PYTHONPATH=tests $(bin)/python -m model.fuzz_gguf 2000000 $(ARGS)
 
 torture: $(ready) ## a thousand kills and signals on real trainings: not one bit may differ; ten minutes
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 AFINA_TORTURE=170 $(bin)/python -m pytest -n 2 --dist worksteal -s -m slow tests/train/test_kill.py $(ARGS)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 AFINA_TORTURE=84 $(bin)/python -m pytest -n 2 --dist worksteal -s -m slow tests/train/test_kill.py $(ARGS)
 
 lint: $(ready) ## ruff, mypy, the floors of the house
 	@$(bin)/ruff check .

@@ -126,7 +126,7 @@ def main() -> None:
                 record(chosen.results, {**about, "tool": "afina", **found, "engine": "fused",
                                         "total_is": "process start to process end"})  # fmt: skip
         if chosen.peer:
-            command = [sys.executable, str(chosen.peer), "--tool", "unsloth", "--dir", str(base),
+            command = [sys.executable, str(chosen.peer.resolve()), "--tool", "unsloth", "--dir", str(base),
                        "--data", str(chosen.data), "--out", str(folder / "peer")]  # fmt: skip
             environment = os.environ | {"UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
             said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=folder)

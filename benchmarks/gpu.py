@@ -50,7 +50,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "W3": dict(shape=LLAMA_8B, samples=4, length=2048, four_bits=True, gib=30.0, goal=18000),
     "W4": dict(shape=LLAMA_8B, samples=1, length=2048, four_bits=True, gib=5.0, goal=7500),
     "W5": dict(shape=LLAMA_8B, samples=4, length=2048, gib=17.7, goal=14000),
-    "W6": dict(shape=LLAMA_8B, samples=1, length=65536, four_bits=True, gib=12.0, goal=5500, steps=(1, 3)),
+    "W6": dict(shape=LLAMA_8B, samples=1, length=65536, four_bits=True, gib=12.0, goal=5500, steps=(1, 1)),
     "W7": dict(shape=LLAMA_1B, samples=8, length=2048, full=True, gib=20.0, goal=75000),
     "W8": dict(shape=PHI_2, samples=1, length=2048, four_bits=True, gib=2.4, goal=15000),
     "W9": dict(shape=GPT_OSS_20B, samples=2, length=2048, packed=True, gib=40.0, goal=18000),
@@ -95,7 +95,7 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     tokens = [torch.randint(5, vocabulary - 1, shape, generator=generator).cuda() for _ in range(4)]
     torch.cuda.reset_peak_memory_stats()
     seconds, losses = [], []
-    warm_up, timed_steps = options.get("steps", work.get("steps", STEPS))
+    warm_up, timed_steps = work.get("steps") or options.get("steps", STEPS)
 
     def whole(turn: int = 0) -> tuple[Any, Any]:
         loss = step(tokens[turn % 4])
@@ -376,19 +376,21 @@ def profile(step: Any) -> None:
         print(f"waited {gap:8.0f} us at {at:7.1f} ms for {name}")
 
 
-def here(tool: str) -> bool:
-    """Whether a tool is installed."""
-    from importlib.util import find_spec
+def here(tool: str, peers: list[str]) -> bool:
+    """Whether a tool is installed, or lies in one of the peers' folders."""
+    from importlib.machinery import PathFinder
 
     needs = {"unsloth": "unsloth", "liger": "liger_kernel"}
-    return tool not in needs or find_spec(needs[tool]) is not None
+    return tool not in needs or PathFinder.find_spec(needs[tool], [*sys.path, *peers]) is not None
 
 
-def begin(workload: str, tool: str, folder: Path, said: Path, **more: Any) -> subprocess.Popen[str]:
+def begin(workload: str, tool: str, folder: Path, said: Path, peers: list[str], **more: Any) -> subprocess.Popen[str]:
     """A case in a process of its own, so that memory and first step are its own. It writes what it says into `said`."""
     description = {"workload": workload, "tool": tool} | ({} if tool in ("afina", "floor") else {"folder": str(folder)})
     command = [sys.executable, str(Path(__file__)), "--case", json.dumps(description | more)]
     environment = os.environ | {"UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if tool not in ("afina", "floor"):
+        environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *peers])
     with said.open("w", encoding="utf-8") as out:
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -409,14 +411,16 @@ def main() -> None:
     options.add_argument("--tools", default="floor,afina,unsloth,liger,transformers")
     options.add_argument("--case")
     options.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "afina-bench-models")
+    options.add_argument("--peers", type=Path, action="append", default=[], help="a folder of packages for peers alone")
     options.add_argument("--results", type=Path, default=HERE / "results" / "gpu.jsonl")
-    options.add_argument("--steps", help="to warm up, and timed: 2,4")
+    options.add_argument("--steps", help="to warm up, and timed, but for W6: 2,4")
     options.add_argument("--side-by-side", action="store_true", help="import at once, then have the GPU in turns")
     chosen = options.parse_args()
     if chosen.case:
         print("RESULT " + json.dumps(case(**json.loads(chosen.case))), flush=True)
         return
-    tools, more = list(filter(here, chosen.tools.split(","))), {}
+    peers = [str(folder.resolve()) for folder in chosen.peers]
+    tools, more = [tool for tool in chosen.tools.split(",") if here(tool, peers)], {}
     if chosen.steps:
         more["steps"] = [int(count) for count in chosen.steps.split(",")]
     workloads = chosen.workloads or [name for name in WORKLOADS if WORKLOADS[name]["goal"]]
@@ -432,7 +436,7 @@ def main() -> None:
             folder, said = folders[workload], place / f"{workload}-{tool}.txt"
             if tool not in ("afina", "floor") and not (folder / "tokenizer_config.json").is_file():
                 write_model(WORKLOADS[workload]["shape"], folder, more.get("turn", str(place / "nobody")))
-            waiting.append((workload, tool, begin(workload, tool, folder, said, **more), said))
+            waiting.append((workload, tool, begin(workload, tool, folder, said, peers, **more), said))
             if not chosen.side_by_side:
                 record(*waiting.pop(), chosen.results, chosen.steps)
         while waiting:

@@ -307,37 +307,33 @@ class Runs:
             raise SystemExit(self.said.read_text("utf-8")[-3000:])
         return {**found_in(pieces.place), "step_ms": step_ms(out), **about(out)}
 
-    def moved(self) -> dict[str, Any]:
-        """Killed while there was little room on the GPU, and gone on with when there is much: planned anew, it would
-        be run in another way. `equal_planned_anew`: whether the bits are the same then, too."""
-        peak = json.loads((self.whole("roomy-plan") / "manifest.json").read_text("utf-8"))["training"][
-            "peak_memory_bytes"
-        ]
-        standing = sum(file.stat().st_size for file in (self.folder / "base").glob("*.safetensors"))
-        free = int(0.45 * (peak - standing))
-        little = lambda out: lambda: train(self.folder, out, [OFTEN], free=free)  # noqa: E731
-        plain = self.folder / "little"
+    def moved(self, free: int) -> dict[str, Any]:
+        """Killed while the engine planned for so many bytes, and gone on with where there are many more: planned anew,
+        rows would be cut otherwise. `equal_planned_anew`: whether the bits are the same then, too."""
+        if self.device != "cuda":
+            return {"skipped": "a CPU plans nothing"}
+        long = ["model.max_length=16384", OFTEN]  # so that all of a step is computed at once, whatever is free
+        little = lambda out: lambda: train(self.folder, out, long, free=free)  # noqa: E731
+        plain, kept, anew = (self.folder / f"moved-{name}" for name in ("alone", "kept", "anew"))
         if forked(little(plain), self.said).status:
             raise SystemExit(self.said.read_text("utf-8")[-3000:])
+        seconds = sum(line["seconds"] for line in steps_of(plain))
+        due = at_random(random.Random(2), kept / "metrics.jsonl", 1e9, 0.6 * seconds)
+        if forked(little(kept), self.said, due, signal.SIGKILL).status != -signal.SIGKILL:
+            raise SystemExit(f"it was not killed:\n{self.said.read_text('utf-8')[-3000:]}")
+        plan = json.loads((kept / "plan.json").read_text("utf-8"))
+        shutil.copytree(kept, anew)
+        (anew / "plan.json").unlink()
         found: dict[str, Any] = {"planned_for_gib": round(free / 2**30, 2)}
-        for name in ("kept", "anew"):
-            out, seconds = self.folder / f"moved-{name}", sum(line["seconds"] for line in steps_of(plain))
-            due = at_random(random.Random(2), out / "metrics.jsonl", 1e9, 0.6 * seconds)
-            if forked(little(out), self.said, due, signal.SIGKILL).status != -signal.SIGKILL:
-                raise SystemExit(f"it was not killed:\n{self.said.read_text('utf-8')[-3000:]}")
-            found["plan"] = json.loads((out / "plan.json").read_text("utf-8"))
-            if name == "anew":
-                (out / "plan.json").unlink()
-            if forked(lambda out=out: train(self.folder, out, [OFTEN]), self.said).status:
+        for out in (kept, anew):
+            if forked(lambda out=out: train(self.folder, out, long), self.said).status:
                 raise SystemExit(self.said.read_text("utf-8")[-3000:])
-            if name == "kept":
-                found["equal"] = self.compare("more room than before", plain, out)
-            else:
-                found["equal_planned_anew"] = digests(plain) == digests(out)
-                found["resumed_after"] = json.loads((out / "manifest.json").read_text())["training"]["resumed_after"]
-        rungs = Counter((" ".join(one["away"]), " ".join(one["again"])) for one in found["plan"].pop("placements"))
-        found["plan"]["layers"] = [[away, again, number] for (away, again), number in rungs.items()]
-        return found | about(plain)
+            found |= {"equal": self.compare("more room than before", plain, out)} if out == kept else {}
+            print(f"  {out.name}: the same: {digests(plain) == digests(out)}", flush=True)
+        found["equal_planned_anew"] = digests(plain) == digests(anew)
+        found["resumed_after"] = json.loads((kept / "manifest.json").read_text())["training"]["resumed_after"]
+        rungs = Counter((" ".join(one["away"]), " ".join(one["again"])) for one in plan.pop("placements"))
+        return found | {"plan": plan, "layers": [[*rung, number] for rung, number in rungs.items()]} | about(plain)
 
     def memory(self) -> dict[str, Any]:
         """Less memory than the plan believes there is: the micro-batch shrinks, samples and schedule stay."""
@@ -543,6 +539,7 @@ def main() -> None:
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--terms", type=int, default=6)
     options.add_argument("--seed", type=int, default=0, help="of the instants at which signals are sent")
+    options.add_argument("--free-gib", type=float, default=1.0, help="for which `moved` plans at first")
     options.add_argument("--at-once", type=int, default=1, help="so many runs are stopped at once")
     options.add_argument("--budget", type=float, default=600.0, help="seconds in which signals are sent")
     options.add_argument("--results", type=Path, default=HERE / "results" / "gpu_runs.jsonl")
@@ -570,7 +567,8 @@ def main() -> None:
             raise SystemExit(runs.said.read_text("utf-8")[-3000:])
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "exact": runs.exact, "loose": runs.loose, "cost": runs.cost, "memory": runs.memory,
-            "moved": runs.moved, "waiting": runs.waiting, "tight": lambda: runs.waiting(10**9),
+            "moved": lambda: runs.moved(int(chosen.free_gib * 2**30)),
+            "waiting": runs.waiting, "tight": lambda: runs.waiting(10**9),
             "terms": lambda: runs.chains(chosen.terms, signal.SIGTERM),
             "kills": lambda: runs.chains(chosen.kills, signal.SIGKILL),
         }  # fmt: skip

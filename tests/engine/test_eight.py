@@ -6,14 +6,14 @@ from engine.test_engine import FAMILIES, SHAPE, four_bits, gradients, perturbed,
 from small import llama, spread
 
 from afina.data.batch import micro_batches
-from afina.engine import eight, eight_gate
+from afina.engine import eight, eight_gate, eight_head
 from afina.engine.block import Placement
 from afina.engine.eight import FP8, INT8, Rows
 from afina.engine.eight_gate import format_of, prove_eight, try_eight_bits, why_exact
 from afina.engine.eight_head import EightHead
 from afina.engine.eight_product import EightProduct
 from afina.engine.engine import Engine
-from afina.engine.plan import choose, ladder, room_to_hold
+from afina.engine.plan import choose, ladder, room_for_eight
 from afina.engine.products import Scratch
 from afina.errors import ModelError
 from afina.model.attach import attach
@@ -163,6 +163,18 @@ def test_the_heads_gradient_is_that_of_softmax_in_eight_bits(tokens, vocabulary)
         assert (row - true).norm() <= 0.06 * true.norm() + 1e-6 * size  # fp32 knows the sum of such logits no better
 
 
+def test_a_large_head_is_turned_over_in_parts(monkeypatch):
+    weight = torch.randn(97, 48)
+    whole = EightHead.of(weight)
+    monkeypatch.setattr(eight_head, "AT_ONCE", 16)
+    parts = EightHead.of(weight)
+    assert torch.equal(whole.fold, parts.fold) and torch.equal(whole.turned.float(), parts.turned.float())
+    assert whole.turned.shape == (48, 112) and whole.turned.float()[:, 97:].eq(0).all()
+    weight[96, 3] = float("nan")
+    with pytest.raises(ModelError, match="not a number"):
+        EightHead.of(weight)
+
+
 def test_a_loss_that_is_no_number_stays_visible_behind_the_head():
     logits = torch.randn(3, 32)
     logits[1, 4] = float("nan")
@@ -252,7 +264,12 @@ def test_four_bits_are_held_in_eight_or_unpacked_for_each_use(form):
     for hold in (False, True):
         engine = Engine(model)
         exact = gradients(engine, model, batch)
-        assert room_to_hold(engine, 60, 10**9) and not room_to_hold(engine, 60, 10**6)
+        least = next(
+            size for size in range(10**5, 10**9, 1000) if room_for_eight(engine, 60, size, hold=False, head=False)
+        )
+        assert room_for_eight(engine, 60, 10**9, hold=True, head=True)
+        assert not room_for_eight(engine, 60, least, hold=True, head=False)
+        assert not room_for_eight(engine, 60, least, hold=False, head=True)
         engine.into_eight_bits(form, hold=hold)
         found[hold] = gradients(engine, model, batch)
         held = sum(
@@ -368,6 +385,24 @@ def test_products_on_a_gpu_are_the_emulated_ones(form, tokens):
     found = eight.multiply(x8, w8.values, w8.scales, bias, bias)
     truth = x8.exact(torch.float64) @ w8.exact(torch.float64).t() + bias.double()
     assert (found.double() - truth).norm() <= 5e-3 * truth.norm()
+
+
+@ON_A_GPU
+@pytest.mark.parametrize("tokens, vocabulary", [(1, 97), (130, 4099), (700, 128256)])
+def test_the_head_on_a_gpu_is_the_emulated_one(tokens, vocabulary):
+    """In chunks, where there are more rows than one holds."""
+    rows = torch.randn(tokens, 64).bfloat16()
+    weight = (torch.randn(vocabulary, 64) * 0.2).bfloat16()
+    targets, weights = torch.randint(vocabulary, (tokens,)), torch.rand(tokens)
+
+    def made(device):
+        head = weight.to(device)
+        return EightHead.of(head).loss(
+            lambda some: some.float() @ head.float().t(), rows.to(device), targets.to(device), weights.to(device), 512
+        )
+
+    for found, truth in zip(made("cuda"), made("cpu"), strict=True):
+        assert (found.cpu().double() - truth.double()).norm() <= 2e-2 * truth.double().norm()
 
 
 @ON_A_GPU

@@ -257,3 +257,13 @@ def test_cross_entropy_in_eight_bits(rows, width, form):
     torch.testing.assert_close(losses.cpu(), exact, rtol=1e-5, atol=1e-5)
     alike(found, truth)
     assert (found.values[:, width:].view(torch.uint8) == 0x55).all()
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+@pytest.mark.parametrize("rows, width", SHAPES)
+def test_what_the_eight_bits_mean_is_spread_out(rows, width, form):
+    x = eight_kernels.quantise(draw(rows, width), empty(rows, width, form), None, form.peak)
+    wide = torch.full((rows, width + 8), float("nan"), dtype=DTYPE, device=DEVICE)
+    eight_movers.spread(x, wide[:, :width])
+    torch.testing.assert_close(wide[:, :width].cpu(), on_cpu(x).exact().to(DTYPE), rtol=4e-3 if CUDA else 0, atol=0)
+    assert wide[:, width:].isnan().all()

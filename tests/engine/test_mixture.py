@@ -59,6 +59,7 @@ METHODS = {
     "experts and router": {"experts": True, "router": True, "rank": 3},
 }
 RATES = Rates(products=1e2, copies=1e4)
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def rows(lengths):
@@ -175,15 +176,19 @@ def test_experts_that_are_no_numbers_are_refused(form):
         Matrix(2, 16, 16, torch.empty(0), Scratch(), plain).in_eight_bits(form, Scratch())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
 @pytest.mark.parametrize("family", ["gpt-oss", "qwen3-moe", "mixtral"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("form", [FP8, INT8], ids=lambda form: form.name)
-def test_experts_in_eight_bits_are_those_that_they_mean(family, method, form):
-    """Exactly the gradients of an engine whose experts were replaced by what the eight bits mean, attention aside; and
-    the bytes that they took before are free."""
+def test_experts_in_eight_bits_are_those_that_they_mean(family, method, form, device):
+    """The gradients of an engine whose experts were replaced by what the eight bits mean, attention aside; and what
+    they took before is free."""
     names = ["qkv", "o", "head"]
+    learnt = [name for name, _parameter in learning(learning_model(family, **METHODS[method]))]
+    dtype, limit = (torch.bfloat16, 1e-2) if device == "cuda" else (torch.float32, 1e-5)
     (batch,) = micro_batches(rows([20, 9, 1, 31]), range(4), budget=1000, packing=True, pad_id=0)
-    model, meant = (learning_model(family, **METHODS[method]) for _ in range(2))
+    batch = batch.to(torch.device(device))
+    model, meant = (learning_model(family, **METHODS[method]).to(device, dtype) for _ in range(2))
     engine, truth = Engine(model), Engine(meant)
     engine.into_eight_bits(form, exact=names)
     for block, other in zip(engine.blocks, truth.blocks, strict=True):
@@ -191,10 +196,11 @@ def test_experts_in_eight_bits_are_those_that_they_mean(family, method, form):
             matrix, plain = getattr(block.experts, name), getattr(other.experts, name)
             assert matrix.plain is None and matrix.eight.values.element_size() == 1 and matrix.base.numel() == 0
             plain.plain.copy_(matrix.weights())
-    agree(gradients(engine, model, batch), gradients(truth, meant, batch), [n for n, _ in learning(model)], 1e-5)
+    expected = gradients(truth, meant, batch)
+    agree(gradients(engine, model, batch), expected, learnt, limit)
     assert 0 < engine.blocks[0].unpacked == engine.blocks[1].unpacked
     engine.place([HERE] * 2, held=1)
-    agree(gradients(engine, model, batch), gradients(truth, meant, batch), [n for n, _ in learning(model)], 1e-5)
+    agree(gradients(engine, model, batch), expected, learnt, limit)
 
 
 @pytest.mark.parametrize("asked", ["fp8", "int8"])
@@ -403,7 +409,7 @@ def choices(router):
     return made
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@ON_A_GPU
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_waits_for_the_gpu_and_no_shape_depends_on_the_routing_on_a_gpu(method):
     model = learning_model("gpt-oss", packed=True, **METHODS[method]).to("cuda", torch.bfloat16)
@@ -419,7 +425,7 @@ def test_nothing_waits_for_the_gpu_and_no_shape_depends_on_the_routing_on_a_gpu(
                for part, other in zip(found, truth, strict=True))  # fmt: skip
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@ON_A_GPU
 @pytest.mark.parametrize("family", ["gpt-oss", "gpt-oss, packed", "qwen3-moe", "mixtral"])
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_on_a_gpu_is_as_far_from_fp64_as_the_plain_twins_in_bf16(family, method):

@@ -12,17 +12,25 @@ SHOWN = 20
 """Problems printed in full; the rest is counted, and is in `problems`."""
 
 
+def place(file: str, line: int, row: int = 0) -> str:
+    """`file:line`; of a file as a whole (line 0) its name alone; with the number of the row where it has one."""
+    said = f"{file}:{line}" if line else file
+    return _("{place}, row {row}").format(place=said, row=row) if row else said
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why the row at `file:line` cannot be used; `kind` is the id of its class (audit/kinds.py), where it has one."""
+    """Why the row at `file:line` cannot be used. `kind` is the id of its class (audit/kinds.py), where it has one;
+    `row` its number where several may stand on one line, else 0."""
 
     file: Path
     line: int
     reason: str
     kind: str = ""
+    row: int = 0
 
     def __str__(self) -> str:
-        said = f"{self.file}:{self.line}: {self.reason}"
+        said = f"{place(str(self.file), self.line, self.row)}: {self.reason}"
         return f"{said} [{self.kind}]" if self.kind else said
 
 

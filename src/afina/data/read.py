@@ -55,7 +55,7 @@ def read(sources: Sources, data: Data, folder: Path, *, with_rows: bool = False)
             if with_rows:
                 reading.rows.append(row)
         else:
-            problems.append(Problem(file, row.line, found, class_of(row, reading.dialects)))
+            problems.append(Problem(file, row.line, found, class_of(row, reading.dialects), row.number))
         if len(problems) == MOST_PROBLEMS:
             break
     if problems:

@@ -49,7 +49,8 @@ class Row:
 
     `line` (from 1) and `offset` (bytes, from 0) are where it begins, of Parquet its number and 0; in a file that is not
     UTF-8, `offset` and `raw` are those of the same text in UTF-8. `keys`: what `*` matched on the way to it. `fault`:
-    why it cannot be used, or "".
+    why it cannot be used, or "". `number`: in a JSON document, whose rows may all stand on one line, which row it is,
+    from 1; else 0.
     """
 
     value: Any
@@ -58,6 +59,7 @@ class Row:
     raw: bytes = b""
     fault: str = ""
     keys: tuple[str, ...] = ()
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +111,14 @@ def rows(path: Path, shape: Shape, form: str | None = None) -> Iterator[Row]:
     if form == "json":
         from afina.data.document import document_rows
 
-        return document_rows(path, shape)
+        return _numbered(document_rows(path, shape))
     return line_rows(path, shape)
+
+
+def _numbered(found: Iterator[Row]) -> Iterator[Row]:
+    for number, row in enumerate(found, start=1):
+        row.number = number if row.raw else 0  # a document of another shape has none
+        yield row
 
 
 def line_rows(path: Path, shape: Shape) -> Iterator[Row]:

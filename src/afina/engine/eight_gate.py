@@ -84,14 +84,18 @@ def why_exact(engine: Engine, asked: str) -> str | None:
     return None
 
 
-def try_eight_bits(engine: Engine, batch: Targeted, asked: str, *, hold: bool = True) -> str:
-    """Turn the engine's products into eight bits where that holds; returns a sentence on what they are and why."""
+def try_eight_bits(engine: Engine, batch: Targeted, asked: str, *, hold: bool = True, head: bool = True) -> str:
+    """Turn the engine's products into eight bits where that holds; returns a sentence on what they are and why.
+
+    hold: four-bit weights are held so. head: there is room for the head's too.
+    """
     reason, form = why_exact(engine, asked), format_of(asked, engine.device, engine.dtype)
     if reason is not None or form is None:
         return _("exact products, not in eight bits: {reason}").format(reason=reason)
-    proof = prove_eight(engine, batch, form)
+    left = frozenset() if head else frozenset({HEAD})
+    proof = prove_eight(engine, batch, form, exact=left)
     if proof.failing and proof.products.keys() - {HEAD} - proof.failing:
-        proof = prove_eight(engine, batch, form, exact=proof.failing)
+        proof = prove_eight(engine, batch, form, exact=proof.failing | left)
     found = {"products": min(proof.products.values()), "layers": proof.layers, "learnt": proof.learnt}
     if not proof.holds:
         return _(
@@ -103,8 +107,8 @@ def try_eight_bits(engine: Engine, batch: Targeted, asked: str, *, hold: bool = 
         "products in eight bits ({format}); on the first batch cosines with the exact ones are {products:.5f} "
         "for a product, {layers:.4f} for a layer's gradient, {learnt:.4f} for its adapters', or better"
     ).format(format={"fp8": "e4m3", "int8": "INT8"}[form.name], **found)
-    if proof.exact:
-        said += _("; exact, for their outliers: {names}").format(names=", ".join(sorted(proof.exact)))
+    if proof.exact - left:
+        said += _("; exact, for their outliers: {names}").format(names=", ".join(sorted(proof.exact - left)))
     return said
 
 

@@ -15,6 +15,8 @@ from afina.engine import eight
 from afina.engine.eight import FP8, Rows
 from afina.engine.eight_product import ALIGN
 
+AT_ONCE = 8192
+"""Rows of the head that are turned over together."""
 CHUNKS = 4
 """Of logits, whose slopes in eight bits take the room of one in fp32."""
 
@@ -32,11 +34,16 @@ class EightHead:
     def of(cls, weight: torch.Tensor) -> "EightHead":
         """From the head's weight (vocabulary, hidden), which is as before."""
         vocabulary, hidden = weight.shape
-        straight = eight.quantise(weight, Rows.empty(vocabulary, hidden, 0, FP8, weight.device), weights=True)
         turned = torch.empty(hidden, -(-vocabulary // ALIGN) * ALIGN, dtype=FP8.dtype, device=weight.device)
         turned[:, vocabulary:] = torch.zeros((), dtype=FP8.dtype)
-        eight.turn(straight, turned)
-        return cls(turned, straight.scales, torch.ones(hidden, device=weight.device))
+        fold = torch.empty(vocabulary, dtype=torch.float32, device=weight.device)
+        for start in range(0, vocabulary, AT_ONCE):  # as it lies and turned over, all of it would take twice the room
+            part = weight[start : start + AT_ONCE]
+            straight = Rows.empty(part.shape[0], hidden, 0, FP8, weight.device)
+            eight.turn(eight.quantise(part, straight, weights=True), turned[:, start:])
+            fold[start : start + AT_ONCE] = straight.scales
+        eight.refuse_no_numbers(Rows(turned, fold, vocabulary, FP8))
+        return cls(turned, fold, torch.ones(hidden, device=weight.device))
 
     @property
     def bytes(self) -> int:

@@ -265,12 +265,17 @@ def _weigh(block: "Block", rung: Placement, tokens: int, rows: int) -> _Weight:
     return _Weight(sum(sizes.values()) + lows - away - again, away, work, forward, multiplied)
 
 
-def room_to_hold(engine: "Engine", tokens: int, free_bytes: int) -> bool:
-    """Whether four-bit weights may be held in eight bits: that everything saved stays on the GPU nevertheless."""
-    products = [product for block in engine.blocks for product in block.products if product.packed]
-    packed = sum(weight.packed.numel() for product in products for _rows, weight in product.packed)
+def room_for_eight(engine: "Engine", tokens: int, free_bytes: int, *, hold: bool, head: bool) -> bool:
+    """Whether everything saved stays on the GPU with products in eight bits; hold: four-bit weights are held so; head:
+    the head's are held so, beside those that make the logits."""
     whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0), Rates(1.0, 1.0))
-    return whole.bytes + sum(product.n * product.k for product in products) - packed <= free_bytes
+    added = engine.ends.weight.numel() if head else 0
+    for part in (part for block in engine.blocks for part in block.products):
+        if not part.packed:
+            added -= (engine.dtype.itemsize - 1) * part.n * part.k
+        elif hold:
+            added += part.n * part.k - sum(weight.packed.numel() for _rows, weight in part.packed)
+    return whole.bytes + added <= free_bytes
 
 
 def measure(engine: "Engine") -> Rates:

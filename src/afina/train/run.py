@@ -27,7 +27,7 @@ from afina.data.tokenizer import load_tokenizer
 from afina.engine.eight_gate import try_eight_bits
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
-from afina.engine.plan import room_to_hold
+from afina.engine.plan import room_for_eight
 from afina.engine.proof import prove
 from afina.errors import Interrupted, ResourceError
 from afina.language import _
@@ -263,8 +263,10 @@ def _choose_engine(
         )
     said = _("exact products")
     if recipe.training.products != "exact":
-        hold = room_to_hold(engine, room.tokens, _free_bytes(engine, hardware))
-        said = try_eight_bits(engine, batch, recipe.training.products, hold=hold)
+        fits = partial(room_for_eight, engine, room.tokens, _free_bytes(engine, hardware))
+        hold = fits(hold=True, head=False)
+        head = fits(hold=hold, head=True)
+        said = try_eight_bits(engine, batch, recipe.training.products, hold=hold, head=head)
     if hardware.device.type == "cuda" and not planned:
         plan()
     return engine.summed_loss, _(

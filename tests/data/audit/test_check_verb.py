@@ -13,7 +13,10 @@ from afina.artifact import open_artifact, sha256
 from afina.console import console
 from afina.data.audit.finding import Report
 from afina.data.audit.page import page
+from afina.data.problem import BadRows
+from afina.data.read import read
 from afina.errors import DataError
+from afina.recipe.schema import Data
 
 
 @pytest.fixture
@@ -113,6 +116,33 @@ def test_rows_of_a_document_on_one_line_are_mended_each_by_itself(tmp_path: Path
     assert made["rows"] == {"in": 8, "kept": 7, "of_these_repaired": 1, "duplicates": 1, "rejected": 0}
     kept = [json.loads(line) for line in (tmp_path / "mended" / "rows.jsonl").read_text("utf-8").splitlines()]
     assert [row for row in kept if row in rows] == [rows[0], rows[1], rows[3], rows[4], rows[6], rows[7]]
+
+
+def test_rows_of_a_document_on_one_line_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """By their numbers: on the screen, on the page, in what is printed for machines, in changes, and by training."""
+    rng = random.Random(5)
+    rows = [json.loads(sound(rng)) for _ in range(8)]
+    rows[2], rows[5] = rows[1], json.loads(FAULTY["invisible"](rng))
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows), "utf-8")
+    dataset.check(str(file), fix=tmp_path / "mended", html=str(tmp_path / "page.html"))
+    said, page_said = capsys.readouterr().out, (tmp_path / "page.html").read_text("utf-8")
+    for told in (said, page_said):
+        assert "rows.json:1, row 3" in told and "rows.json:1, row 2" in told and "rows.json:1, row 6" in told
+    assert "@@ rows.json:1, row 6 invisible" in (tmp_path / "mended" / "changes.diff").read_text("utf-8")
+    monkeypatch.setattr(console, "json", True)
+    dataset.check(str(file))
+    facts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {fact["class"]: fact["row"] for fact in facts if fact["event"] == "finding"} == {
+        "duplicate": 3,
+        "invisible": 6,
+    }
+    rows[4] = {"messages": []}
+    file.write_text(json.dumps(rows), "utf-8")
+    with pytest.raises(BadRows, match=r"rows\.json:1, row 5: "):
+        read(str(file), Data(train=str(file)), tmp_path)
 
 
 def test_the_page_is_one_file_and_escapes_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

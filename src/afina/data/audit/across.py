@@ -18,6 +18,7 @@ from afina.data.audit.finding import Finding
 from afina.data.audit.scan import Joined
 from afina.data.audit.tongue import LANGUAGES
 from afina.data.near import mix
+from afina.data.problem import place
 
 SHARE = 0.95
 """A property that so many answers have is the rule; the rest are exceptions."""
@@ -36,12 +37,14 @@ ENDS = frozenset(".!?…。！？)]}\"'`”’»>*:;|0123456789")
 
 
 class Columns(NamedTuple):
-    """What is kept of rows, an array each: hashes of the whole and of the question, line, first byte and bytes, and of
-    the answer its characters, its form (bits), its language and that of the question (places in LANGUAGES)."""
+    """What is kept of rows, an array each: hashes of the whole and of the question, line, number in a document, first
+    byte and bytes, and of the answer its characters, its form (bits), its language and that of the question (places in
+    LANGUAGES)."""
 
     whole: np.ndarray
     asked: np.ndarray
     line: np.ndarray
+    number: np.ndarray
     begin: np.ndarray
     size: np.ndarray
     length: np.ndarray
@@ -50,7 +53,7 @@ class Columns(NamedTuple):
     question_in: np.ndarray
 
 
-TYPES = Columns(*map(np.dtype, ("u8", "u8", "u4", "i8", "u4", "u4", "u1", "u1", "u1")))  # type: ignore[arg-type]
+TYPES = Columns(*map(np.dtype, ("u8", "u8", "u4", "u4", "i8", "u4", "u4", "u1", "u1", "u1")))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -107,12 +110,12 @@ class Across:
 
     def finding(self, kind: str, row: int, detail: str = "") -> Finding:
         """A finding about a whole row."""
-        return Finding(kind, *self.place(row), detail)
+        return Finding(kind, *self.place(row), detail, int(self.columns.number[row]))
 
     def named(self, row: int) -> str:
-        """`file:line` of a row."""
+        """`file:line` of a row, and its number in a document."""
         file, line, _begin, _end = self.place(row)
-        return f"{file.name}:{line}"
+        return place(file.name, line, int(self.columns.number[row]))
 
     def held(self) -> np.ndarray:
         """(rows,) bool: whether a row is of a file that is only validated on."""

@@ -18,7 +18,8 @@ ROWS = 2000
 
 @dataclass(slots=True)
 class Block:
-    """Rows in order. `raws`: the text of each. `lines`: its line, `begins`: its first byte, `sizes`: its bytes (int64).
+    """Rows in order. `raws`: the text of each. `lines`: its line, `begins`: its first byte, `sizes`: its bytes,
+    `numbers`: which row of a document it is, else 0 (int64 all).
 
     `rows`: as the reader made them, None where the raw text is all there is. `cut`: the last one is longer than a row
     may be. `size`: bytes taken.
@@ -28,6 +29,7 @@ class Block:
     lines: np.ndarray
     begins: np.ndarray
     sizes: np.ndarray
+    numbers: np.ndarray
     rows: list[Row] | None = None
     cut: bool = False
     size: int = 0
@@ -68,7 +70,16 @@ def _block(text: bytes, number: int, offset: int) -> Block:
     begins = np.append(0, ends[:-1] + 1)
     returns = np.count_nonzero(codes[ends - 1] == ord("\r"))
     lines = np.arange(number, number + len(raws))
-    return Block(raws, lines, begins + offset, ends - begins, size=len(text), returns=int(returns), text=text)
+    return Block(
+        raws,
+        lines,
+        begins + offset,
+        ends - begins,
+        np.zeros_like(lines),
+        size=len(text),
+        returns=int(returns),
+        text=text,
+    )
 
 
 def row_blocks(path: Path, shape: Shape, form: str) -> Iterator[Block]:
@@ -82,5 +93,6 @@ def row_blocks(path: Path, shape: Shape, form: str) -> Iterator[Block]:
         begins = np.array([row.offset for row in taken], np.int64)
         sizes = np.fromiter(map(len, raws), np.int64, len(raws))
         lines = np.array([row.line for row in taken], np.int64)
-        yield Block(raws, lines, begins, sizes, taken, size=end - at)
+        numbers = np.array([row.number for row in taken], np.int64)
+        yield Block(raws, lines, begins, sizes, numbers, taken, size=end - at)
         at = end

@@ -174,6 +174,7 @@ class Pass:
             whole=whole,
             asked=asked,
             line=block.lines[rows],
+            number=block.numbers[rows],
             begin=block.begins[rows],
             size=block.sizes[rows],
             length=joined.lengths[last],
@@ -186,10 +187,10 @@ class Pass:
     def _tell(self, path: Path, block: Block, found: dict[int, list[Fault]]) -> None:
         table = kinds()
         for row in sorted(found):
-            begin, line = int(block.begins[row]), int(block.lines[row])
+            begin, line, number = (int(column[row]) for column in (block.begins, block.lines, block.numbers))
             rejected = False
             for fault in sorted(found[row], key=lambda fault: fault.begin):
-                finding = Finding(fault.kind, path, line, begin + fault.begin, begin + fault.end, fault.detail)
+                finding = Finding(fault.kind, path, line, begin + fault.begin, begin + fault.end, fault.detail, number)
                 self.report.add(finding)
                 if not rejected and table[fault.kind].severity is Severity.ERROR:
                     rejected = True

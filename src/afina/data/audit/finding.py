@@ -16,7 +16,8 @@ class Finding(NamedTuple):
     """A fault of class `kind` in the row at `line` (from 1) of `file`, at the bytes `byte` to `end` (from 0) of it.
 
     Where a format has no bytes of its own for a value (Parquet, compressed files) these are of the decompressed row, or
-    0 and 0. `detail` says what was found, in the file's own words.
+    0 and 0. `detail` says what was found, in the file's own words. `row`: its number (from 1) in a JSON document, whose
+    rows may all stand on one line; else 0.
     """
 
     kind: str
@@ -25,6 +26,7 @@ class Finding(NamedTuple):
     byte: int
     end: int
     detail: str = ""
+    row: int = 0
 
     @property
     def severity(self) -> Severity:
@@ -47,6 +49,7 @@ class Finding(NamedTuple):
             "line": self.line,
             "byte": self.byte,
             "end": self.end,
+            **({"row": self.row} if self.row else {}),
             "reason": self.reason,
             "advice": kind.advice,
         }

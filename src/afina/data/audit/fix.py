@@ -18,6 +18,7 @@ from afina.data.audit.finding import Finding, Report
 from afina.data.audit.kinds import Severity, kinds
 from afina.data.audit.letters import letters
 from afina.data.audit.mojibake import repair
+from afina.data.problem import place
 from afina.data.rows import Shape
 from afina.errors import OutputError, ProofError
 from afina.language import _
@@ -35,13 +36,14 @@ OLD = "cp1252"
 
 
 class Change(NamedTuple):
-    """What became of a row: `after` is empty where it was left out, for the reason `kind`."""
+    """What became of a row: `after` is empty where it was left out, for the reason `kind`; `row` as a finding's."""
 
     file: Path
     line: int
     kind: str
     before: str
     after: str
+    row: int = 0
 
 
 @dataclass
@@ -131,22 +133,24 @@ class Mend:
             raw = raw.removesuffix(b"\r")
             if row is None and not raw.strip(b" \t"):
                 continue
-            line, begin = int(block.lines[at]), int(block.begins[at])
+            line, begin, number = (int(column[at]) for column in (block.lines, block.begins, block.numbers))
             # many rows of a JSON document may stand on one line
             inside = range(begin, begin + max(len(raw), 1)) if one_by_one else None
             wrong = {kind for byte, kind in marked.get(line, ()) if inside is None or byte in inside}
             bad = wrong - TEXTUAL - DROPPED
             value, before = row.value if row is not None else None, len(changes)
             if bad == {"not-utf8"} and row is None and (value := _reread(raw)) is not None:
-                changes.append(Change(file, line, "not-utf8", _shown(raw), json.dumps(value, ensure_ascii=False)))
+                changes.append(
+                    Change(file, line, "not-utf8", _shown(raw), json.dumps(value, ensure_ascii=False), number)
+                )
                 bad = set()
             if bad:
                 self.rejected += 1
-                changes.append(Change(file, line, min(bad), _shown(raw), ""))
+                changes.append(Change(file, line, min(bad), _shown(raw), "", number))
                 continue
             if wrong & DROPPED:
                 self.dropped += 1
-                changes.append(Change(file, line, min(wrong & DROPPED), _shown(raw), ""))
+                changes.append(Change(file, line, min(wrong & DROPPED), _shown(raw), "", number))
                 continue
             self.kept += 1
             if not wrong and row is None:
@@ -155,7 +159,7 @@ class Mend:
             value = json.loads(raw) if value is None else value
             repaired = mended(value) if wrong & TEXTUAL else value
             for old, text in differences(value, repaired):
-                changes.append(Change(file, line, min(wrong & TEXTUAL), old, text))
+                changes.append(Change(file, line, min(wrong & TEXTUAL), old, text, number))
             self.repaired += len(changes) > before
             yield json.dumps(repaired, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
@@ -211,7 +215,8 @@ def differences(before: Any, after: Any) -> Iterator[tuple[str, str]]:
 
 def diff(change: Change) -> str:
     """A change as two lines, what is not seen written as escapes."""
-    head = f"@@ {change.file.name}:{change.line} {change.kind}\n- {_escaped(change.before)}\n"
+    where = place(change.file.name, change.line, change.row)
+    head = f"@@ {where} {change.kind}\n- {_escaped(change.before)}\n"
     return head + (f"+ {_escaped(change.after)}\n" if change.after else "")
 
 

@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from afina.console import duration, printable, size
 from afina.data.audit.finding import Report
 from afina.data.audit.kinds import Severity, kinds
+from afina.data.problem import place
 from afina.language import _, chosen
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -66,7 +67,7 @@ def _kinds(report: Report) -> list[dict[str, Any]]:
             "count": report.counts[kind],
             "share": round(100 * report.counts[kind] / most, 1),
             "examples": [
-                {"place": f"{one.file.name}:{one.line}" if one.line else one.file.name, "detail": one.detail}
+                {"place": place(one.file.name, one.line, one.row), "detail": one.detail}
                 for one in report.examples[kind]
             ],
         }

@@ -6,6 +6,7 @@ from afina.console import Console, duration, size
 from afina.data.audit.finding import Report
 from afina.data.audit.fix import Change, Mend, diff
 from afina.data.audit.kinds import Severity, kinds
+from afina.data.problem import place
 from afina.language import _
 
 MARKS = {Severity.ERROR: "✗", Severity.WARNING: "!", Severity.NOTE: "·"}
@@ -18,8 +19,8 @@ def say(report: Report, console: Console, folder: Path) -> None:
     rows = []
     for kind in order:
         first = report.examples[kind][0]
-        place = f"{_near(first.file, folder)}:{first.line}" if first.line else _near(first.file, folder)
-        rows.append([MARKS[table[kind].severity], kind, table[kind].sentence, place, f"{report.counts[kind]:,}"])
+        where = place(_near(first.file, folder), first.line, first.row)
+        rows.append([MARKS[table[kind].severity], kind, table[kind].sentence, where, f"{report.counts[kind]:,}"])
     if rows:
         console.table(["", _("class"), _("what was found"), _("first at"), _("rows")], rows, left=4)
     else:
