@@ -466,7 +466,7 @@ def test_json_answers_are_marked_by_their_field(tmp_path):
     manifest["recipe"]["tasks"] = [{"name": "intents", "kind": "json", "field": "intent"}]
     write_json(run / "manifest.json", manifest)
     system = {"accuracy": 0.5, "interval": [0.1, 0.9], "correct": 1, "seconds": 1.0}
-    system |= {"answered": 2, "parsed": 2, "of_schema": 1}
+    system |= {"answered": 2, "parsed": 2, "of_schema": 1, "steps": 3, "right_steps": 2}
     task = {"name": "intents", "kind": "json", "samples": 2, "systems": {"base": system, "tuned": system}}
     rows = [
         {"task": "intents", "expected": '{"intent": "a", "n": 1}', "base": "no", "tuned": '{"n": 2, "intent": "a"}'},
@@ -479,6 +479,7 @@ def test_json_answers_are_marked_by_their_field(tmp_path):
     assert "Fixed 1 50.0% Broken 1 50.0%" in words
     assert "count different right answers" not in words
     assert "(a JSON object) 2 / 2 2 / 2 (of the schema) 1 / 2 1 / 2" in words
+    assert "(calculations shown) 2 / 3 2 / 3" in words
     assert "| (of the schema) | 1 / 2 | 1 / 2 |" in (run / "report.md").read_text("utf-8")
 
 

@@ -106,7 +106,9 @@ def test_the_commands_of_a_talk(place, alone, monkeypatch, capsys):
         "/persona",
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-    chat(Session(speakers, COLD, limit=limit), Console())
+    session = Session(speakers, Chat(), limit=limit)
+    session.change(**COLD.model_dump())  # as the command line does: it holds for all of them
+    chat(session, Console())
     shown = capsys.readouterr().out
     for name in ("pirate", "base", "poet"):
         assert "".join(letter for letter in alone[name] if letter.isprintable()).strip() in shown
@@ -134,3 +136,30 @@ def test_an_adapter_of_a_run_on_another_base_is_refused_by_its_hash(place, tmp_p
             else:
                 with pytest.raises(ModelError, match="another base, elsewhere"):
                     open_cast(str(place / "base"), [f"me={given}"])
+
+
+def test_each_is_talked_to_as_its_run_says(place, tmp_path, monkeypatch, capsys):
+    """What was changed by hand holds for all; the base and an adapter of no run have the defaults."""
+    digest = str(source_digest(place / "base"))
+    for name, said in (("short", {"max_new_tokens": 3}), ("long", {"max_new_tokens": 9, "system": "Sing."})):
+        shutil.copytree(place / "pirate", tmp_path / name / "adapter")
+        recipe = Recipe.model_validate({"name": name, "data": {"train": "x"}, "model": {"base": "b"}, "chat": said})
+        recorded = [parent("b", digest, "base")]
+        seal(tmp_path / name, "run", parents=recorded, recipe=recipe.resolved(), recipe_folder=str(tmp_path))
+    given = [f"short={tmp_path / 'short'}", f"long={tmp_path / 'long' / 'adapter'}", f"poet={place / 'poet'}"]
+    (cast,), settings, limit = speakers_of(str(place / "base"), False, given, None)
+    session, seen = Session([cast], settings, limit=limit), []
+    session.change(temperature=0.0)
+    seen.append(session.settings)
+    monkeypatch.setattr(
+        session, "go_on_with", lambda new, go_on=session.go_on_with: (go_on(new), seen.append(session.settings))
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/persona long\n/persona poet\n/persona base\n/persona short\n"))
+    chat(session, Console())
+    assert [(one.max_new_tokens, one.system, one.temperature) for one in seen] == [
+        (3, None, 0.0),
+        (9, "Sing.", 0.0),
+        (Chat().max_new_tokens, None, 0.0),
+        (Chat().max_new_tokens, None, 0.0),
+        (3, None, 0.0),
+    ]

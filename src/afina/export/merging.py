@@ -130,7 +130,10 @@ def _learnt(source: Source, name: str, tensors: dict[str, torch.Tensor], adapter
         return
     # A head tied to the embedding stands in the adapter twice, in the model once.
     same = {_plain(other) for other, tensor in _others(tensors).items() if torch.equal(tensor, tensors[name])}
-    for other in same & source.names():
+    # Some families' files have other names than their models (GPT-NeoX's head): whatever is as large may be it.
+    shape = tuple(tensors[name].shape)
+    like = (other for other in sorted(source.names()) if source.stored_shape(other) == shape)
+    for other in same & source.names() or like:
         yield source.tensor(other).float()
 
 

@@ -26,13 +26,14 @@ NAME = re.compile(r"[\w.-]{1,64}")
 
 @dataclass
 class Cast:
-    """The personalities of one base, by name, `base` among them; `chosen` answers. `source` is where the base lies."""
+    """The personalities of one base, by name, `base` among them; `chosen` answers. `source` is where the base lies.
+    `settings`: how those of a run are talked to, as its recipe says."""
 
     source: str
     crew: "Personalities"
     renderers: dict[str, "Renderer"]
+    settings: dict[str, Chat] = field(default_factory=dict)
     chosen: str = BASE
-    _speakers: dict[str, ModelSpeaker] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -57,6 +58,7 @@ class Cast:
         """
         from afina.data.template import Renderer
         from afina.data.tokenizer import load_tokenizer
+        from afina.train.reopen import recipe_of
 
         if not NAME.fullmatch(name):
             raise RecipeError(
@@ -69,6 +71,9 @@ class Cast:
         self.crew.load(name, folder)
         own = (folder / "tokenizer.json").is_file()
         self.renderers[name] = Renderer(load_tokenizer(str(folder))) if own else self.renderers[BASE]
+        run = folder.parent
+        if (run / MANIFEST).is_file():
+            self.settings[name] = recipe_of(open_artifact(run, "run"))[0].chat
 
     def drop(self, name: str) -> None:
         """Let an adapter go; the base answers where it was the chosen one. Raises ModelError."""
@@ -76,6 +81,7 @@ class Cast:
             raise ModelError(_("The base cannot be dropped."), hint=_("End the chat instead."))
         self.crew.drop(name)
         del self.renderers[name]
+        self.settings.pop(name, None)
         self.chosen = BASE if self.chosen == name else self.chosen
 
     def length(self, messages: Sequence[Message]) -> int:
@@ -110,7 +116,6 @@ def open_cast(source: str, adapters: Sequence[str]) -> tuple[Cast, Chat, int | N
     from afina.data.tokenizer import load_tokenizer
     from afina.model.load import choose_hardware, limit_of, load_model
     from afina.model.personalities import Personalities
-    from afina.train.reopen import recipe_of
 
     named = [_pair(text) for text in adapters]
     base = model_source(source, Path())
@@ -124,9 +129,7 @@ def open_cast(source: str, adapters: Sequence[str]) -> tuple[Cast, Chat, int | N
     for name, place in named:
         cast.add(name, place)
     cast.choose(named[0][0])
-    run = named[0][1]
-    settings = recipe_of(open_artifact(run, "run"))[0].chat if (run / MANIFEST).is_file() else Chat()
-    return cast, settings, limit_of(model)
+    return cast, cast.settings.get(cast.chosen, Chat()), limit_of(model)
 
 
 def _pair(text: str) -> tuple[str, Path]:

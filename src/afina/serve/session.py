@@ -40,6 +40,7 @@ class Session:
     def __init__(self, speakers: Sequence[Speaker], settings: Chat, *, seed: int = 0, limit: int | None = None) -> None:
         self.speakers = tuple(speakers)
         self.settings = settings
+        self._changed: dict[str, Any] = {}
         self.limit = limit
         self._seed = seed
         self.reset()
@@ -57,6 +58,11 @@ class Session:
     def change(self, **settings: Any) -> None:
         """Replace settings, checked as the recipe's are. Raises ValueError."""
         self.settings = Chat.model_validate({**self.settings.model_dump(), **settings})
+        self._changed |= settings
+
+    def go_on_with(self, settings: Chat) -> None:
+        """Take another's settings, but for those that were changed here."""
+        self.settings = Chat.model_validate({**settings.model_dump(), **self._changed})
 
     def history(self, place: int = 0) -> tuple[Message, ...]:
         """What speaker number `place` said and was told, without the system message."""

@@ -13,6 +13,7 @@ from afina.console import Console
 from afina.errors import AfinaError, DataError, Interrupted, RecipeError
 from afina.language import _
 from afina.recipe.explain import nearest
+from afina.recipe.schema import Chat
 from afina.serve.personas import Cast
 from afina.serve.session import Reply, Session
 
@@ -170,6 +171,7 @@ class _Talk:
             cast.drop(text[1:].strip())
         elif text:
             cast.choose(text)
+        self._session.go_on_with(cast.settings.get(cast.chosen, Chat()))
         there = ", ".join(f"[{name}]" if name == cast.chosen else name for name in cast.names)
         self._console.line(_("{name} answers; there are {names}.").format(name=cast.chosen, names=there), "dim")
         return False

@@ -113,11 +113,14 @@ def _system(task: Facts, key: str) -> Facts | None:
 
 
 def _forms(figures: Facts) -> dict[str, Facts]:
-    """Of JSON: how many answers are an object at all, and of the schema."""
-    named = {"parsed": _("(a JSON object)"), "of_schema": _("(of the schema)")}
-    return {
-        name: {"right": figures[key], "of": figures.get("answered")} for key, name in named.items() if key in figures
-    }
+    """Of JSON, how many answers are an object at all, and of the schema; of maths, how many of the calculations shown
+    are right."""
+    named = (
+        (_("(a JSON object)"), "parsed", "answered"),
+        (_("(of the schema)"), "of_schema", "answered"),
+        (_("(calculations shown)"), "right_steps", "steps"),
+    )
+    return {name: {"right": figures[key], "of": figures.get(of)} for name, key, of in named if key in figures}
 
 
 def _lengths(index: int, records: Sequence[Facts], systems: Mapping[str, Facts]) -> Facts | None:
