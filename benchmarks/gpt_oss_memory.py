@@ -10,8 +10,10 @@ for it; --engine reference: transformers and PEFT, layers computed again in the 
 
 import argparse
 import json
+import sys
 import time
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
