@@ -12,7 +12,7 @@ from afina.engine.block import HERE, Placement
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
 from afina.engine.nf4 import from_bitsandbytes
-from afina.engine.plan import ATTENTION, PASSES, Plan, Rates, choose, count_up, filled, ladder
+from afina.engine.plan import ATTENTION, PASSES, Plan, Rates, choose, count_up, ladder
 from afina.engine.products import keep_mask
 from afina.engine.proof import prove
 from afina.model.attach import attach, learning
@@ -124,29 +124,6 @@ def test_any_plain_lora_is_the_references(method):
 def gradients(engine, model, batch):
     parameters = [parameter for _name, parameter in learning(model)]
     return torch.autograd.grad(engine.summed_loss(model, batch), parameters)
-
-
-@pytest.mark.parametrize("method", [Lora(rank=4), Full(name="full")], ids=["lora", "full"])
-@pytest.mark.parametrize("family", ["llama", "llama, tied, one kv head", "mistral, a short window", "phi"])
-def test_a_micro_batch_that_is_filled_up_has_the_same_loss_and_gradients(family, method, monkeypatch):
-    model = perturb_adapters(attach(FAMILIES[family](), method, seed=0)).double()
-    (batch,) = micro_batches(rows([20, 9, 31]), range(3), budget=1000, packing=True, pad_id=0)
-    engine = Engine(model)
-    loss, truth = engine.summed_loss(model, batch).item(), gradients(engine, model, batch)
-    seen = []
-    monkeypatch.setattr("afina.engine.engine.filled", lambda tokens, _device: seen.append(tokens) or 96)
-    with torch.no_grad():
-        assert engine.summed_loss(model, batch).item() == pytest.approx(loss, rel=1e-12)
-    for a, b in zip(gradients(engine, model, batch), truth, strict=True):
-        assert (a - b).norm() <= 1e-12 * b.norm()
-    assert seen == [60, 60]
-
-
-def test_there_are_few_sizes_and_little_padding():
-    gpu = torch.device("cuda")
-    found = [filled(tokens, gpu) for tokens in range(1, 20_000)]
-    assert all(tokens <= size <= max(tokens + 15, tokens * 1.04) for tokens, size in enumerate(found, 1))
-    assert len(set(found[8191:16384])) == 33 and filled(8192, gpu) == 8192 and filled(61, torch.device("cpu")) == 61
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3, half turned", "phi"])

@@ -46,11 +46,6 @@ class Placement:
     away: frozenset[str] = frozenset()
     again: frozenset[str] = frozenset()
 
-    @property
-    def early(self) -> bool:
-        """Whether what waits is brought back two layers before its turn: where it takes longer than one."""
-        return bool(self.away) and not self.again
-
 
 HERE = Placement()
 """Everything stays on the GPU."""

@@ -19,7 +19,7 @@ from afina.engine.families import final_norm, make_block, turned_half
 from afina.engine.head import Ends, Host
 from afina.engine.mixture import Mixture
 from afina.engine.offload import Offload
-from afina.engine.plan import KNOWN, Plan, choose, filled
+from afina.engine.plan import KNOWN, Plan, choose
 from afina.engine.products import Copies, Scratch
 from afina.model.loss import Targeted
 
@@ -140,16 +140,11 @@ class Engine:
         """The tokens (tokens,) that are computed, and where each stands."""
         if batch.lengths is None:
             raise RuntimeError("the engine runs packed batches only")
-        ids, places, lengths = batch.input_ids, batch.position_ids, batch.lengths
-        more = filled(ids.numel(), self.device) - ids.numel()
-        if more and len(set(lengths)) > 1:  # equal samples go through attention that is faster, and their sizes recur
-            ids = torch.cat([ids, ids.new_zeros(1, more)], dim=1)
-            places = torch.cat([places, torch.arange(more, device=places.device)[None]], dim=1)
-            lengths = *lengths, more
         like = torch.zeros(1, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
-        cos, sin = self._rotary(like, places)
+        cos, sin = self._rotary(like, batch.position_ids)
         half = turned_half(self._config, cos)
-        return ids[0], Positions(lengths, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), seed)
+        at = Positions(batch.lengths, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), seed)
+        return batch.input_ids[0], at
 
     def _hidden(self, ids: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, list[Saved | None]]:
         x = self.ends.embed(ids)
@@ -180,9 +175,8 @@ class Engine:
         gradients: list[list[torch.Tensor]] = []
         for place in range(len(self.blocks) - 1, -1, -1):
             below = self.blocks[place - 1].extra if place else (0 if self.ends.learnt else None)
-            for block, waiting in zip(self.blocks[max(0, place - 2) : place], saved[-3:-1], strict=True):
-                if block.number == place - 1 or block.placement.early:
-                    block.expect(waiting)
+            if place:
+                self.blocks[place - 1].expect(saved[place - 1])
             wide, of_block = self.blocks[place].backward(wide, saved.pop(), at, below)
             gradients.append(of_block)
         of_ends = self.ends.gradients(found, ids, wide, d_loss)

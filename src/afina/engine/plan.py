@@ -45,15 +45,6 @@ ATTENTION = 3.5 / 0.47
 """How often a forward's scores and sums are multiplied in all, over the share of a product's rate they are done at."""
 WORKSPACE = 96 * 2**20
 """Bytes that cuBLAS and cuDNN take for themselves."""
-SIZES = 32
-"""Micro-batches are filled up with a sample of padding to one of so many sizes between a power of two and the next: for
-each new size cuBLAS looks for algorithms anew, 60 us a product, which short micro-batches cannot hide."""
-
-
-def filled(tokens: int, device: torch.device) -> int:
-    """How many tokens are computed where so many are wanted: a multiple of 16, for which kernels are compiled once."""
-    step = 1 if device.type != "cuda" else max(16, 2 ** (tokens // SIZES).bit_length() // 2)
-    return -(-tokens // step) * step
 
 
 def ladder(names: frozenset[str]) -> list[Placement]:
@@ -174,7 +165,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
 
     longest: tokens of a sample, unset all; rows of shorter ones take less time.
     """
-    tokens, element, layers = filled(plan.tokens, engine.device), engine.dtype.itemsize, len(engine.blocks)
+    tokens, element, layers = plan.tokens, engine.dtype.itemsize, len(engine.blocks)
     block, ends = engine.blocks[0], engine.ends
     cut = all(placement.again for placement in plan.placements) and tokens > ROWS_AT_ONCE
     cut = cut and "gate_up" in block.saves(1)
@@ -197,9 +188,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
         needed = max(needed, (behind + leaving + rung.forward) * element)
         behind += rung.kept
     for number in range(layers - 1, -1, -1):
-        early = plan.placements[number - 2].early if number > 1 else False
-        coming = rungs[number - 1].away * (number > 0) + rungs[number - 2].away * early
-        here = rungs[number].away + coming + rungs[number].work
+        here = rungs[number].away + (rungs[number - 1].away if number else 0) + rungs[number].work
         needed = max(needed, standing + here * element + of_head + gradients * (layers - number))
         standing -= rungs[number].kept * element
     ends_away = {"neither": 0, "embedding": 1, "both": 1 if ends.tied else 2}[plan.host]

@@ -76,10 +76,8 @@ class Router:
             logits.addmm_(self._low(n, self.adapter), self.adapter.b.detach().to(logits.dtype).t())
         highest, ids = torch.topk(logits, self.chosen, dim=1)
         if self.told is not None:
-            told = self.told.shape[0]  # padding may follow
-            self.missed = (self.told[:, :, None] != ids[:told, None, :]).all(2).float().mean()
-            ids = torch.cat([self.told, ids[told:]])
-            highest = logits.gather(1, ids)
+            self.missed = (self.told[:, :, None] != ids[:, None, :]).all(2).float().mean()
+            highest, ids = logits.gather(1, self.told), self.told
         shares = torch.softmax(logits, dim=1) if self.over_all else None
         weights = torch.softmax(highest, dim=1) if shares is None else shares.gather(1, ids)
         narrow = torch.uint8 if self.weight.shape[0] <= 256 else ids.dtype  # a GPU sorts 8 bits at a time
