@@ -10,12 +10,15 @@ for it; --engine reference: transformers and PEFT, layers computed again in the 
 
 import argparse
 import json
+import sys
 import time
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from end_to_end import commit
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -208,7 +211,8 @@ def main() -> None:
         if chosen.trace:
             print(alive(), flush=True)
         raise
-    found = json.dumps(measured)
+    about = {"command": " ".join(["python benchmarks/gpt_oss_memory.py", *sys.argv[1:]]), "commit": commit()}
+    found = json.dumps({**measured, **about, "date": f"{date.today()}"})
     print(found)
     with chosen.results.open("a") as file:
         file.write(found + "\n")

@@ -458,8 +458,9 @@ def record(
     result = found_in(said)
     if result is None:
         return
+    said_steps = f" --steps {steps}" if steps and "steps" not in WORKLOADS[workload] else ""
     result |= dict(
-        command=f"python benchmarks/gpu.py {workload} --tools {tool}" + (f" --steps {steps}" if steps else ""),
+        command=f"python benchmarks/gpu.py {workload} --tools {tool}{said_steps}",
         commit=commit(), versions=versions(), date=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
     with results.open("a", encoding="utf-8") as file:
