@@ -106,6 +106,8 @@ Between seeds the exact runs lie {between:.4f} apart; the same seed ends at most
 e4m3 products, {apart[1]:.4f} with INT8's.
 
 ![Loss by step, and how far from the exact run of the same seed](eight-bit.png)
+
+The times of W2 and W3e above are from before the head's gradient was summed in fp32, which counts for half a percent.
 """
 CARDS = {"RTX 3050, 8 GB": (18.2, 72.8, 224), "RTX 3060, 12 GB": (25.5, 102, 360), "RTX 3090, 24 GB": (71, 284, 936),
          "RTX 4090, 24 GB": (165, 661, 1008)}  # fmt: skip

@@ -339,6 +339,14 @@ def test_the_gate_stops_what_does_not_hold(asked, monkeypatch):
     assert engine.summed_loss(model, batch).item() == exact
 
 
+def test_the_gate_sees_what_is_shorter_too():
+    """What is summed in too few bits shrinks; its direction stays."""
+    truth = [torch.randn(40), torch.randn(3, 5)]
+    assert eight_gate._cosine(truth, truth) == pytest.approx(1)
+    assert eight_gate._cosine([0.92 * part for part in truth], truth) < eight_gate.LEAST_OF_PRODUCTS
+    assert eight_gate._cosine([part * float("nan") for part in truth], truth) != eight_gate._cosine(truth, truth)
+
+
 def outliers(model, layer, channels):
     """Some channels of what enters `down` are a hundred times as large; the function stays the same."""
     mlp = model.get_base_model().model.layers[layer].mlp

@@ -4,7 +4,6 @@ The proof runs some of the exact engine's layers in eight bits too, on the user'
 nothing can multiply so, the exact products stay, and a sentence says why.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -221,11 +220,12 @@ def _present(value: Kind | None) -> Kind:
 
 
 def _cosine(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
-    """Between two lists of tensors, each taken as one vector; what is no number stays none."""
+    """Between two lists of tensors, each taken as one vector; what is no number stays none. Over the mean of their
+    squared lengths, so that it also falls where one is shorter: by 0.003 for 8%, by nothing for what rounding does."""
     pairs = [(a.double(), b.double()) for a, b in zip(found, truth, strict=True)]
 
     def summed(chosen: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
         return sum(float((a * b).sum()) for a, b in chosen)
 
-    size = math.sqrt(summed([(a, a) for a, _b in pairs]) * summed([(b, b) for _a, b in pairs]))
+    size = (summed([(a, a) for a, _b in pairs]) + summed([(b, b) for _a, b in pairs])) / 2
     return summed(pairs) / max(size, 1e-300)

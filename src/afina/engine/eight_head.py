@@ -71,4 +71,4 @@ class EightHead:
         if weights is not None:
             whole = whole * weights
             slopes.scales.mul_(weights)
-        return whole, eight.multiply(slopes, self.turned, self.ones, rows)
+        return whole, eight.multiply(slopes, self.turned, self.ones, rows, fast=False)

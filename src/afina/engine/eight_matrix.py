@@ -17,7 +17,7 @@ PAD = tl.constexpr(128)
 
 
 def multiply(
-    x: Rows, values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None
+    x: Rows, values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None, fast: bool
 ) -> torch.Tensor:
     """See eight.multiply. cuBLAS takes the rows of both factors as they lie: W is turned over by a view.
 
@@ -29,16 +29,16 @@ def multiply(
         padded.values.view(torch.uint8).zero_()[:rows] = x.values.view(torch.uint8)
         padded.scales.fill_(1.0)[:rows] = x.scales
         x = replace(padded, width=x.width)
-        return multiply(x, values, scales, dtype, bias)[:rows]
+        return multiply(x, values, scales, dtype, bias, fast)[:rows]
     if x.form.dtype == torch.int8:
         return _rescale(torch._int_mm(x.values, values.t()), x.scales, scales, dtype, bias)
     if by_row(x.values.device.index or 0):
         return torch._scaled_mm(
             x.values, values.t(), scale_a=x.scales[:, None], scale_b=scales[None], bias=bias, out_dtype=dtype,
-            use_fast_accum=True,
+            use_fast_accum=fast,
         )  # fmt: skip
     one = torch.ones((), device=values.device)
-    whole = torch._scaled_mm(x.values, values.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True)
+    whole = torch._scaled_mm(x.values, values.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=fast)
     return _rescale(whole, x.scales, scales, dtype, bias)
 
 
