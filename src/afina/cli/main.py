@@ -72,20 +72,28 @@ def main() -> NoReturn:
         logging.disable(logging.WARNING)
     _prepare_process()
     try:
-        _invoke(sys.argv[1:])
-        status = 0
+        status = _status(sys.argv[1:])
+    except (KeyboardInterrupt, Interrupted):  # a second one, in the instant before the first is told
+        status = Interrupted("").exit_status
+    _leave(status)
+
+
+def _status(arguments: list[str]) -> int:
+    """Of the verb, once what ended it is told."""
+    try:
+        _invoke(arguments)
     except AfinaError as error:
-        status = _show(error)
+        return _show(error)
     except KeyboardInterrupt as stop:
-        status = _show(Interrupted(_("Stopped by Ctrl-C; nothing half-written was left.")), stop)
+        return _show(Interrupted(_("Stopped by Ctrl-C; nothing half-written was left.")), stop)
     except typer.Exit as finished:
-        status = finished.exit_code
+        return finished.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
+        return 141
     except Exception as error:  # noqa: BLE001 - the one place where nothing may pass unexplained
-        status = _unexpected(error)
-    _leave(status)
+        return _unexpected(error)
+    return 0
 
 
 def _prepare_process() -> None:
@@ -128,7 +136,17 @@ def _invoke(arguments: list[str]) -> None:
         command.invoke(context)
 
 
+def _end_at_signals() -> None:
+    """All is saved: a further signal ends the process on the spot, and no traceback tells of it."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _show(error: AfinaError, cause: BaseException | None = None) -> int:
+    if isinstance(error, Interrupted):
+        _end_at_signals()
     if console.debug:
         import traceback
 
