@@ -41,6 +41,7 @@ def afina(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(console, "json", False)
         monkeypatch.setattr(console, "debug", False)
         monkeypatch.setattr("signal.signal", lambda number, handler: None)  # pytest keeps its own
+        monkeypatch.setattr("afina.cli.main._end", sys.exit)  # and goes on
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()

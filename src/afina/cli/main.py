@@ -42,10 +42,6 @@ app.command("push", help=_("Upload a run's adapter or exported files to a model 
 app.add_typer(data.app, name="data")
 
 
-SIGNALLED = 128
-"""An exit status above it names the signal that ended us."""
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         console.line(f"afina {__version__}")
@@ -116,17 +112,21 @@ def _prepare_process() -> None:
 def _leave(status: int) -> NoReturn:
     """Exit without looking for cycles in all that was imported, which with torch took two seconds of processor.
 
-    Where a signal ends us, a thread that still computes or writes is not waited for: it would meet an interpreter that
-    is half taken down.
+    Where an error or a signal ends us, a thread that still computes, writes or imports is not waited for: it would meet
+    an interpreter that is half taken down, and in the middle of C++ that ends the process with another status.
     """
     gc.freeze()
-    if status > SIGNALLED and any(thread.daemon for thread in threading.enumerate()):
+    if status and any(thread.daemon for thread in threading.enumerate()):
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
-        os._exit(status)
+        _end(status)
     sys.exit(status)
+
+
+def _end(status: int) -> NoReturn:
+    os._exit(status)
 
 
 def _invoke(arguments: list[str]) -> None:
