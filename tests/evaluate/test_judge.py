@@ -77,19 +77,6 @@ def shown(body: dict) -> tuple[str, str]:
     return first, second
 
 
-@pytest.fixture
-def serve():
-    servers: list[Server] = []
-
-    def start(reply) -> Server:
-        servers.append(Server(reply))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
-
-
 def test_a_judge_who_likes_length_prefers_the_longer_in_both_orders(serve, tmp_path):
     def longer(body):
         first, second = shown(body)

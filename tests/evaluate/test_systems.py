@@ -1,13 +1,12 @@
 """Everyone who can be asked: a GGUF file says what its model says, a grammar has its way, an endpoint may fail."""
 
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import jsonschema
 import pytest
-from endpoint_server import Server, completion
+from endpoint_server import completion
 from journey.tiny import save_base
 from small import CPU
 
@@ -97,19 +96,6 @@ def test_a_constrained_answer_is_of_the_schema_or_a_label(who, request):
         jsonschema.validate(json.loads(answer.text), json.loads(SCHEMA))
     found = answers(system, [Write(asked(text), 64, Constraint(("good", "niño"))) for text in QUESTIONS])
     assert {answer.text for answer in found} <= {"good", "niño"} and all(answer.ended for answer in found)
-
-
-@pytest.fixture
-def serve():
-    servers: list[Server] = []
-
-    def start(reply: Callable[[dict], tuple[int, bytes]]) -> Server:
-        servers.append(Server(reply))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 def test_an_endpoint_answers_in_the_api_s_words(serve, monkeypatch):

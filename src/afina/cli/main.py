@@ -10,7 +10,7 @@ import threading
 import warnings
 from contextlib import suppress
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -94,10 +94,7 @@ def _status(arguments: list[str]) -> int:
 
 def _prepare_process() -> None:
     """Signals that end us become errors; threads sleep while they wait; no character ends the program."""
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored
-            signal.signal(number, _on_signal)
+    _handle(_on_signal, "SIGTERM", "SIGHUP")
     # Waiting threads that spin take the processor from those that work: on a busy machine training was 7 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # How cuBLAS, asked for the same bits each time, shares its memory; read when the first product is made.
@@ -138,10 +135,7 @@ def _invoke(arguments: list[str]) -> None:
 
 def _end_at_signals() -> None:
     """All is saved: a further signal ends the process on the spot, and no traceback tells of it."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+    _handle(signal.SIG_DFL, "SIGINT", "SIGTERM", "SIGHUP")
 
 
 def _show(error: AfinaError, cause: BaseException | None = None) -> int:
@@ -172,6 +166,14 @@ def _unexpected(error: Exception) -> int:
         ),
         error,
     )
+
+
+def _handle(handler: Any, *names: str) -> None:
+    """Of the signals that there are here, and that are not ignored, as nohup has it."""
+    for name in names:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _on_signal(number: int, _frame: FrameType | None) -> NoReturn:

@@ -156,7 +156,7 @@ class LlamaCpp:
         is faster in a conversation; without it the answer depends on nothing but the arguments.
         """
         # Not streamed: there llama.cpp leaves out the ids of tokens that end inside a character.
-        body = _request(prompt, max_new_tokens, temperature, top_p, seed, stop, reuse) | {"stream": False}
+        body = completion_request(prompt, max_new_tokens, temperature, top_p, seed, stop, reuse) | {"stream": False}
         answer = self._call("POST", "/completion", body)
         ids = [int(index) for index in answer["tokens"]]
         return Completion(ids, str(answer["content"]), ENDS.get(str(answer["stop_type"]), "limit"))
@@ -173,7 +173,7 @@ class LlamaCpp:
         reuse: bool = True,
     ) -> Iterator[str]:
         """As `complete`, the text in pieces as they come. Closing the iterator stops llama.cpp."""
-        body = _request(prompt, max_new_tokens, temperature, top_p, seed, stop, reuse)
+        body = completion_request(prompt, max_new_tokens, temperature, top_p, seed, stop, reuse)
         with closing(self._events(body)) as events:
             for event in events:
                 if piece := event.get("content"):
@@ -197,7 +197,11 @@ class LlamaCpp:
 
     def _forced(self, ids: Sequence[int], token: int, count: int, **asked: int) -> dict[str, Any]:
         """What llama.cpp says of an answer of `count` tokens that are all `token`."""
-        body = _request(ids, count, 0.0, 1.0, 0, (), True) | {"stream": False, "logit_bias": [[token, 1e9]]} | asked
+        body = (
+            completion_request(ids, count, 0.0, 1.0, 0, (), True)
+            | {"stream": False, "logit_bias": [[token, 1e9]]}
+            | asked
+        )
         return self._call("POST", "/completion", body)
 
     def _events(self, body: dict[str, Any]) -> Generator[dict[str, Any]]:
@@ -286,7 +290,7 @@ def _kept_signals() -> Iterator[None]:
             library.sigaction(int(number), action, None)
 
 
-def _request(
+def completion_request(
     prompt: Sequence[int] | str,
     max_new_tokens: int,
     temperature: float,

@@ -21,7 +21,7 @@ from afina.evaluate.systems.asking import (
     Write,
     until_first,
 )
-from afina.model.llamacpp import LlamaCpp, _request
+from afina.model.llamacpp import LlamaCpp, completion_request
 
 TOP = 40
 """How many next tokens llama.cpp is asked for when labels are weighed; the whole vocabulary where one is not there."""
@@ -64,7 +64,9 @@ class Weighing(LlamaCpp):
 
     def write(self, prompt: list[int], request: Write) -> dict[str, Any]:
         """llama.cpp's answer to one request."""
-        body = _request(prompt, request.max_new_tokens, request.temperature, 1.0, request.seed % 2**31, (), False)
+        body = completion_request(
+            prompt, request.max_new_tokens, request.temperature, 1.0, request.seed % 2**31, (), False
+        )
         return self._call("POST", "/completion", body | {"stream": False} | _constraint(request.constraint))
 
     @cached_property
@@ -79,7 +81,7 @@ class Weighing(LlamaCpp):
         return self.tokenize("a", False)[-1]
 
     def _next(self, ids: list[int], wanted: set[int], top: int = TOP) -> dict[int, float]:
-        body = _request(ids, 1, 0.0, 1.0, 0, (), True)
+        body = completion_request(ids, 1, 0.0, 1.0, 0, (), True)
         body |= {"stream": False, "n_probs": top, "logit_bias": [[self._harmless, 1e9]]}
         entries = self._call("POST", "/completion", body)["completion_probabilities"][0]["top_logprobs"]
         found = {int(entry["id"]): float(entry["logprob"]) for entry in entries}
