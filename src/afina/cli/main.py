@@ -114,15 +114,16 @@ def _leave(status: int) -> NoReturn:
     """
     gc.freeze()
     if status and any(thread.daemon for thread in threading.enumerate()):
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
         _end(status)
     sys.exit(status)
 
 
 def _end(status: int) -> NoReturn:
+    """What is written is written out; nothing else is taken down, neither by us nor by Python."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
     os._exit(status)
 
 
