@@ -15,7 +15,7 @@ from afina.data.audit.syntax import quotes, quotes_of
 from afina.data.problem import BadRows
 from afina.data.read import read
 from afina.errors import DataError
-from afina.recipe.schema import Data
+from afina.recipe.schema import Data, Mapping
 
 quietly = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 ENDS = {"LF": [b"\n"], "CRLF": [b"\r\n"], "mixed": [b"\n", b"\r\n"]}
@@ -229,6 +229,13 @@ MORE = st.sampled_from(
         *[
             b', "tags": ["a"]',
             b', "meta": {"a": 1}',
+            b', "meta": {"a": [{"b": "\\"", "c\\\\": null}, -1.5e3, "\xc3\xb1"]}',
+            b', "meta": {"a": "x", "a": "x"}',
+            b', "meta": {"a": [{"b": -0}]}',
+            b', "meta": {"a": [18446744073709551617]}',
+            b', "meta": {"a": [9223372036854775808]}',
+            b', "meta": ' + b"[" * 9 + b"]" * 9,
+            b', "meta": ["\\ud800"]',
             b', "input": "there"',
             b', "input": null',
             b', "system": "Be kind."',
@@ -236,6 +243,12 @@ MORE = st.sampled_from(
         *[b', "chosen": "a", "rejected": "a"', b', "history": []', b', "text": "so"', b",", b' "', b'}, {"a": 1'],
     ]
 )
+MAPPINGS = {
+    "alpaca": Mapping(system="{{ row['system'] }}", user="{{ row.instruction }}", assistant="{{ row.output }}\n"),
+    "question-answer": Mapping(user="Q: {{ row.question }}{# why #}", assistant="{{ row['answer'] | upper }}"),
+    "text": Mapping(user="{{ row.meta.a[0] }}", assistant="{{ row.meta['a'] }}: {{ row.text }}"),
+    "prompt-completion": Mapping(user="Say it.", assistant="{{ row.completion }} {{ row.tags }}"),
+}
 
 
 @quietly
@@ -253,4 +266,9 @@ def test_rows_of_every_dialect_are_judged_at_once_as_each_by_itself(
         json.dumps(FORMS[form](f"question {number}", text)).encode()[:-1] + more + b"}"
         for number, (more, text) in enumerate([(first, "so"), *rows])
     ]
-    assert audit_bytes(tmp_path, b"\n".join(lines))[0] == audit_bytes(tmp_path, b"\n".join(lines), plain=True)[0]
+    for mapping in (None, MAPPINGS.get(form)):
+        quick, plain = (
+            audit_bytes(tmp_path, b"\n".join(lines), plain=plain, mapping=mapping) for plain in (False, True)
+        )
+        assert quick[0] == plain[0]
+        assert quick[1].reasons == plain[1].reasons and quick[1].rows == plain[1].rows

@@ -22,13 +22,14 @@ from afina.data.audit.blocks import Block, line_blocks, row_blocks
 from afina.data.audit.finding import Finding, Report
 from afina.data.audit.kinds import Severity, kinds
 from afina.data.audit.letters import Fault
-from afina.data.audit.quick import NOT_PLAIN, Look, Plain, exact, loose
+from afina.data.audit.quick import KEYS, NOT_PLAIN, Look, Plain, look_of, look_through
 from afina.data.audit.scan import join, suspects
 from afina.data.audit.syntax import MINUS_ZERO, quotes, quotes_in, quotes_of
 from afina.data.audit.text import ALL, faults
 from afina.data.audit.tongue import languages
 from afina.data.conversation import ROLES, Message, Sample
-from afina.data.dialects import Make, Mapped, checked, dialect_of, maker
+from afina.data.dialects import Make, checked, dialect_of, maker
+from afina.data.mapping import Mapped
 from afina.data.near import Near
 from afina.data.rows import BadRow, Row, Shape, uncollected
 from afina.recipe.schema import Data
@@ -38,8 +39,8 @@ KEYS_TOLD = 20
 KEPT = 2**24
 """Bytes of freed memory, twice which are kept for the next block."""
 NONE = np.zeros(0, np.int64)
-ENOUGH = 50
-"""Rows of a block to judge by whether the quick look is worth its while."""
+SLOW = 20
+"""A quick look is made anew for keys it did not know where these keep more than one row in so many from it."""
 
 
 @dataclass
@@ -226,11 +227,16 @@ class _Reader:
     """Rows of the last block."""
     _make: Make | None = None
     _look: Look | None = None
+    _keys: set[str] = field(default_factory=set)
+    """Of rows that came by themselves."""
+    _known: int = 0
+    """How many of them the quick look was made for."""
     _decode: Callable[[bytes], Any] = field(default_factory=lambda: msgspec.json.Decoder().decode)
 
     def __post_init__(self) -> None:
         if self.data.mapping is not None:
-            self.dialect, self._make = "mapping", Mapped(self.data.mapping)
+            self.dialect, self._make = "mapping", (mapped := Mapped(self.data.mapping))
+            self._look = None if self.plain else look_through(mapped)
 
     def read(self, block: Block, taken: Taken) -> dict[int, list[Fault]]:
         """Take up the conversations of a block; returns what is wrong with its rows, in bytes of each."""
@@ -253,8 +259,8 @@ class _Reader:
         if at < count and self._look is not None:
             rest = self._plain(block, at, self._look, taken)
             self._slowly(rest, block, taken, found)
-            if len(rest) * 2 > count > ENOUGH:
-                self._look = loose(self.dialect)
+            if len(self._keys) > self._known and len(rest) * SLOW > count:
+                self._look, self._known = look_of(self.dialect, self._keys), len(self._keys)
         self.seen = count - (self.blank - blank)
 
     def _plain(self, block: Block, start: int, look: Look, taken: Taken) -> list[int]:
@@ -284,9 +290,6 @@ class _Reader:
         hashed = np.fromiter(map(hash, plain.texts), np.int64, len(plain.texts))
         if good.size:
             good &= _spoken(plain.texts, hashed, plain.counts)
-        if len(self.unread) < KEYS_TOLD and good.any():
-            keys = set(look.beside).union(*compress(plain.keys, good))
-            self.unread |= chat.unread(dict.fromkeys(keys), self.dialect)
         taken.add(places, plain, hashed, good)
         return sorted([*(start + at for at in rest), *places[~good].tolist()])
 
@@ -333,8 +336,6 @@ class _Reader:
             if self._make is None:
                 self.dialect = dialect_of(row.value, self.data)
                 self._make = maker(self.dialect, passages=self.passages)
-                if not self.plain and isinstance(row.value, dict):
-                    self._look = exact(self.dialect, row.value) or loose(self.dialect)
             messages = checked(self._make(row), None)
         except BadRow as reason:
             kind, text = chat.refused(row.value, self.dialect)
@@ -345,6 +346,10 @@ class _Reader:
             return
         if len(self.unread) < KEYS_TOLD:
             self.unread |= chat.unread(row.value, self.dialect)
+        if self.dialect != "mapping" and len(self._keys) < KEYS:
+            self._keys |= row.value.keys()
+            if self._look is None and not self.plain:
+                self._look, self._known = look_of(self.dialect, self._keys), len(self._keys)
         roles, texts = tuple(message.role for message in messages), [message.content for message in messages]
         odd = [_blame(row.raw, kind, text, "") for kind, text in chat.oddities(roles, texts, row.value)]
         if notes or odd:
