@@ -37,8 +37,10 @@ DOES_MORE = [
 TEXTS = st.text(st.sampled_from("ab ñ\n\ud800{}<"), max_size=4)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | TEXTS,
-    lambda inner: st.lists(inner, max_size=2)
-    | st.dictionaries(st.sampled_from(["a", "b", "b c", "items", "0"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["a", "b", "b c", "items", "0"]), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 

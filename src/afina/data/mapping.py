@@ -1,7 +1,7 @@
 """What data.mapping makes of rows: its templates over each, for many rows at once.
 
-Templates run where they harm nobody (worker.py). Most do nothing but copy texts out of a row, which is as well done here:
-what they copy is read off them there, and any row that has something else in that place goes there too.
+Templates run where they harm nobody (worker.py). Most do nothing but copy texts out of a row, which is as well done
+here: what they copy is read off them there, and any row that has something else in that place goes there too.
 """
 
 import json
@@ -74,7 +74,9 @@ class Mapped:
         made: list[Any] = [None if parts is None else copied(parts, value) for value, _keys in rows]
         rest = [at for at, text in enumerate(made) if text is None]
         for at, (status, text) in zip(rest, self._asked("mapping", role, [rows[at] for at in rest]), strict=True):
-            made[at] = text if status == "made" else BadRow(_("data.mapping does not fit: {reason}").format(reason=text))
+            made[at] = (
+                text if status == "made" else BadRow(_("data.mapping does not fit: {reason}").format(reason=text))
+            )
         return made
 
     def _asked(self, kind: str, role: str, items: Sequence[Any]) -> list[tuple[str, str]]:

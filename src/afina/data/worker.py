@@ -60,8 +60,8 @@ class Worker:
     def ask(self, kind: str, definition: str, items: Sequence[Any]) -> list[tuple[str, str]]:
         """What `definition` makes of each item: ("made", text), ("refused", reason) or ("invalid", reason).
 
-        kind: template, mapping, copies, pattern or parquet; invalid is a definition that is none. Raises Overrun when an item,
-        or taking in the definition, takes too much.
+        kind: template, mapping, copies, pattern or parquet; invalid is a definition that is none. Raises Overrun when
+        an item, or taking in the definition, takes too much.
         """
         answers: list[tuple[str, str]] = []
         with self._lock:

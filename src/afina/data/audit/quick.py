@@ -58,7 +58,7 @@ class _QuestionAnswer(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 class _Alpaca(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     instruction: Some
     output: str
-    input: str | None | msgspec.UnsetType = msgspec.UNSET
+    input: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class Plain(NamedTuple):
