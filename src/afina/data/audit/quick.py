@@ -15,7 +15,7 @@ from afina.data.audit.syntax import quotes_of
 from afina.data.conversation import DOCUMENT
 from afina.data.dialects import SHAREGPT
 from afina.data.mapping import Mapped
-from afina.data.rows import BadRow
+from afina.data.rows import BadRow, Row
 
 NOT_PLAIN = (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError)
 """What a look raises; msgspec's and Unicode's errors are ValueErrors."""
@@ -72,10 +72,11 @@ class Plain(NamedTuple):
 
 
 class Look(NamedTuple):
-    """`decode`: a line to what `spread` takes apart, many at once; raises one of NOT_PLAIN. `numbers`: rows may hold
-    some, and a minus zero among them is to be looked for."""
+    """`decode`, `take`: a line, or a row that has been read, to what `spread` takes apart, many at once; they raise one
+    of NOT_PLAIN. `numbers`: rows may hold some, and a minus zero among them is to be looked for."""
 
     decode: Callable[[bytes], Any]
+    take: Callable[[Row], Any]
     spread: Callable[[list[Any]], Plain]
     numbers: bool = False
 
@@ -148,7 +149,7 @@ def look_of(dialect: str, keys: Collection[str]) -> Look:
     shape, spread = TYPED[dialect]
     beside = sorted(set(keys) - MEANT - set(shape.__struct_encode_fields__))[:KEYS]
     if not beside:
-        return Look(msgspec.json.Decoder(shape).decode, spread)
+        return Look(msgspec.json.Decoder(shape).decode, _taker(shape), spread)
     names = {f"beside_{number}": key for number, key in enumerate(beside)}
     wider = msgspec.defstruct(
         "_Wider",
@@ -159,29 +160,50 @@ def look_of(dialect: str, keys: Collection[str]) -> Look:
         forbid_unknown_fields=True,
         gc=False,
     )
-    return Look(
-        msgspec.json.Decoder(wider).decode, lambda rows: spread(rows)._replace(marks=_marks(rows)), numbers=True
-    )
+
+    def spread_wider(rows: list[Any]) -> Plain:
+        return spread(rows)._replace(marks=_marks(rows))
+
+    return Look(msgspec.json.Decoder(wider).decode, _taker(wider), spread_wider, numbers=True)
+
+
+def _taker(shape: Any) -> Callable[[Row], Any]:
+    """What makes a value of this shape of a row that has been read. Raises one of NOT_PLAIN."""
+    encode = msgspec.json.Encoder().encode
+
+    def take(row: Row) -> Any:
+        if row.fault:
+            raise ValueError
+        encode(row.value)  # Python's own parser takes half a character for one
+        return msgspec.convert(row.value, shape)
+
+    return take
 
 
 def look_through(mapped: Mapped) -> Look:
     """The quick look at rows that a data.mapping reads."""
-    decode = msgspec.json.Decoder(VALUE).decode
+    decoded, taken = msgspec.json.Decoder(VALUE).decode, _taker(VALUE)
 
-    def row(raw: bytes) -> Any:
-        value = decode(raw)
+    def decode(raw: bytes) -> Any:
+        return ordinary(decoded(raw)), ()
+
+    def take(row: Row) -> Any:
+        return ordinary(taken(row)), row.keys
+
+    def ordinary(value: Any) -> Any:
         if type(value) is dict and "chosen" in value:
             raise KeyError
         return value
 
     def spread(rows: list[Any]) -> Plain:
-        said = mapped.said([(value, ()) for value in rows])
+        said = mapped.said(rows)
         talks = [(("",), [""]) if isinstance(talk, BadRow) else talk for talk in said]  # which no row may say
         texts = [talk[1] for talk in talks]
         counts = np.fromiter(map(len, texts), np.int64, len(texts))
-        return Plain([talk[0] for talk in talks], list(chain.from_iterable(texts)), counts, _marks(rows))
+        marks = _marks([value for value, _keys in rows])
+        return Plain([talk[0] for talk in talks], list(chain.from_iterable(texts)), counts, marks)
 
-    return Look(row, spread, numbers=True)
+    return Look(decode, take, spread, numbers=True)
 
 
 def _marks(rows: list[Any]) -> np.ndarray:
