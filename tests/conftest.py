@@ -1,6 +1,7 @@
 """What many tests need: the real inputs where there are any, and small models built in code."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ import torch
 
 if not torch.cuda.is_available():  # the engine's kernels run in Triton's interpreter, which must know before its import
     os.environ["TRITON_INTERPRET"] = "1"
+
+for name in ("SIGINT", "SIGHUP"):  # ignored under nohup or `&`, and so in every process that tests start
+    if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if name == "SIGINT" else lambda _number, _frame: None)
 
 ROOT = Path(__file__).parents[1]
 

@@ -374,6 +374,35 @@ def test_help_is_light():
         assert verb in shown
 
 
+def test_what_fails_at_once_loads_no_torch(tmp_path):
+    """A run folder that exists, another recipe's, is told before the seconds that torch takes are spent."""
+    (tmp_path / "recipe.yaml").write_text("name: x\nmodel: {base: afina/tiny}\ndata: {train: train.jsonl}\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    code = f"""
+import sys
+from afina import pipeline
+try: pipeline.train("{tmp_path / "recipe.yaml"}", "{tmp_path / "run"}")
+except pipeline.OutputError: print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])
+"""
+    assert run_python(code).splitlines()[-1] == "[]"
+
+
+def test_training_loads_nothing_that_it_does_not_need(tmp_path):
+    """What transformers loads where it is installed, for images and for decoding, costs seconds of each run's start."""
+    (tmp_path / "recipe.yaml").write_text("name: x\nmodel: {base: afina/tiny}\ndata: {train: missing.jsonl}\n")
+    code = f"""
+import sys
+from afina import pipeline
+from afina.errors import AfinaError
+try: pipeline.train("{tmp_path / "recipe.yaml"}", "{tmp_path / "run"}")
+except AfinaError: pass
+assert "afina.train.run" in sys.modules
+print([name for name in ("scipy", "sklearn", "torchvision") if sys.modules.get(name)])
+"""
+    assert run_python(code).splitlines()[-1] == "[]"
+
+
 def test_public_names_resolve():
     import afina
 

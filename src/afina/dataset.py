@@ -43,7 +43,7 @@ def check(
     when rows cannot be used, with `strict` also when one has a warning.
     """
     from afina.data.audit.fix import Mend
-    from afina.data.audit.kinds import Severity
+    from afina.data.audit.kind import Severity
     from afina.data.audit.run import Audit, of_recipe
     from afina.data.audit.tell import say, say_changes
 

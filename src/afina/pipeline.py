@@ -100,6 +100,9 @@ def evaluate(
     `source` is a run, whose recipe says what is asked and of whom, or with `recipe` any model; `others` are asked
     beside it. What was answered before is not asked again.
     """
+    from afina.model.load import spare_imports
+
+    spare_imports()
     from afina.evaluate.report import draw
     from afina.evaluate.run import Wanted, evaluate_models, evaluate_run
 
@@ -159,6 +162,9 @@ def _prompts_of(llama: Any) -> Any:
 
 def export(run: str | Path, formats: Sequence[str] = ()) -> Path:
     """Write the files of the recipe's `export.formats`, or of `formats`; returns RUN/export. Raises AfinaError."""
+    from afina.model.load import spare_imports
+
+    spare_imports()
     from afina.evaluate.report import draw
     from afina.export.ollama import create_in_ollama
     from afina.export.run import export_run
@@ -294,6 +300,9 @@ def chat(
     """
     from contextlib import ExitStack
 
+    from afina.model.load import spare_imports
+
+    spare_imports()
     from afina.serve.opening import speakers_of
     from afina.serve.session import Session
     from afina.serve.terminal import answer_once

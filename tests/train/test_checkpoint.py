@@ -36,7 +36,8 @@ from afina.train.checkpoint import (
     write,
 )
 from afina.train.keeper import Keeper
-from afina.train.resume import PLAN, keep_plan, planned, refuse_other_recipe
+from afina.train.kept_plan import keep_plan, kept_plan
+from afina.train.resume import PLAN, refuse_other_recipe
 from afina.train.resume import begin as enter
 from afina.train.state import begin
 
@@ -171,13 +172,13 @@ def test_another_recipe_or_other_samples_are_refused_with_the_difference(tmp_pat
 def test_the_engines_plan_is_kept_for_the_next_sitting(tmp_path):
     rungs = [HERE, Placement(away=frozenset({"x", "h"}), again=frozenset({"gate_up"}))]
     plan = Plan(4096, rungs, 512, "embedding", 10**9, 12.5, 1)
-    assert planned(tmp_path) is None
+    assert kept_plan(tmp_path) is None
     keep_plan(tmp_path, plan)
-    assert planned(tmp_path) == plan
+    assert kept_plan(tmp_path) == plan
     whole = (tmp_path / PLAN).read_text()
     for damaged in (whole[:40], "[1]", whole.replace("512", '"many"'), whole.replace('"away"', '"a"'), "[" * 10**5):
         (tmp_path / PLAN).write_text(damaged)
-        assert planned(tmp_path) is None
+        assert kept_plan(tmp_path) is None
 
 
 class Disk:

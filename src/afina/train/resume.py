@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from afina import durable
 from afina.artifact import MANIFEST
-from afina.engine.block import Placement
-from afina.engine.plan import Plan
 from afina.errors import OutputError
 from afina.language import _
 from afina.recipe.schema import Recipe
@@ -74,23 +72,6 @@ def begin(place: Path, recipe: Recipe, parents: list[dict[str, str]], samples: I
         different = _differing(found["recipe"], wanted["recipe"]) + _changed(found["parents"], parents)
         _refuse(place, different or [_("the samples look different to the model: its tokenizer or template changed")])
     return _digest(wanted)
-
-
-def planned(place: Path) -> Plan | None:
-    """The plan that this run's last sitting kept; None where there is none that can be read."""
-    try:
-        found = json.loads((place / PLAN).read_bytes()) if (place / PLAN).stat().st_size <= STATE_BYTES else {}
-        rungs = [Placement(frozenset(one["away"]), frozenset(one["again"])) for one in found["placements"]]
-        tokens, rows, size, held = (int(found[key]) for key in ("tokens", "rows_at_once", "bytes", "held"))
-        return Plan(tokens, rungs, rows, found["host"], size, float(found["microseconds"]), held)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def keep_plan(place: Path, plan: Plan) -> None:
-    """For the next sitting, if there is one."""
-    rungs = [{"away": sorted(one.away), "again": sorted(one.again)} for one in plan.placements]
-    durable.write_json(place / PLAN, {**vars(plan), "placements": rungs})
 
 
 def clear(place: Path) -> None:

@@ -42,6 +42,7 @@ from afina.recipe.schema import Recipe, Training
 from afina.train.best import GROUPS
 from afina.train.examples import Examples, places, prepare_once, say_examples
 from afina.train.keeper import Keeper
+from afina.train.kept_plan import keep_plan, kept_plan
 from afina.train.looking import Looking, OnEvaluate
 from afina.train.loop import LossFunction, accumulate, measure, train
 from afina.train.memory import Room, within_memory
@@ -49,9 +50,8 @@ from afina.train.opening import adapter_of, open_model, why_padded, why_referenc
 from afina.train.plan import Plan
 from afina.train.record import Record
 from afina.train.repeats import WATCHED, notice, repeated
-from afina.train.resume import CHECKPOINTS, keep_plan
+from afina.train.resume import CHECKPOINTS
 from afina.train.resume import begin as enter
-from afina.train.resume import planned as planned_before
 from afina.train.session import Session
 from afina.train.state import begin
 from afina.train.stop import Stop
@@ -238,7 +238,7 @@ def _choose_engine(
 
     def plan() -> None:
         nonlocal planned
-        found = engine.plan(room.tokens, recipe.model.max_length, _free_bytes(engine, hardware), planned_before(place))
+        found = engine.plan(room.tokens, recipe.model.max_length, _free_bytes(engine, hardware), kept_plan(place))
         keep_plan(place, found)
         room.tokens = found.tokens
         planned = True
@@ -278,7 +278,7 @@ def _choose_engine(
 def _surroundings(hardware: Hardware, loss_fn: LossFunction, place: Path) -> dict[str, str]:
     """What the last bits depend on; on a GPU the engine's plan too."""
     fused = not isinstance(loss_fn, partial)
-    plan = planned_before(place) if fused and hardware.device.type == "cuda" else None
+    plan = kept_plan(place) if fused and hardware.device.type == "cuda" else None
     return surroundings(str(hardware), "fused" if fused else "reference", None if plan is None else plan.arithmetic)
 
 

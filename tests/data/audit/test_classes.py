@@ -10,7 +10,8 @@ from data.audit.faulty import FAULTY, REJECTED, row, sentence, sound
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from afina.data.audit.kinds import Severity, groups, kinds
+from afina.data.audit.kind import Severity
+from afina.data.audit.kinds import groups, kinds
 from afina.data.audit.syntax import quotes, quotes_of
 from afina.data.problem import BadRows
 from afina.data.read import read

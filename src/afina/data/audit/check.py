@@ -20,7 +20,8 @@ from afina.data.audit import chat, syntax
 from afina.data.audit.across import Across, Columns, forms, hashes
 from afina.data.audit.blocks import Block, line_blocks, row_blocks
 from afina.data.audit.finding import Finding, Report
-from afina.data.audit.kinds import Severity, kinds
+from afina.data.audit.kind import Severity
+from afina.data.audit.kinds import kinds
 from afina.data.audit.letters import Fault
 from afina.data.audit.quick import NOT_PLAIN, Look, Plain, exact, loose
 from afina.data.audit.scan import join, suspects

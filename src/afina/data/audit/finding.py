@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from afina.data.audit.kinds import Severity, kinds
+from afina.data.audit.kind import Severity
+from afina.data.audit.kinds import kinds
 
 EXAMPLES = 20
 """Findings of a class that are kept whole; the rest is counted, and passed on as it comes."""

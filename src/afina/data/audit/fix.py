@@ -15,7 +15,8 @@ from afina.artifact import parent, seal, sha256
 from afina.data.audit import syntax
 from afina.data.audit.blocks import Block, line_blocks, row_blocks
 from afina.data.audit.finding import Finding, Report
-from afina.data.audit.kinds import Severity, kinds
+from afina.data.audit.kind import Severity
+from afina.data.audit.kinds import kinds
 from afina.data.audit.letters import letters
 from afina.data.audit.mojibake import repair
 from afina.data.problem import place

@@ -1,6 +1,6 @@
 """Classes of faults of bytes, JSON, shape and conversation: most of them make a row unusable."""
 
-from afina.data.audit.kinds import Kind, Severity
+from afina.data.audit.kind import Kind, Severity
 from afina.language import _
 
 ERROR, WARNING, NOTE = Severity

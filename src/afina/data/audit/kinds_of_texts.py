@@ -1,6 +1,6 @@
 """Classes of faults inside texts, between rows, and of labels."""
 
-from afina.data.audit.kinds import Kind, Severity
+from afina.data.audit.kind import Kind, Severity
 from afina.language import _
 
 ERROR, WARNING, NOTE = Severity

@@ -8,7 +8,8 @@ from jinja2 import Environment, StrictUndefined
 
 from afina.console import duration, printable, size
 from afina.data.audit.finding import Report
-from afina.data.audit.kinds import Severity, kinds
+from afina.data.audit.kind import Severity
+from afina.data.audit.kinds import kinds
 from afina.data.problem import place
 from afina.language import _, chosen
 

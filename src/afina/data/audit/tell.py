@@ -5,7 +5,8 @@ from pathlib import Path
 from afina.console import Console, duration, size
 from afina.data.audit.finding import Report
 from afina.data.audit.fix import Change, Mend, diff
-from afina.data.audit.kinds import Severity, kinds
+from afina.data.audit.kind import Severity
+from afina.data.audit.kinds import kinds
 from afina.data.problem import place
 from afina.language import _
 
