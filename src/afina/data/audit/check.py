@@ -29,7 +29,7 @@ from afina.data.audit.syntax import MINUS_ZERO, quotes, quotes_in, quotes_of
 from afina.data.audit.text import ALL, faults
 from afina.data.audit.tongue import languages
 from afina.data.conversation import ROLES, Message, Sample
-from afina.data.dialects import Make, checked, dialect_of, maker
+from afina.data.dialects import Make, beside_of, checked, dialect_of, maker, with_system
 from afina.data.mapping import Mapped
 from afina.data.near import Near
 from afina.data.rows import BadRow, Row, Shape, uncollected
@@ -51,6 +51,8 @@ class Taken:
 
     roles: list[tuple[str, ...]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    whole: dict[int, tuple[tuple[Message, ...], tuple[str, str]]] = field(default_factory=dict)
+    """By place, the messages of those that have more than roles and texts, with their tools and effort."""
     _rows: list[np.ndarray] = field(default_factory=list)
     _counts: list[np.ndarray] = field(default_factory=list)
     _hashed: list[np.ndarray] = field(default_factory=list)
@@ -95,12 +97,12 @@ class Taken:
 
 @dataclass
 class Pass:
-    """One pass. `labels` is given the samples of every block and yields what is wrong with their labels."""
+    """One pass. `judges` are given the samples of every block and yield what is wrong with each as a sample."""
 
     data: Data
     report: Report
     across: Across = field(default_factory=Across)
-    labels: Callable[[Sequence[Sample]], Iterator[tuple[int, Fault]]] | None = None
+    judges: Sequence[Callable[[Sequence[Sample]], Iterator[tuple[int, Fault]]]] = ()
     plain: bool = False
     """Look at every row by itself and every text in full: slow, and what the tests hold the fast way against."""
     markup: bool = True
@@ -162,8 +164,9 @@ class Pass:
             for fault in faults(taken.texts[number], looks[number], plain_markup=self.markup):
                 begin, end = syntax.place(block.raws[row], taken.texts[number], fault.begin, fault.end)
                 found.setdefault(row, []).append(fault._replace(begin=begin, end=end))
-        if self.labels is not None:
-            for at, fault in self.labels(_samples(path, block, taken)):
+        samples = self._samples(path, block, taken) if self.judges else []
+        for judge in self.judges:
+            for at, fault in judge(samples):
                 row = int(rows[at])
                 found.setdefault(row, []).append(fault._replace(begin=0, end=len(block.raws[row])))
         self._tell(path, block, found)
@@ -189,6 +192,18 @@ class Pass:
         )
         self.across.add(Columns(*(column[order] for column in columns)), (taken.texts[at] for at in last))
 
+    def _samples(self, path: Path, block: Block, taken: Taken) -> list[Sample]:
+        """What training makes of the conversations of a block."""
+        made, at = [], 0
+        for row, roles, count in zip(taken.rows.tolist(), taken.roles, taken.counts.tolist(), strict=True):
+            plain = tuple(map(Message, roles, taken.texts[at : at + count])), ("", "")
+            messages, beside = taken.whole.get(row, plain) if taken.whole else plain
+            if self.data.system is not None:
+                messages = with_system(messages, self.data.system)
+            made.append(Sample(messages, path, int(block.lines[row]), *beside))
+            at += count
+        return made
+
     def _tell(self, path: Path, block: Block, found: dict[int, list[Fault]]) -> None:
         table = kinds()
         for row in sorted(found):
@@ -206,15 +221,6 @@ def _keep_freed_memory() -> None:
     """Free a large array that was never written to: the C library (glibc) judges by it how much freed memory to keep.
     A block's arrays then lie in memory that is there; else the system clears 300 pages for each block anew."""
     np.empty(KEPT, np.uint8)
-
-
-def _samples(path: Path, block: Block, taken: Taken) -> list[Sample]:
-    made, at = [], 0
-    for row, roles, count in zip(taken.rows.tolist(), taken.roles, taken.counts.tolist(), strict=True):
-        texts = taken.texts[at : at + count]
-        made.append(Sample(tuple(map(Message, roles, texts)), path, int(block.lines[row])))
-        at += count
-    return made
 
 
 @dataclass
@@ -334,6 +340,7 @@ class _Reader:
                 self.dialect = dialect_of(row.value, self.data)
                 self._make = maker(self.dialect, passages=self.passages)
             messages = checked(self._make(row), None)
+            beside = beside_of(row.value, self.dialect)
         except BadRow as reason:
             kind, text = chat.refused(row.value, self.dialect)
             found[at] = [*notes, _blame(row.raw, kind, text, str(reason))]
@@ -352,6 +359,8 @@ class _Reader:
         if notes or odd:
             found[at] = notes + odd
         taken.add_one(at, roles, texts)
+        if any(beside) or any(message.more or message.weight != 1 for message in messages):
+            taken.whole[at] = messages, beside
 
 
 @cache
