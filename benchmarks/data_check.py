@@ -2,12 +2,13 @@
 
     python benchmarks/data_check.py [ROWS] [FOLDER] [--beside]
 
---beside gives every row a number, a list and an object beside its messages. Writes a file of ROWS rows (a million unless told) into a temporary folder, or into FOLDER, where it is found again.
-What PYTHONPATH names is measured, so that two versions can be compared on one file. Every hundredth row is bad: one of
-each class of tests/data/audit/faulty.py in turn, then duplicates, contradictions, answers in another language and
-answers far too short. Audits it in a process of its own and appends what was found and measured to results/data.jsonl:
-rows of every class that were found and that were not, sound rows complained of, MB/s of the clock and of the processor,
-and the process's own peak of memory.
+--beside gives every row a number, a list and an object beside its messages. Writes a file of ROWS rows (a million
+unless told) into a temporary folder, or into FOLDER, where it is found again. What PYTHONPATH names is measured, so
+that two versions can be compared on one file. Every hundredth row is bad: one of each class of
+tests/data/audit/faulty.py in turn, then duplicates, contradictions, answers in another language and answers far too
+short. Audits it in a process of its own and appends what was found and measured to results/data.jsonl: rows of every
+class that were found and that were not, sound rows complained of, MB/s of the clock and of the processor, and the
+process's own peak of memory.
 """
 
 import json

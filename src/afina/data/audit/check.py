@@ -9,7 +9,7 @@ need, has no fault of syntax or shape; its texts are looked at by scan.py togeth
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import compress, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from afina.data.audit.finding import Finding, Report
 from afina.data.audit.kind import Severity
 from afina.data.audit.kinds import kinds
 from afina.data.audit.letters import Fault
-from afina.data.audit.quick import KEYS, NOT_PLAIN, Look, Plain, look_of, look_through
+from afina.data.audit.quick import KEYS, NOT_PLAIN, Look, look_of, look_through
 from afina.data.audit.scan import join, suspects
 from afina.data.audit.syntax import MINUS_ZERO, quotes, quotes_in, quotes_of
+from afina.data.audit.taken import Taken
 from afina.data.audit.text import ALL, faults
 from afina.data.audit.tongue import languages
 from afina.data.conversation import ROLES, Message, Sample
@@ -39,60 +40,8 @@ KEYS_TOLD = 20
 """Names of keys that are told, at most."""
 KEPT = 2**24
 """Bytes of freed memory, twice which are kept for the next block."""
-NONE = np.zeros(0, np.int64)
 SLOW = 20
 """A quick look is made anew for keys it did not know where these keep more than one row in so many from it."""
-
-
-@dataclass
-class Taken:
-    """The conversations of a block, some at a time: of each its place there, its roles, and how many texts it has;
-    all texts, end to end, and the hash of each."""
-
-    roles: list[tuple[str, ...]] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    whole: dict[int, tuple[tuple[Message, ...], tuple[str, str]]] = field(default_factory=dict)
-    """By place, the messages of those that have more than roles and texts, with their tools and effort."""
-    _rows: list[np.ndarray] = field(default_factory=list)
-    _counts: list[np.ndarray] = field(default_factory=list)
-    _hashed: list[np.ndarray] = field(default_factory=list)
-
-    def add(self, rows: np.ndarray, plain: Plain, hashed: np.ndarray, good: np.ndarray) -> None:
-        """Take up those of some conversations that are good. rows: their places; good: (conversations,) bool."""
-        if good.all():
-            self.roles += plain.roles
-            self.texts += plain.texts
-        else:
-            each = np.repeat(good, plain.counts)
-            self.roles += compress(plain.roles, good.tobytes())
-            self.texts += compress(plain.texts, each.tobytes())
-            rows, hashed, plain = rows[good], hashed[each], plain._replace(counts=plain.counts[good])
-        self._rows.append(rows)
-        self._counts.append(plain.counts)
-        self._hashed.append(hashed)
-
-    def add_one(self, row: int, roles: tuple[str, ...], texts: list[str]) -> None:
-        """Take up a conversation."""
-        self.roles.append(roles)
-        self.texts += texts
-        self._rows.append(np.array([row]))
-        self._counts.append(np.array([len(texts)]))
-        self._hashed.append(np.array(list(map(hash, texts))))
-
-    @property
-    def rows(self) -> np.ndarray:
-        """(conversations,) int64."""
-        return np.concatenate([NONE, *self._rows])
-
-    @property
-    def counts(self) -> np.ndarray:
-        """(conversations,) int64."""
-        return np.concatenate([NONE, *self._counts])
-
-    @property
-    def hashed(self) -> np.ndarray:
-        """(texts,) int64."""
-        return np.concatenate([NONE, *self._hashed])
 
 
 @dataclass
