@@ -38,7 +38,7 @@ DOORS = {
         "model/translator.py",
     ),
     "tokenizers": ("data/tokenizer.py", "data/patterns.py"),
-    "peft": ("model/attach.py", "model/experts.py"),
+    "peft": ("model/attach.py", "model/experts.py", "model/mixed.py"),
     "bitsandbytes": ("model/quantize.py",),
     "safetensors": ("export/gguf.py", "export/weights.py", "train/checkpoint.py"),
     "gguf": ("export/gguf.py", "export/gguf_head.py", "gguf_file.py"),

@@ -19,7 +19,7 @@ from afina.console import Console
 from afina.data.conversation import Message, Sample
 from afina.data.template import Renderer
 from afina.data.tokenizer import load_tokenizer
-from afina.errors import ModelError, ProofError
+from afina.errors import ModelError, ProofError, ResourceError
 from afina.export import certificate, imatrix
 from afina.export import run as room
 from afina.export.certificate import LIMITS, certify, divergence, pose
@@ -114,6 +114,22 @@ def test_an_end_that_llamacpp_does_not_know_is_caught(tmp_path: Path, monkeypatc
     write_gguf(base, tmp_path / "wrong.gguf", "f32")
     with pytest.raises(ProofError, match=BY_NAME["the end of turn not named in the file"].says):
         certify(tmp_path / "wrong.gguf", "f32", questions, renderer)
+
+
+# ---------------------------------------------------------------- a context too small for some prompts
+
+
+def test_prompts_beyond_the_context_are_left_out(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", max_position_embeddings=64)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    renderer = Renderer(load_tokenizer(str(base)))
+    long = dataclasses.replace(samples()[0], messages=(Message("user", "soup " * 20), Message("assistant", "good")))
+    write_gguf(base, tmp_path / "one.gguf", "f32")
+    told: list[float] = []
+    found = certify(tmp_path / "one.gguf", "f32", pose(model, renderer, [long, *samples()]), renderer, told.append)
+    assert len(found["checks"]) == 4 and sum(told) == 5
+    with pytest.raises(ResourceError, match="no prompt leaves room for 32 tokens of an answer in its context of 64"):
+        certify(tmp_path / "one.gguf", "f32", pose(model, renderer, [long]), renderer)
 
 
 # ---------------------------------------------------------------- what it says when all is well

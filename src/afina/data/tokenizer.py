@@ -31,6 +31,8 @@ from afina.recipe.place import BUNDLED
 _TAG = re.compile(r"<\S+>|\[\S+\]")
 _ASKED, _ANSWERED = "\ue0f4", "\ue0f5"
 """What the template is probed with: private-use characters, which no template writes."""
+_TALKS = (("system", "user", "assistant"), ("user", "assistant"), ("user", "assistant", "tool", "assistant"))
+"""Roles of conversations in which a template writes all that it ever does around contents, unless it refuses them."""
 
 
 class Refusal(ModelError):
@@ -280,8 +282,9 @@ def load_tokenizer(
             hint=_("Use a model that has one, or convert its tokenizer with transformers."),
         )
     text = _own_template(hf.chat_template) if template is None else _read_template(template, folder or Path())
-    added = _add_tokens(hf, turn_tokens, text, source)
-    tokenizer = Tokenizer(hf, None if text is None else mended(without_clock(text)), added)
+    usable = None if text is None else mended(without_clock(text))
+    added = _add_tokens(hf, turn_tokens, usable, source)
+    tokenizer = Tokenizer(hf, usable, added)
     if tokenizer._closing_id in added:  # every program that runs the model shall stop there
         hf.eos_token = hf.convert_ids_to_tokens(tokenizer._closing_id)
     return Tokenizer(hf, tokenizer.template, added)
@@ -309,7 +312,7 @@ def _add_tokens(hf: Any, turn_tokens: Sequence[str], template: str | None, sourc
 
     known = {token.content: token for token in hf.added_tokens_decoder.values()}
     for text in turn_tokens:
-        if template is None or text not in template:
+        if template is None or (text not in template and not _comes_to_write(hf, template, text)):
             raise ModelError(
                 _("model.turn_tokens names {token}, which the chat template never writes.").format(token=text),
                 hint=_("Write it in your template (model.chat_template), or take it off the list."),
@@ -325,6 +328,16 @@ def _add_tokens(hf: Any, turn_tokens: Sequence[str], template: str | None, sourc
     if fresh:
         hf.add_tokens(fresh, special_tokens=True)
     return {int(hf.convert_tokens_to_ids(text)): ids for text, ids in pieces.items()}
+
+
+def _comes_to_write(hf: Any, template: str, text: str) -> bool:
+    """Whether a template puts `text` together by itself, as <|{{ message.role }}|> does."""
+    talks = [[{"role": role, "content": _ASKED} for role in roles] for roles in _TALKS]
+    for prompt in (False, True):
+        rendered = Tokenizer(hf, template).render_all([(talk, {}) for talk in talks], prompt=prompt)
+        if any(text in one for one in rendered if isinstance(one, str)):
+            return True
+    return False
 
 
 def _parts(definition: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -360,7 +373,7 @@ def _own_template(given: Any) -> str | None:
 
 def _ids(backend: Any, texts: list[str]) -> list[list[int]]:
     try:
-        return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     except BaseException as error:  # the Rust panic derives from BaseException
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ModelError(

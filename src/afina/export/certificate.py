@@ -24,7 +24,7 @@ from torch import nn
 
 from afina.data.conversation import Sample
 from afina.data.template import Renderer
-from afina.errors import ProofError
+from afina.errors import ProofError, ResourceError
 from afina.language import _
 from afina.model.generate import generate
 from afina.model.llamacpp import LlamaCpp
@@ -182,15 +182,28 @@ def certify(
     """Compare a GGUF file with the model; returns its part of the certificate, `checks` with each answer. `right` says
     whether an answer is as good as the sample's own.
 
+    Prompts for which the file's context has no room are left out.
+
     Raises ProofError when it is not the model (NotTheModel where figures say so), ResourceError when there is no
-    llama.cpp to ask.
+    llama.cpp to ask, or nothing that it could be asked.
     """
-    longest = max(len(question.ids) for question in questions)
+    longest = max(len(question.prompt) for question in questions) + ANSWER_TOKENS
     divergences: list[float] = []
     agreed: list[bool] = []
     margins: list[float] = []
     checks: list[dict[str, Any]] = []
-    with LlamaCpp(file, context=max(512, longest + ANSWER_TOKENS), cache="f32") as witness:
+    with LlamaCpp(file, context=max(512, longest + 1), cache="f32") as witness:
+        room = witness.context
+        fitting = [question for question in questions if len(question.prompt) + ANSWER_TOKENS < room]
+        if on_progress is not None:
+            on_progress(len(questions) - len(fitting))
+        if not fitting:
+            raise ResourceError(
+                _("no prompt leaves room for {tokens} tokens of an answer in its context of {room}").format(
+                    tokens=ANSWER_TOKENS, room=room
+                )
+            )
+        questions = fitting
         _check_ends(witness, questions[0], renderer, file)
         for question in questions:
             _check_prompt(witness, question, renderer, file)

@@ -262,6 +262,15 @@ def _biases_before(model: nn.Module, folder: Path) -> list[tuple[nn.Parameter, t
     return [(p, p.detach().clone()) for name, p in model.named_parameters() if name.endswith(".bias")]
 
 
+KEPT = {
+    "r": "method.rank",
+    "lora_alpha": "method.alpha",
+    "use_rslora": "method.rslora",
+    "use_dora": "method.dora",
+}
+"""Settings of PEFT that a run which starts from an adapter takes over, as the recipe calls them."""
+
+
 def start_from(model: nn.Module, folder: Path) -> None:
     """Give the adapters just attached the values of a saved one in PEFT's format, to learn on from.
 
@@ -279,13 +288,17 @@ def start_from(model: nn.Module, folder: Path) -> None:
             raise ValueError(_("the file is too large"))
         theirs = json.loads(settings.read_bytes())
         there = load_peft_weights(str(folder), device="cpu")
-        for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        for key, ours_called in KEPT.items():
             if theirs.get(key) != getattr(ours, key):
-                raise ValueError(
+                raise _misfit(
+                    folder,
                     _("{key} is {there} there and {here} here").format(
                         key=key, there=theirs.get(key), here=getattr(ours, key)
-                    )
+                    ),
+                    _("Set {key} to what it is there.").format(key=ours_called),
                 )
+    except AfinaError:
+        raise
     except Exception as error:  # a damaged folder makes PEFT and safetensors raise anything at all
         raise _misfit(folder, str(error).strip().split("\n")[0] or type(error).__name__) from error
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -300,10 +313,10 @@ def _shape(tensors: dict[str, torch.Tensor], name: str) -> tuple[int, ...] | Non
     return tuple(tensors[name].shape) if name in tensors else None
 
 
-def _misfit(folder: Path, reason: str) -> ModelError:
+def _misfit(folder: Path, reason: str, hint: str = "") -> ModelError:
     return ModelError(
         _("The adapter {folder} does not fit this model: {reason}").format(folder=folder, reason=reason),
-        hint=_("Use the base model it was trained on."),
+        hint=hint or _("Use the base model it was trained on."),
     )
 
 
@@ -387,7 +400,9 @@ def merged(model: nn.Module) -> nn.Module:
 def recompute(model: nn.Module) -> None:
     """Keep only what enters each layer while learning, and compute the rest again in the backward."""
     whole: Any = base_of(model)
-    whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 calls it otherwise, 5.16 does not yet
+        whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

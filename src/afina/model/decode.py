@@ -182,7 +182,7 @@ def _write_plain(model: nn.Module, rows: list[Row], settings: Settings, new: int
     if settings.temperature > 0 or any(row.grammar for row in rows):
         raise ModelError(
             _("Learnt prompts can be asked neither with a grammar nor with a temperature."),
-            hint=_("Set constrained to false and temperature to 0, or tune with lora."),
+            hint=_("Write constrained: false, decide: likelihood and temperature: 0 in the task, or tune with lora."),
         )
     prompts, ends = [row.prompt for row in rows], sorted(settings.end_ids)
     found = generate(model, prompts, end_ids=ends, pad_id=settings.pad_id, max_new_tokens=new)

@@ -24,10 +24,9 @@ from afina.data.cache import FOLDER
 from afina.data.order import order_of
 from afina.data.template import Rendered, Renderer
 from afina.data.tokenizer import load_tokenizer
-from afina.engine.eight_gate import try_eight_bits
+from afina.engine.eight_gate import room_for_eight, try_eight_bits
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
-from afina.engine.plan import room_for_eight
 from afina.engine.proof import prove
 from afina.errors import Interrupted, ResourceError
 from afina.language import _

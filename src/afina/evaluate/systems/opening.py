@@ -27,6 +27,7 @@ from afina.language import _
 from afina.model.attach import load_adapter
 from afina.model.endpoint import Endpoint
 from afina.model.load import choose_hardware, load_model
+from afina.model.vocabulary import grow
 from afina.recipe.place import model_source
 from afina.recipe.schema import Model
 from afina.train.reopen import Tuned, recipe_of, reopen
@@ -139,10 +140,12 @@ class _Run:
 
     @cached_property
     def whole_base(self) -> nn.Module:
-        """The base of a fully tuned model, which is a model of its own."""
+        """The base of a fully tuned model, which is a model of its own, with room for turn tokens that were added."""
         recipe = self.tuned.recipe
         source = model_source(recipe.model.base, self.tuned.folder)
-        return load_model(source, self.tuned.hardware, recipe.model)
+        model = load_model(source, self.tuned.hardware, recipe.model)
+        grow(model, 1 + max(self.tuned.renderer.tokenizer.control_tokens.values(), default=0))
+        return model
 
     def system(self, name: str) -> System:
         """`base` or `tuned`, by the hashes that the manifest states."""
