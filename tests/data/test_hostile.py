@@ -13,6 +13,7 @@ import pytest
 
 from afina.data.lines import FREE_BYTES, ROW_BYTES
 from afina.data.read import read
+from afina.data.rows import Shape, rows
 from afina.errors import DataError
 from afina.recipe.schema import Data, Mapping
 
@@ -186,3 +187,12 @@ def test_a_hostile_value_beside_the_rows_is_passed_over(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(big))
     mapping = Mapping(rows="rows", user="{{ row.q }}", assistant="{{ row.a }}")
     assert len(read("a.json", Data(train="a.json", mapping=mapping), tmp_path).samples) == 1
+
+
+def test_a_row_group_may_be_larger_than_the_memory_it_is_read_in(tmp_path):
+    """Texts that are all different, as in any real file: what has been read is let go."""
+    texts = [f"{number} " + "word " * 100 for number in range(60_000)]
+    parquet({"text": texts, "meta": [{"tags": ["a", str(number)]} for number in range(60_000)]})(tmp_path / "a.parquet")
+    found = [row.value for row in rows(tmp_path / "a.parquet", Shape())]
+    assert [row["text"] for row in found] == texts
+    assert found[-1]["meta"] == {"tags": ["a", "59999"]}

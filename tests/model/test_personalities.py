@@ -1,19 +1,23 @@
 """Adapters side by side on one base answer as each does alone, and cost their own tensors alone."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 from families import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import llama, perturb_adapters
+from peft import LoraConfig, get_peft_model
+from small import CPU, llama, perturb_adapters
 
 from afina.errors import ModelError
-from afina.model.attach import attach, load_adapter, save_adapter
+from afina.model.attach import attach
 from afina.model.generate import generate
+from afina.model.load import load_model
 from afina.model.personalities import Personalities
-from afina.recipe.schema import Lora
+from afina.model.saved import load_adapter, save_adapter
+from afina.recipe.schema import Lora, Model
 
 KINDS = {
     "wide": Lora(rank=8, alpha=16),
@@ -103,19 +107,44 @@ def test_thirty_cost_thirty_adapters(folders):
     assert held(crew) == empty and crew.names == ()
 
 
-def test_those_that_peft_cannot_mix_take_turns(tmp_path):
-    method = Lora(rank=2, experts=True)
-    base = build("gpt-oss")
+def test_those_that_cannot_be_mixed_take_turns(tmp_path, monkeypatch):
+    """Adapters on a parameter that is no expert's and no router's, as PEFT alone may make them."""
     for seed in range(2):
-        save_adapter(
-            perturb_adapters(attach(build("gpt-oss"), method, seed=seed), seed), tmp_path / str(seed), base="x"
-        )
-    crew = Personalities(base)
-    expected = [generate(build("gpt-oss"), PROMPTS[:1], **ASKED)[0]]
+        config = LoraConfig(r=3, lora_alpha=6, target_parameters=["q_proj.weight"], target_modules=["k_proj"])
+        made = perturb_adapters(get_peft_model(llama(), config), seed)
+        made.save_pretrained(tmp_path / str(seed))
+    crew = Personalities(llama())
+    expected = [generate(llama(), PROMPTS[:1], **ASKED)[0]]
     for seed in range(2):
         crew.load(str(seed), tmp_path / str(seed))
-        expected += generate(load_adapter(build("gpt-oss"), tmp_path / str(seed)), [PROMPTS[seed + 1]], **ASKED)
+        expected += generate(load_adapter(llama(), tmp_path / str(seed)), [PROMPTS[seed + 1]], **ASKED)
     assert crew.generate(PROMPTS[:3], [None, "0", "1"], **ASKED) == expected
+
+
+def test_of_four_bits_too(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    make = partial(load_model, str(tmp_path), CPU, Model(quantization="nf4"))
+    crew, expected = Personalities(make()), []
+    for seed, method in enumerate([Lora(rank=4, dora=True), Lora(rank=4), Lora(rank=2, dora=True, alpha=20)]):
+        place = tmp_path / str(seed)
+        save_adapter(perturb_adapters(attach(make(), method, seed=seed), seed), place, base="x")
+        crew.load(str(seed), place)
+        expected += generate(load_adapter(make(), place), [PROMPTS[seed]], **ASKED)
+    assert len({str(found) for found in expected}) == 3
+    assert crew.generate(PROMPTS[:3], ["0", "1", "2"], **ASKED) == expected
+
+
+def test_other_targets_among_experts_cannot_share_a_base(tmp_path):
+    for name, method in (("all", Lora(experts=True, router=True)), ("router", Lora(router=True))):
+        save_adapter(attach(build("gpt-oss"), method, seed=0), tmp_path / name, base="x")
+    crew = Personalities(build("gpt-oss"))
+    crew.load("router", tmp_path / "router")
+    with pytest.raises(
+        ModelError, match=r"target_parameters are .*experts.* but mlp.router.weight of router"
+    ) as caught:
+        crew.load("all", tmp_path / "all")
+    assert "adapter_config.json" in str(caught.value) and crew.names == ("router",)
 
 
 def test_what_cannot_be_is_said_and_changes_nothing(folders, tmp_path, alone):

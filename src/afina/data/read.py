@@ -10,8 +10,9 @@ from pathlib import Path
 
 from afina.data.audit.chat import class_of
 from afina.data.conversation import Sample
-from afina.data.dialects import Make, Mapped, checked, dialect_of, maker
+from afina.data.dialects import Make, checked, dialect_of, maker
 from afina.data.files import find
+from afina.data.mapping import Mapped
 from afina.data.messages import effort_from, tools_from
 from afina.data.problem import BadRows, Problem
 from afina.data.rows import BadRow, Row, Shape, encoding_of, format_of, rows

@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from afina.errors import ModelError
 from afina.language import _
-from afina.model.mxfp4 import MATRICES, PackedExperts, packed_experts
+from afina.model.mxfp4 import MATRICES, LowRank, PackedExperts, packed_experts
 from afina.model.quantize import without_foreign_kernels
 from afina.recipe.schema import Lora
 
@@ -92,24 +91,29 @@ class PackedAdapter(ParamWrapper):
     @contextmanager
     def _activate_lora(self, active_adapters: Sequence[str]) -> Iterator[None]:
         base = self.get_base_layer()
-        pairs = [self._pair(name) for name in active_adapters if name in self.lora_A]
-        base.low_rank[self.parameter_name] = pairs
+        base.low_rank[self.parameter_name] = [low_rank(self, name) for name in active_adapters if name in self.lora_A]
         try:
             yield
         finally:
             del base.low_rank[self.parameter_name]
 
-    def _pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """A (experts, rank, in), B (experts, out, rank); PEFT's are (experts * rank, in), (out, rank * experts)."""
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        a = a.view(self.num_experts, -1, a.shape[-1])
-        return a, b.view(b.shape[0], -1, self.num_experts).permute(2, 0, 1), self.scaling[name]
+
+def low_rank(wrapper: Any, name: str, owner: int | None = None) -> LowRank:
+    """The adapter called `name` on a matrix of experts; PEFT's A is (experts * rank, in), B (out, rank * experts)."""
+    a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+    a = a.view(wrapper.num_experts, -1, a.shape[-1])
+    b = b.view(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1)
+    return LowRank(a, b, wrapper.scaling[name], owner)
 
 
 @contextmanager
 def stand_ins(model: nn.Module) -> Iterator[None]:
-    """Inside the block PEFT finds a parameter, without storage, where a matrix is packed; its adapters fit it after."""
+    """Inside the block PEFT finds a parameter, without storage, where a matrix is packed, and adapters of its own that
+    it can add others to; they fit packed experts after."""
     packed = packed_experts(model)
+    for wrapper in list(model.modules()):
+        if isinstance(wrapper, PackedAdapter):
+            wrapper.__class__ = ParamWrapper
     for _name, module in packed:
         for matrix in MATRICES:
             shape = module.shape_of(matrix)
@@ -130,11 +134,6 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
 def adapts_packed(model: nn.Module) -> bool:
     """Whether adapters lie on packed experts."""
     return any(isinstance(module, PackedAdapter) for module in model.modules())
-
-
-def adapts_parameters(model: nn.Module) -> bool:
-    """Whether adapters lie on parameters (experts, a router) rather than on layers."""
-    return any(isinstance(module, ParamWrapper) for module in model.modules())
 
 
 def plain_adapters(model: nn.Module) -> None:

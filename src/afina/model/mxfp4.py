@@ -8,7 +8,8 @@ that are there anyway. Knows nothing of files, nor of PEFT.
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,8 +31,28 @@ PACKED: dict[str, Any] = {
 """What config.json says of a checkpoint whose experts are packed."""
 MATRICES = ("gate_up_proj", "down_proj")
 
-LowRank = tuple[torch.Tensor, torch.Tensor, float]
-"""A: (experts, rank, in), B: (experts, out, rank), and the factor of B A."""
+
+class LowRank(NamedTuple):
+    """A low-rank term of all experts. a: (experts, rank, in), b: (experts, out, rank), the factor of B A. `owner`: of
+    several who share the experts, by number, whose rows it is for; None is all of them."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    factor: float
+    owner: int | None = None
+
+    def add(self, out: torch.Tensor, x: torch.Tensor, expert: int, spans: "Spans") -> torch.Tensor:
+        """`out` (rows, out) with the term of `expert` and x (rows, in). Where it has an owner nothing may learn."""
+        a, b = self.a[expert].to(x.dtype), self.b[expert].to(x.dtype)
+        if self.owner is None:
+            return out + (x @ a.t()) @ b.t() * self.factor
+        rows = spans[self.owner]
+        out[rows] += (x[rows] @ a.t()) @ b.t() * self.factor
+        return out
+
+
+Spans = list[slice]
+"""Of rows that lie in their owners' order, each owner's."""
 
 
 def dequantise(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -79,11 +100,46 @@ class _Product(torch.autograd.Function):
         return d_out @ dequantise(blocks, scales, d_out.dtype), None, None
 
 
+def by_expert(
+    hidden_states: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    experts: int,
+    one: Callable[[int, torch.Tensor, Spans], torch.Tensor],
+    owners: torch.Tensor | None = None,
+    several: int = 1,
+) -> torch.Tensor:
+    """What a mixture gives: hidden_states (tokens, width); indices, weights (tokens, chosen). Returns (tokens, width).
+
+    `one` computes what an expert, by its number, makes of its rows (rows, width). These lie in the order of their
+    owners: `owners` (tokens,) are numbers below `several`.
+    """
+    tokens, chosen = indices.shape
+    which = (indices * several + (0 if owners is None else owners[:, None])).flatten()
+    order = which.argsort(stable=True)
+    counts = torch.bincount(which, minlength=experts * several).view(experts, several).tolist()
+    kind = hidden_states.device.type
+    mixed = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if mixed else hidden_states.dtype
+    rows = hidden_states.to(dtype)[order // chosen]
+    outputs, start = [], 0
+    with torch.autocast(kind, enabled=False) if mixed else nullcontext():
+        for expert, own in enumerate(counts):
+            if count := sum(own):
+                ends = list(accumulate(own, initial=0))
+                outputs.append(one(expert, rows[start : start + count], list(map(slice, ends, ends[1:]))))
+                start += count
+    weighted = torch.cat(outputs) * weights.flatten()[order, None]
+    whole = torch.empty_like(weighted).index_copy(0, order, weighted)
+    summed: torch.Tensor = whole.view(tokens, chosen, -1).sum(1)
+    return summed.type_as(hidden_states)
+
+
 class PackedExperts(nn.Module):
     """gpt-oss's experts, with what transformers' module of the same place is given and gives back.
 
     `NAME_blocks`: (experts, rows, columns / 32, 16), `NAME_scales`: (experts, rows, columns / 32), as checkpoints have
-    them; rows are what a matrix gives, columns what it takes. While a low-rank pair stands in `low_rank` under the name
+    them; rows are what a matrix gives, columns what it takes. While a low-rank term stands in `low_rank` under the name
     of a matrix, it is added to that matrix.
     """
 
@@ -115,36 +171,20 @@ class PackedExperts(nn.Module):
         self, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden_states (tokens, width); router_indices, routing_weights (tokens, chosen). Returns (tokens, width)."""
-        tokens, chosen = router_indices.shape
-        which = router_indices.flatten()
-        order = which.argsort(stable=True)
-        counts = torch.bincount(which, minlength=self.num_experts).tolist()
-        kind = hidden_states.device.type
-        mixed = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if mixed else hidden_states.dtype
-        rows = hidden_states.to(dtype)[order // chosen]
-        outputs, start = [], 0
-        with torch.autocast(kind, enabled=False) if mixed else nullcontext():
-            for expert, count in enumerate(counts):
-                if count:
-                    outputs.append(self._one(expert, rows[start : start + count]))
-                    start += count
-        weighted = torch.cat(outputs) * routing_weights.flatten()[order, None]
-        whole = torch.empty_like(weighted).index_copy(0, order, weighted)
-        summed: torch.Tensor = whole.view(tokens, chosen, -1).sum(1)
-        return summed.type_as(hidden_states)
+        return by_expert(hidden_states, router_indices, routing_weights, self.num_experts, self.one)
 
-    def _one(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        gate_up = self._product("gate_up_proj", expert, x)
+    def one(self, expert: int, x: torch.Tensor, spans: Spans) -> torch.Tensor:
+        """What an expert makes of its rows (rows, width), see `by_expert`."""
+        gate_up = self._product("gate_up_proj", expert, x, spans)
         gate = gate_up[..., ::2].clamp(max=self.limit)
         up = gate_up[..., 1::2].clamp(min=-self.limit, max=self.limit)
-        return self._product("down_proj", expert, (up + 1) * gate * torch.sigmoid(gate * self.alpha))
+        return self._product("down_proj", expert, (up + 1) * gate * torch.sigmoid(gate * self.alpha), spans)
 
-    def _product(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+    def _product(self, name: str, expert: int, x: torch.Tensor, spans: Spans) -> torch.Tensor:
         blocks, scales = getattr(self, f"{name}_blocks")[expert], getattr(self, f"{name}_scales")[expert]
         out: torch.Tensor = _Product.apply(x, blocks, scales)  # type: ignore[no-untyped-call]
-        for a, b, factor in self.low_rank.get(name, ()):
-            out = out + (x @ a[expert].to(x.dtype).t()) @ b[expert].to(x.dtype).t() * factor
+        for term in self.low_rank.get(name, ()):
+            out = term.add(out, x, expert, spans)
         bias: torch.Tensor = getattr(self, f"{name}_bias")[expert]
         return out + bias.to(x.dtype)
 

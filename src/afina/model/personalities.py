@@ -16,13 +16,11 @@ from torch import nn
 
 from afina.errors import ModelError
 from afina.language import _
-from afina.model.attach import load_adapter
-from afina.model.experts import adapts_parameters
 from afina.model.foreign import read_object
 from afina.model.generate import generate
+from afina.model.mixed import BASE, mixable, mixed
+from afina.model.saved import load_adapter
 
-BASE = "__base__"
-"""PEFT's name for no adapter."""
 MAX_SETTINGS_BYTES = 2**20
 
 
@@ -56,7 +54,11 @@ class Personalities:
                 _("There is a personality called {name} already.").format(name=name),
                 hint=_("Give this one another name, or drop that one first."),
             )
-        _refuse_selfish(folder)
+        file = folder / "adapter_config.json"
+        if file.is_file():  # else load_adapter says what is missing
+            said = read_object(file, MAX_SETTINGS_BYTES)
+            _refuse_selfish(said, file)
+            self._refuse_other_parameters(said, file)
         key = f"p{self._made}"  # a user's name may hold what a module's cannot
         self._made += 1
         active = None if self._adapted is None else self._adapted.active_adapters
@@ -104,11 +106,11 @@ class Personalities:
     ) -> list[list[int]]:
         """As `generate`, prompt i answered by `names[i]` (None is the base), all in one batch.
 
-        Adapters that PEFT cannot mix (DoRA, on experts) take turns, a batch for each of those who are asked. Raises
-        ModelError for an unknown name.
+        Low-rank adapters of every kind that Afina makes are mixed, on layers (DoRA too), experts and routers; where
+        one of those asked is of another kind they take turns, a batch each. Raises ModelError for an unknown name.
         """
         keys = [BASE if name is None else self._key(name) for name in names]
-        if self._adapted is None or set(keys) <= self._mixable():
+        if self._adapted is None or set(keys) <= mixable(self._adapted):
             rows = self.base if self._adapted is None else _Rows(self._adapted, keys)
             return generate(rows, prompts, **settings)
         answers: dict[int, list[int]] = {}
@@ -119,11 +121,21 @@ class Personalities:
             answers |= dict(zip(places, found, strict=True))
         return [answers[place] for place in range(len(prompts))]
 
-    def _mixable(self) -> set[str]:
-        if adapts_parameters(self._adapted):
-            return set()
-        plain = {key for key, config in self._adapted.peft_config.items() if not config.use_dora}
-        return plain | {BASE}
+    def _refuse_other_parameters(self, said: dict[str, Any], file: Path) -> None:
+        """Raises ModelError for adapters on other parameters than those that are there have: PEFT names an adapter's
+        weights by how its parameters' wrappers lie one in another, which all adapters of a base share."""
+        asked = said.get("target_parameters")
+        new = sorted(map(str, asked)) if isinstance(asked, list) else []
+        for name, key in self._keys.items():
+            there = sorted(self._adapted.peft_config[key].target_parameters or ())
+            if new and there and new != there:
+                raise ModelError(
+                    _("target_parameters are {new}, but {there} of {name}: the two cannot share a base.").format(
+                        new=", ".join(new)[:200], there=", ".join(there), name=name
+                    ),
+                    hint=_("Chat with it alone, or drop the other one first."),
+                    file=file,
+                )
 
     def _key(self, name: str) -> str:
         if name not in self._keys:
@@ -143,16 +155,13 @@ class _Rows(nn.Module):
 
     def generate(self, **settings: Any) -> torch.Tensor:
         """transformers' generate, told whose rows they are."""
-        found: torch.Tensor = self.model.generate(adapter_names=self._keys, **settings)
+        with mixed(self.model, self._keys):
+            found: torch.Tensor = self.model.generate(adapter_names=self._keys, **settings)
         return found
 
 
-def _refuse_selfish(folder: Path) -> None:
+def _refuse_selfish(said: dict[str, Any], file: Path) -> None:
     """Raises ModelError for an adapter that changes what the others on the same base rest on."""
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return  # load_adapter says what is missing
-    said = read_object(file, MAX_SETTINGS_BYTES)
     name = next((key for key in ("modules_to_save", "trainable_token_indices") if said.get(key)), None)
     if said.get("bias", "none") != "none":
         name = "bias"
