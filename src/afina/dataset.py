@@ -13,11 +13,11 @@ from afina.artifact import parent, seal, sha256
 from afina.console import console
 from afina.data.audit.finding import Finding, Report
 from afina.data.files import find
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.read import read
 from afina.data.split import Part, deal, parts_of, written
 from afina.data.stats import Figures, advice, figures, spread, warnings
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.errors import DataError, OutputError
 from afina.language import _
 from afina.recipe.load import load_or_default

@@ -11,8 +11,8 @@ from journey.tiny import save_base
 from small import CPU
 
 from afina.data.conversation import Message
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.errors import ModelError, RecipeError
 from afina.evaluate.systems.asking import Answer, Choose, Constraint, Read, Request, Write
 from afina.evaluate.systems.endpoint import EndpointAnswering

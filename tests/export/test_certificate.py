@@ -17,12 +17,13 @@ import afina
 from afina.artifact import open_artifact
 from afina.console import Console
 from afina.data.conversation import Message, Sample
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.errors import ModelError, ProofError, ResourceError
 from afina.export import certificate, imatrix
 from afina.export import run as room
-from afina.export.certificate import LIMITS, certify, divergence, pose
+from afina.export.certificate import LIMITS, certify, pose
+from afina.export.divergence import distributions, divergence
 from afina.export.gguf import write_gguf
 from afina.export.lora import write_lora
 from afina.export.mixes import FORMATS
@@ -224,7 +225,7 @@ def test_stories_in_few_bits(real_data: Path, tmp_path: Path) -> None:
     prompt = [1, 403, 407, 261, 378]
     with torch.no_grad():
         ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60)[0].tolist()
-    (logprobs,) = certificate.distributions(model, [(prompt, ids[len(prompt) :])])
+    (logprobs,) = distributions(model, [(prompt, ids[len(prompt) :])])
     found = {}
     for kind in ORDER:
         facts = write_gguf(source, tmp_path / f"{kind}.gguf", kind)
@@ -254,7 +255,7 @@ def test_llamacpp_adds_the_adapter_to_the_base(run: Path, tmp_path: Path, monkey
 
     ids = list(range(3, 43))
     tuned = reopen(run, "fp32")
-    (ours,) = certificate.distributions(tuned.model, [(ids[:1], ids[1:])])
+    (ours,) = distributions(tuned.model, [(ids[:1], ids[1:])])
     with LlamaCpp(base, threads=1, cache="f32") as alone:
         without = alone.logprobs(ids, top=ours.shape[1])
     monkeypatch.setattr(xllamacpp, "CommonParams", with_adapter)
@@ -280,9 +281,9 @@ def test_adapters_that_llamacpp_cannot_add(run: Path, tmp_path: Path) -> None:
 def test_rows_read_together_as_alone(tmp_path: Path, monkeypatch: Patch) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "base"), dtype=torch.float32).eval()
     asked = [([3, 99, 200], [17, 5]), ([9], []), ([4, 4, 81, 7, 65, 12, 300], [2]), ([250, 6], [1, 1, 1])]
-    alone = [certificate.distributions(model, [one])[0] for one in asked]
+    alone = [distributions(model, [one])[0] for one in asked]
     for room_for in (2**27, 400 * 8 * 2):  # all at once; two at a time
-        monkeypatch.setattr(certificate, "LOGITS", room_for)
-        for (_prompt, answer), found, one in zip(asked, certificate.distributions(model, asked), alone, strict=True):
+        monkeypatch.setattr("afina.export.divergence.LOGITS", room_for)
+        for (_prompt, answer), found, one in zip(asked, distributions(model, asked), alone, strict=True):
             assert found.shape[0] == len(answer) + 1
             np.testing.assert_allclose(found, one, atol=1e-5)

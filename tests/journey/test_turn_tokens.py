@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import afina
 from afina.data.conversation import Message
-from afina.data.tokenizer import load_tokenizer
+from afina.data.load_tokenizer import load_tokenizer
 from afina.errors import ModelError, RecipeError
 from afina.train.reopen import reopen
 

@@ -16,17 +16,17 @@ from typing import Any
 from torch import nn
 
 from afina.artifact import MANIFEST, folder_digest, open_artifact, sha256
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.errors import ModelError, RecipeError
 from afina.evaluate.systems.asking import Answering, System
 from afina.evaluate.systems.endpoint import EndpointAnswering
 from afina.evaluate.systems.gguf import GgufAnswering, PromptOf, Weighing
 from afina.evaluate.systems.transformer import ModelAnswering, as_it_is
 from afina.language import _
-from afina.model.attach import load_adapter
 from afina.model.endpoint import Endpoint
 from afina.model.load import choose_hardware, load_model
+from afina.model.saved import load_adapter
 from afina.model.vocabulary import grow
 from afina.recipe.place import model_source
 from afina.recipe.schema import Model
