@@ -181,6 +181,13 @@ def test_a_mapping_that_takes_too_much_is_stopped(tmp_path, template, why):
     assert len(read("a.jsonl", Data(train="a.jsonl", mapping=mapping), tmp_path).samples) == 3
 
 
+@pytest.mark.parametrize(("head", "kind"), [(b"PK\x03\x04", "ZIP"), (b"\xfd7zXZ\x00", "xz"), (b"BZh91AY&SY", "bzip2")])
+def test_an_archive_is_called_one(tmp_path, head, kind):
+    (tmp_path / "a.jsonl").write_bytes(head + b'\n{"text": "a"}\n')
+    with pytest.raises(DataError, match=f"is a {kind} archive"):
+        read("a.jsonl", Data(train="a.jsonl"), tmp_path)
+
+
 def test_a_hostile_value_beside_the_rows_is_passed_over(tmp_path):
     """What data.mapping does not ask for may be larger than any row."""
     big = {"beside": ["x" * 1000] * (2 * ROW_BYTES // 1000), "rows": [{"q": "a", "a": "b"}]}

@@ -283,7 +283,7 @@ def test_rows_read_together_as_alone(tmp_path: Path, monkeypatch: Patch) -> None
     asked = [([3, 99, 200], [17, 5]), ([9], []), ([4, 4, 81, 7, 65, 12, 300], [2]), ([250, 6], [1, 1, 1])]
     alone = [distributions(model, [one])[0] for one in asked]
     for room_for in (2**27, 400 * 8 * 2):  # all at once; two at a time
-        monkeypatch.setattr("afina.export.divergence.LOGITS", room_for)
+        monkeypatch.setitem(distributions.__globals__, "LOGITS", room_for)
         for (_prompt, answer), found, one in zip(asked, distributions(model, asked), alone, strict=True):
             assert found.shape[0] == len(answer) + 1
             np.testing.assert_allclose(found, one, atol=1e-5)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from afina.data.conversation import DOCUMENT, PASSAGE, Message
-from afina.data.messages import message_from
+from afina.data.messages import effort_from, message_from, tools_from
 from afina.data.rows import BadRow, Row
 from afina.errors import DataError
 from afina.language import _
@@ -162,6 +162,16 @@ def checked(messages: tuple[Message, ...], system: str | None) -> tuple[Message,
             ) from None
     if any(message.role in ("system", "developer") for message in messages[1:]):
         raise BadRow(_("a system message stands after the first message"))
-    if system is not None and messages[0].role not in ("system", "developer") and not document:
-        return (Message("system", system), *messages)
-    return messages
+    return messages if system is None else with_system(messages, system)
+
+
+def with_system(messages: tuple[Message, ...], system: str) -> tuple[Message, ...]:
+    """A conversation that begins with a system message: its own, or this one. Plain text has none."""
+    if messages[0].role in ("system", "developer", DOCUMENT, PASSAGE):
+        return messages
+    return (Message("system", system), *messages)
+
+
+def beside_of(row: Any, dialect: str) -> tuple[str, str]:
+    """The tools and the reasoning effort that a row has beside its messages (`Sample`). Raises BadRow."""
+    return (tools_from(row), effort_from(row)) if dialect in ("messages", "sharegpt") else ("", "")

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from afina.data.audit.chat import class_of
 from afina.data.conversation import Sample
-from afina.data.dialects import Make, checked, dialect_of, maker
+from afina.data.dialects import Make, beside_of, checked, dialect_of, maker
 from afina.data.files import find
 from afina.data.mapping import Mapped
-from afina.data.messages import effort_from, tools_from
 from afina.data.problem import BadRows, Problem
 from afina.data.rows import BadRow, Row, Shape, encoding_of, format_of, rows
 from afina.errors import DataError
@@ -125,8 +124,7 @@ def _of_file(file: Path, data: Data, told: Reading) -> Iterator[tuple[Path, Row,
                 make = mapped or maker(dialect, passages=form == "text")
                 told.spoken[file] = dialect
             messages = checked(make(row), data.system)
-            talks = dialect in ("messages", "sharegpt")
-            beside = (tools_from(row.value), effort_from(row.value)) if talks else ()
+            beside = beside_of(row.value, dialect)
         except BadRow as reason:
             yield file, row, str(reason)
         else:

@@ -8,6 +8,7 @@ import codecs
 import gc
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -305,6 +306,23 @@ def is_columns(value: dict[str, Any]) -> bool:
     return bool(value) and all(
         isinstance(column, list) and not any(isinstance(one, dict) for one in column[:1]) for column in value.values()
     )
+
+
+def line_of(value: Any) -> str:
+    """A value as a row of JSON Lines, without its end. What JSON does not have (a date, of Parquet) becomes its text,
+    and what is no number null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def uncollected(function: Callable[..., Result], *arguments: Any) -> Result:

@@ -260,7 +260,7 @@ def _refusal(reason: str) -> Refusal:
 
 def _ids(backend: Any, texts: list[str]) -> list[list[int]]:
     try:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
     except BaseException as error:  # the Rust panic derives from BaseException
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ModelError(

@@ -9,7 +9,7 @@ need, has no fault of syntax or shape; its texts are looked at by scan.py togeth
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import compress, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from afina.data.audit.finding import Finding, Report
 from afina.data.audit.kind import Severity
 from afina.data.audit.kinds import kinds
 from afina.data.audit.letters import Fault
-from afina.data.audit.quick import KEYS, NOT_PLAIN, Look, Plain, look_of, look_through
+from afina.data.audit.quick import KEYS, NOT_PLAIN, Look, look_of, look_through
 from afina.data.audit.scan import join, suspects
 from afina.data.audit.syntax import MINUS_ZERO, quotes, quotes_in, quotes_of
+from afina.data.audit.taken import Taken
 from afina.data.audit.text import ALL, faults
 from afina.data.audit.tongue import languages
 from afina.data.conversation import ROLES, Message, Sample
-from afina.data.dialects import Make, checked, dialect_of, maker
+from afina.data.dialects import Make, beside_of, checked, dialect_of, maker, with_system
 from afina.data.mapping import Mapped
 from afina.data.near import Near
 from afina.data.rows import BadRow, Row, Shape, uncollected
@@ -39,68 +40,18 @@ KEYS_TOLD = 20
 """Names of keys that are told, at most."""
 KEPT = 2**24
 """Bytes of freed memory, twice which are kept for the next block."""
-NONE = np.zeros(0, np.int64)
 SLOW = 20
 """A quick look is made anew for keys it did not know where these keep more than one row in so many from it."""
 
 
 @dataclass
-class Taken:
-    """The conversations of a block, some at a time: of each its place there, its roles, and how many texts it has;
-    all texts, end to end, and the hash of each."""
-
-    roles: list[tuple[str, ...]] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    _rows: list[np.ndarray] = field(default_factory=list)
-    _counts: list[np.ndarray] = field(default_factory=list)
-    _hashed: list[np.ndarray] = field(default_factory=list)
-
-    def add(self, rows: np.ndarray, plain: Plain, hashed: np.ndarray, good: np.ndarray) -> None:
-        """Take up those of some conversations that are good. rows: their places; good: (conversations,) bool."""
-        if good.all():
-            self.roles += plain.roles
-            self.texts += plain.texts
-        else:
-            each = np.repeat(good, plain.counts)
-            self.roles += compress(plain.roles, good.tobytes())
-            self.texts += compress(plain.texts, each.tobytes())
-            rows, hashed, plain = rows[good], hashed[each], plain._replace(counts=plain.counts[good])
-        self._rows.append(rows)
-        self._counts.append(plain.counts)
-        self._hashed.append(hashed)
-
-    def add_one(self, row: int, roles: tuple[str, ...], texts: list[str]) -> None:
-        """Take up a conversation."""
-        self.roles.append(roles)
-        self.texts += texts
-        self._rows.append(np.array([row]))
-        self._counts.append(np.array([len(texts)]))
-        self._hashed.append(np.array(list(map(hash, texts))))
-
-    @property
-    def rows(self) -> np.ndarray:
-        """(conversations,) int64."""
-        return np.concatenate([NONE, *self._rows])
-
-    @property
-    def counts(self) -> np.ndarray:
-        """(conversations,) int64."""
-        return np.concatenate([NONE, *self._counts])
-
-    @property
-    def hashed(self) -> np.ndarray:
-        """(texts,) int64."""
-        return np.concatenate([NONE, *self._hashed])
-
-
-@dataclass
 class Pass:
-    """One pass. `labels` is given the samples of every block and yields what is wrong with their labels."""
+    """One pass. `judges` are given the samples of every block and yield what is wrong with each as a sample."""
 
     data: Data
     report: Report
     across: Across = field(default_factory=Across)
-    labels: Callable[[Sequence[Sample]], Iterator[tuple[int, Fault]]] | None = None
+    judges: Sequence[Callable[[Sequence[Sample]], Iterator[tuple[int, Fault]]]] = ()
     plain: bool = False
     """Look at every row by itself and every text in full: slow, and what the tests hold the fast way against."""
     markup: bool = True
@@ -162,8 +113,9 @@ class Pass:
             for fault in faults(taken.texts[number], looks[number], plain_markup=self.markup):
                 begin, end = syntax.place(block.raws[row], taken.texts[number], fault.begin, fault.end)
                 found.setdefault(row, []).append(fault._replace(begin=begin, end=end))
-        if self.labels is not None:
-            for at, fault in self.labels(_samples(path, block, taken)):
+        samples = self._samples(path, block, taken) if self.judges else []
+        for judge in self.judges:
+            for at, fault in judge(samples):
                 row = int(rows[at])
                 found.setdefault(row, []).append(fault._replace(begin=0, end=len(block.raws[row])))
         self._tell(path, block, found)
@@ -189,6 +141,18 @@ class Pass:
         )
         self.across.add(Columns(*(column[order] for column in columns)), (taken.texts[at] for at in last))
 
+    def _samples(self, path: Path, block: Block, taken: Taken) -> list[Sample]:
+        """What training makes of the conversations of a block."""
+        made, at = [], 0
+        for row, roles, count in zip(taken.rows.tolist(), taken.roles, taken.counts.tolist(), strict=True):
+            plain = tuple(map(Message, roles, taken.texts[at : at + count])), ("", "")
+            messages, beside = taken.whole.get(row, plain) if taken.whole else plain
+            if self.data.system is not None:
+                messages = with_system(messages, self.data.system)
+            made.append(Sample(messages, path, int(block.lines[row]), *beside))
+            at += count
+        return made
+
     def _tell(self, path: Path, block: Block, found: dict[int, list[Fault]]) -> None:
         table = kinds()
         for row in sorted(found):
@@ -206,15 +170,6 @@ def _keep_freed_memory() -> None:
     """Free a large array that was never written to: the C library (glibc) judges by it how much freed memory to keep.
     A block's arrays then lie in memory that is there; else the system clears 300 pages for each block anew."""
     np.empty(KEPT, np.uint8)
-
-
-def _samples(path: Path, block: Block, taken: Taken) -> list[Sample]:
-    made, at = [], 0
-    for row, roles, count in zip(taken.rows.tolist(), taken.roles, taken.counts.tolist(), strict=True):
-        texts = taken.texts[at : at + count]
-        made.append(Sample(tuple(map(Message, roles, texts)), path, int(block.lines[row])))
-        at += count
-    return made
 
 
 @dataclass
@@ -334,6 +289,7 @@ class _Reader:
                 self.dialect = dialect_of(row.value, self.data)
                 self._make = maker(self.dialect, passages=self.passages)
             messages = checked(self._make(row), None)
+            beside = beside_of(row.value, self.dialect)
         except BadRow as reason:
             kind, text = chat.refused(row.value, self.dialect)
             found[at] = [*notes, _blame(row.raw, kind, text, str(reason))]
@@ -352,6 +308,8 @@ class _Reader:
         if notes or odd:
             found[at] = notes + odd
         taken.add_one(at, roles, texts)
+        if any(beside) or any(message.more or message.weight != 1 for message in messages):
+            taken.whole[at] = messages, beside
 
 
 @cache

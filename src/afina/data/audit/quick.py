@@ -138,8 +138,8 @@ VALUE: Any = PLAIN
 """What every program reads alike: no number beyond 64 bits."""
 for _depth in range(DEPTH):
     VALUE = Union[PLAIN, list[VALUE], dict[str, VALUE]]  # noqa: UP007
-MEANT = frozenset({"chosen", "rejected", "system", "history"})
-"""Keys that mean something in some dialect."""
+MEANT = frozenset({"chosen", "rejected", "system", "history", "tools", "reasoning_effort", "effort"})
+"""Keys that mean something in some dialect: such rows are looked at one by one."""
 KEYS = 64
 """Keys beside those of a dialect that a look is made for, at most."""
 
