@@ -51,6 +51,8 @@ def test_from_recipe_to_answer(afina, place, way):
         asked = afina(*words, "--prompt", "The soup is great.")
         assert asked.status == 0 and asked.out.strip(), asked.err
     assert not [words for words in tried if words[0] == "export"]
+    page = (run / "report.html").read_text("utf-8")
+    assert ("--beside-base" in page) == (way != "last-layer") and "--format q8_0" not in page
     if virtual:
         refused = afina("export", run, "--to", "q8_0")
         assert refused.status == 2 and "outside the weights" in refused.err and not (run / "export").exists()

@@ -138,6 +138,11 @@ def _chosen(rows: list[dict[str, Any]], tasks: Sequence[str]) -> list[dict[str, 
 
 def _predictions(run: Path) -> list[dict[str, Any]]:
     file = run / "evaluation" / "predictions.jsonl"
+    if not file.exists():
+        raise DataError(
+            _("{run} has no answers to rate yet.").format(run=run),
+            hint=_("Evaluate the run first: afina eval {run}").format(run=run),
+        )
     try:
         lines = file.read_bytes().split(b"\n")
         return [json.loads(line) for line in lines if line.strip()]

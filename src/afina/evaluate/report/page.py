@@ -315,10 +315,13 @@ def _commands(run: Path, recipe: Facts, evaluated: bool, exports: Sequence[Facts
     """What a user may want next: (what for, command). Paths start where the run folder's parent lies."""
     place = Path(run.resolve().parent.name, run.resolve().name)
     quoted = shlex.quote(str(place))
+    method = mapping(recipe.get("method")).get("name")
     commands = [{"purpose": _("Talk to it, beside the base model"), "command": f"afina chat {quoted} --beside-base"}]
+    if method == "full":  # there is no base beside it in memory
+        commands = [{"purpose": _("Talk to it"), "command": f"afina chat {quoted}"}]
     if recipe.get("tasks") and not evaluated:
         commands.append({"purpose": _("Measure it on held-out samples"), "command": f"afina eval {quoted}"})
-    if not exports:
+    if not exports and method in ("lora", "full"):  # learnt prompts lie outside the weights
         command = f"afina export {quoted} --format q8_0"
         commands.append({"purpose": _("Make a file for llama.cpp, Ollama and LM Studio"), "command": command})
     gguf = next((entry["file"] for entry in exports if entry["file"].endswith(".gguf")), None)
