@@ -136,6 +136,7 @@ class Shape:
     softcaps: tuple[float | None, float | None]
     experts: tuple[int, int]
     notes: tuple[str, ...]
+    turned_otherwise: bool = False
 
     def expected(self, present: set[str]) -> Iterator[str]:
         """The names of every tensor that the architecture has, in the order in which they are written."""
@@ -213,9 +214,11 @@ def read_shape(model_folder: Path) -> Shape:
     rope = _rope(config, family, path)
     if rope["rope_type"] == "longrope":
         notes += (_longrope_note(rope["original"]),)
-    if rope["rope_type"] == "yarn" and rope.get("truncate") is False:
-        notes += (_("llama.cpp rounds where the scaling of positions (YaRN) begins and ends; this model does not."),)
     head_dim = _count(config, "head_dim", path, hidden // heads)
+    theta = _number(rope, "rope_theta", path, 10000.0)
+    turned = _turned_otherwise(rope, theta, head_dim)
+    if turned:
+        notes += (_yarn_note(turned),)
     shape = Shape(
         family=family,
         layers=_count(config, "num_hidden_layers", path),
@@ -226,7 +229,7 @@ def read_shape(model_folder: Path) -> Shape:
         head_dim=head_dim,
         context=context,
         epsilon=_number(config, family.epsilon, path, 1e-6),
-        theta=_number(rope, "rope_theta", path, 10000.0),
+        theta=theta,
         rope=rope,
         rotated=int(head_dim * _number(rope | config, "partial_rotary_factor", path, 1.0)),
         tied=bool(config.get("tie_word_embeddings", family.norms_from_one)),
@@ -234,6 +237,7 @@ def read_shape(model_folder: Path) -> Shape:
         softcaps=(config.get("attn_logit_softcapping"), config.get("final_logit_softcapping")),
         experts=_experts(config, path) if family.architecture == "gpt-oss" else (0, 0),
         notes=notes,
+        turned_otherwise=turned > 0,
     )
     if family.architecture == "gpt-oss":
         _refuse_other_gpt_oss(shape, config, path)
@@ -324,6 +328,34 @@ def _longrope_note(original: int) -> str:
     ).format(original=original)
 
 
+def _turned_otherwise(rope: dict[str, Any], theta: float, head_dim: int) -> float:
+    """By how many radians a token llama.cpp turns the dimension that it turns most otherwise than a YaRN which leaves
+    the ends of its ramp as they are (arXiv:2309.00071, section 3.2): llama.cpp rounds them down and up."""
+    if rope["rope_type"] != "yarn" or rope.get("truncate") is not False or theta == 1:
+        return 0.0
+    ends = [
+        head_dim * math.log(rope["original"] / (rope[turns] * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in ("beta_fast", "beta_slow")
+    ]
+
+    def share(at: int, low: float, high: float) -> float:
+        low, high = max(low, 0.0), min(high, head_dim - 1.0)
+        return min(max((at - low) / max(high - low, 1e-3), 0.0), 1.0)
+
+    moved = [
+        theta ** (-2 * at / head_dim) * abs(share(at, *ends) - share(at, math.floor(ends[0]), math.ceil(ends[1])))
+        for at in range(head_dim // 2)
+    ]
+    return max(moved) * abs(1 - 1 / float(rope["factor"]))
+
+
+def _yarn_note(turned: float) -> str:
+    return _(
+        "llama.cpp rounds where the scaling of positions (YaRN) begins and ends; this model does not: two tokens that "
+        "are 100 apart are turned by up to {angle:.2g} radians more or less."
+    ).format(angle=100 * turned)
+
+
 def _rope(config: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
     """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of before, as one mapping."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
@@ -346,6 +378,8 @@ def _rope(config: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
         if low >= high:
             raise ModelError(_("low_freq_factor must be less than high_freq_factor."), file=path)
     if kind == "yarn":
+        for key, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+            rope[key] = _number({key: rope.get(key) or usual}, key, path)
         _refuse_other_yarn(rope, family, path)
     return rope
 
