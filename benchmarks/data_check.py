@@ -1,13 +1,14 @@
 """How fast `afina data check` is, how much memory it takes, and whether it finds every bad row among a million.
 
-    python benchmarks/data_check.py [ROWS] [FOLDER]
+    python benchmarks/data_check.py [ROWS] [FOLDER] [--beside]
 
-Writes a file of ROWS rows (a million unless told) into a temporary folder, or into FOLDER, where it is found again.
-What PYTHONPATH names is measured, so that two versions can be compared on one file. Every hundredth row is bad: one of
-each class of tests/data/audit/faulty.py in turn, then duplicates, contradictions, answers in another language and
-answers far too short. Audits it in a process of its own and appends what was found and measured to results/data.jsonl:
-rows of every class that were found and that were not, sound rows complained of, MB/s of the clock and of the processor,
-and the process's own peak of memory.
+--beside gives every row a number, a list and an object beside its messages. Writes a file of ROWS rows (a million
+unless told) into a temporary folder, or into FOLDER, where it is found again. What PYTHONPATH names is measured, so
+that two versions can be compared on one file. Every hundredth row is bad: one of each class of
+tests/data/audit/faulty.py in turn, then duplicates, contradictions, answers in another language and answers far too
+short. Audits it in a process of its own and appends what was found and measured to results/data.jsonl: rows of every
+class that were found and that were not, sound rows complained of, MB/s of the clock and of the processor, and the
+process's own peak of memory.
 """
 
 import json
@@ -30,7 +31,7 @@ BAD_EVERY = 100
 ACROSS = ("duplicate", "contradiction", "other-language", "short-answer")
 
 
-def make(path: Path, rows: int) -> dict[int, str]:
+def make(path: Path, rows: int, beside: bool = False) -> dict[int, str]:
     """Write the file; returns line and class of every bad row."""
     import faulty
 
@@ -47,6 +48,9 @@ def make(path: Path, rows: int) -> dict[int, str]:
                 raw = faulty.sound(rng)
                 if line % BAD_EVERY == 1:
                     seen = [*seen[-50:], raw]
+            if beside and raw.startswith(b'{"messages"') and raw.endswith(b"]}"):
+                more = {"id": line, "tags": ["web", "short"], "meta": {"source": "a forum", "votes": [line % 7, 0.5]}}
+                raw = raw[:-1] + b", " + json.dumps(more).encode()[1:]
             file.write(raw + (b"\r\n" if line % 1000 == 0 else b"\n"))
     return bad
 
@@ -133,12 +137,15 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--make"]:
         Path(arguments[2]).write_text(json.dumps(make(Path(arguments[1]), int(arguments[3]))))
         return
+    beside = "--beside" in arguments
+    arguments = [word for word in arguments if word != "--beside"]
     rows = int(next((word for word in arguments if word.isdigit()), "1000000"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(next((word for word in arguments if not word.isdigit()), temporary))
-        path, truth = folder / f"rows-{rows}.jsonl", folder / f"truth-{rows}.json"
+        name = f"{rows}-beside" if beside else str(rows)
+        path, truth = folder / f"rows-{name}.jsonl", folder / f"truth-{name}.json"
         if not truth.exists():
-            truth.write_text(json.dumps(make(path, rows)))
+            truth.write_text(json.dumps(make(path, rows, beside)))
         code = os.environ.get("PYTHONPATH", str(ROOT / "src"))
         done = subprocess.run(
             [sys.executable, __file__, "--audit", str(path), str(truth)],
@@ -152,7 +159,7 @@ def main(arguments: list[str]) -> None:
     if done.returncode:
         sys.exit(done.stderr)
     measured = {
-        "what": "data check",
+        "what": "data check, a list and an object beside the messages" if beside else "data check",
         "commit": commit,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",

@@ -29,7 +29,7 @@ from pathlib import Path
 from afina.data.batch import micro_batches
 from afina.data.read import read
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
+from afina.data.load_tokenizer import load_tokenizer
 from afina.recipe.schema import Data
 
 file, tokenizer, template = sys.argv[1:4]

@@ -22,9 +22,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.read import read
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.model.decode import Continuation, write_all
 from afina.model.load import Hardware, load_model
 from afina.recipe.place import BUNDLED

@@ -22,16 +22,16 @@ import torch
 from quantize import SHAPES, TINY, Watch, lay_out, note
 
 from afina.data.conversation import Message, Sample
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.export.certificate import pose
 from afina.export.folding import can_fold, fold, read_adapter
 from afina.export.gguf import write_gguf
 from afina.export.merge import apart
 from afina.export.merging import expected_changes, prove_merge
 from afina.export.weights import Held, Source
-from afina.model.attach import load_adapter, save_configuration
 from afina.model.load import Hardware, load_model
+from afina.model.saved import load_adapter, save_configuration
 from afina.recipe.place import BUNDLED
 from afina.recipe.schema import Model
 

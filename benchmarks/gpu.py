@@ -243,6 +243,7 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
     from afina.data.batch import Batch
     from afina.engine import products
     from afina.engine.eight import FP8, INT8
+    from afina.engine.eight_gate import into_eight_bits
     from afina.engine.engine import Engine
     from afina.engine.plan import Plan, choose, count_up, ladder, measure, spread
 
@@ -251,19 +252,20 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
     engine = Engine(model, torch.bfloat16)
     if work.get("eight"):
         form = {"fp8": FP8, "int8": INT8}[work["eight"]]
-        engine.into_eight_bits(form, hold=options.get("hold", work.get("hold", True)))
+        into_eight_bits(engine, form, hold=options.get("hold", work.get("hold", True)))
     torch.cuda.empty_cache()
-    samples, length = work["samples"], work["length"]
-    count = samples * length
+    count = work["samples"] * work["length"]
+    lengths = like_gsm8k(count) if work.get("short") else (work["length"],) * work["samples"]
+    longest = max(lengths)
     learning_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     standing = torch.cuda.memory_allocated() + 2 * learning_bytes  # AdamW's two moments are still to come
     free = int((options.get("gib", work["gib"])) * 2**30) - standing
     rates = measure(engine)
-    plan = choose(engine, count, count, free, rates, length)
+    plan = choose(engine, count, count, free, rates, longest)
     if "levels" in options:  # how many layers stand on each rung of the ladder
         rungs = ladder(frozenset(engine.blocks[0].saves(1)))
         placements = spread(rungs, options["levels"])
-        plan = count_up(engine, Plan(count, placements, 0, options.get("host", "neither"), 0, 0.0), rates, length)
+        plan = count_up(engine, Plan(count, placements, host=options.get("host", "neither")), rates, longest)
     rows = options.get("rows", plan.rows_at_once)
     engine.place(plan.placements, rows_at_once=rows, host=plan.host, held=options.get("held", plan.held))
     names = ["+".join(sorted(p.away)) + "/" + "+".join(sorted(p.again)) for p in plan.placements]
@@ -273,7 +275,6 @@ def afina_step(work: dict[str, Any], options: dict[str, Any]) -> tuple[Any, list
         "planned_ms": round(plan.microseconds / 1000, 1), "standing_gib": round(standing / 2**30, 2),
     }  # fmt: skip
 
-    lengths = like_gsm8k(count) if work.get("short") else (length,) * samples
     positions = torch.cat([torch.arange(part, device="cuda") for part in lengths])
     predicting = (positions.roll(-1) > 0).nonzero().flatten()  # all but the last of each sample
 

@@ -363,8 +363,8 @@ def time_exactness(folder: Path) -> dict[str, Any]:
 
     from afina.console import Console
     from afina.data.batch import micro_batches
+    from afina.data.load_tokenizer import load_tokenizer
     from afina.data.template import Rendered, Renderer
-    from afina.data.tokenizer import load_tokenizer
     from afina.engine.engine import Engine
     from afina.model.attach import attach
     from afina.model.load import choose_hardware, load_model

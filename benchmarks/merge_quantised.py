@@ -23,10 +23,10 @@ from afina.export.certificate import certify_folder, pose
 from afina.export.folding import can_fold, fold, read_adapter
 from afina.export.run import held_out
 from afina.export.weights import Held, Source
-from afina.model.attach import save_configuration, save_whole
 from afina.model.hub import weights_of
 from afina.model.load import Hardware, load_model
 from afina.model.quantize import is_quantised, quantisation
+from afina.model.saved import save_configuration, save_whole
 from afina.recipe.place import model_source
 from afina.recipe.schema import Model
 from afina.train.reopen import reopen

@@ -21,10 +21,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig
 
 from afina.artifact import versions
-from afina.model.attach import attach, save_adapter
+from afina.model.attach import attach
 from afina.model.generate import generate
 from afina.model.mxfp4 import pack_experts
 from afina.model.personalities import Personalities
+from afina.model.saved import save_adapter
 from afina.recipe.schema import Lora
 
 WIDTH: dict[str, Any] = {

@@ -40,17 +40,19 @@ from safetensors.torch import load_file, save_file
 
 from afina.artifact import versions
 from afina.data.conversation import Message, Sample
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.export import certificate, quants
+from afina.export.divergence import divergence
 from afina.export.families import read_shape
 from afina.export.gguf import write_gguf
 from afina.export.mixes import FORMATS, PLAIN
 from afina.export.run import held_out
 from afina.gguf_file import GgufFile
-from afina.model.attach import merged, save_whole
+from afina.model.attach import merged
 from afina.model.llamacpp import LlamaCpp
 from afina.model.load import choose_hardware, load_model
+from afina.model.saved import save_whole
 from afina.recipe.place import BUNDLED
 from afina.recipe.schema import Model
 from afina.train.reopen import reopen
@@ -472,7 +474,7 @@ def arithmetic(options: argparse.Namespace) -> None:
             with LlamaCpp(file, context=512, cache="f32") as witness:
                 for ids, ours in zip(rows, exact, strict=True):
                     told = witness.logprobs(ids[0, :-1].tolist(), top=512)
-                    asked += [certificate.divergence(*pair) for pair in zip(ours[:-1].numpy(), told, strict=True)]
+                    asked += [divergence(*pair) for pair in zip(ours[:-1].numpy(), told, strict=True)]
             note(
                 what="arithmetic",
                 model=options.called or source.name,

@@ -126,7 +126,15 @@ def test_changes_reach_a_source_without_a_recipe(tmp_path):
     changes = ["data.mapping={user: '{{ row.q }}', assistant: '{{ row.a }}'}", "seed=3"]
     place = dataset.split(str(tmp_path / "a.jsonl"), "rest,held=0.25", tmp_path / "parts", changes)
     assert len((place / "held.jsonl").read_text().splitlines()) == 5
-    with pytest.raises(DataError, match="unknown shape"):
+    with pytest.raises(DataError, match="unknown shape") as raised:
         dataset.split(str(tmp_path / "a.jsonl"), "rest,held=0.25", tmp_path / "none")
+    advised = raised.value.hint.partition("mapping: ")[2]  # what is advised can be copied, and works
+    assert advised == '{user: "{{ row.q }}", assistant: "{{ row.a }}"}'
+    dataset.split(str(tmp_path / "a.jsonl"), "rest,held=0.25", tmp_path / "advised", [f"data.mapping={advised}"])
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"n": 1, "the 'question'": "q", "a b": "a"}))
+    with pytest.raises(DataError) as raised:
+        dataset.stats(str(tmp_path / "odd.jsonl"))
+    advised = raised.value.hint.partition("mapping: ")[2]
+    dataset.stats(str(tmp_path / "odd.jsonl"), [f"data.mapping={advised}"])
     with pytest.raises(RecipeError, match="nothing is not a key of model"):
         dataset.stats("a.jsonl", ["model.nothing=1"])

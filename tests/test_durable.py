@@ -256,6 +256,14 @@ class TestNewFile:
 
 
 class TestLog:
+    @pytest.mark.parametrize("whole", [b"", b'{"a": 1}\n', b'{"a": 1}\n' + b"x" * 200_000 + b"\n"])
+    @pytest.mark.parametrize("torn", [b"", b'{"b', b"y" * 200_000])
+    def test_half_a_line_takes_no_other_along(self, tmp_path, whole, torn):
+        (tmp_path / "log.jsonl").write_bytes(whole + torn)
+        with durable.Log(tmp_path / "log.jsonl") as log:
+            log.append({"c": 3})
+        assert (tmp_path / "log.jsonl").read_bytes() == whole + b'{"c": 3}\n'
+
     def test_lines_are_there_at_once(self, tmp_path):
         with durable.Log(tmp_path / "a" / "log.jsonl") as log:
             log.append({"step": 1, "text": "ñ\n"})

@@ -12,15 +12,16 @@ from afina import durable
 from afina.artifact import parent, seal, sha256
 from afina.console import console
 from afina.data.audit.finding import Finding, Report
+from afina.data.files import find
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.read import read
 from afina.data.split import Part, deal, parts_of, written
 from afina.data.stats import Figures, advice, figures, spread, warnings
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.errors import DataError, OutputError
 from afina.language import _
 from afina.recipe.load import load_or_default
-from afina.recipe.place import model_source
+from afina.recipe.place import model_source, schema_file
 from afina.recipe.schema import Recipe
 
 CLASSES = 20
@@ -58,7 +59,8 @@ def check(
             mend.note(found)
 
     labels, about = _labels(recipe, folder) if labelled else (None, [])
-    report = Audit(data, folder, held_out, labels, tell, near).run(console)
+    targets = _targets(recipe, folder) if data.schema_file is not None else None
+    report = Audit(data, folder, held_out, labels, targets, tell, near).run(console)
     for kind, detail in about:
         report.add(Finding(kind, Path(source), 0, 0, 0, detail))
     say(report, console, folder)
@@ -78,6 +80,17 @@ def check(
             hint=_("Mend them, or write a repaired copy with --fix FOLDER."),
         )
     return report
+
+
+def _targets(recipe: Recipe, folder: Path) -> Any:
+    """What holds the answers of this recipe's data to its schema."""
+    from afina.data.targets import Targets, read_schema
+
+    data = recipe.data
+    sources = [data.train, data.validation] if isinstance(data.validation, str | list) else [data.train]
+    named = [one for source in sources for one in ([source] if isinstance(source, str) else source)]
+    schema = read_schema(schema_file(data.schema_file or "", folder), "data.schema_file")
+    return Targets(schema, [file for one in named for file in find(one, folder)])
 
 
 def _labels(recipe: Recipe, folder: Path) -> tuple[Any, list[tuple[str, str]]]:

@@ -35,6 +35,8 @@ KEY = "key"
 """The file beside an unfinished folder that says what it is to become."""
 LOCK = "lock"
 """The file in a claimed folder that says who holds it."""
+PIECE = 2**16
+"""Bytes that are read at once where the end of a line is looked for."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
@@ -150,13 +152,17 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 class Log:
-    """A file of JSON lines that only grows. Each line is written whole and at once, so no reader sees half of one."""
+    """A file of JSON lines that only grows. Each line is written whole and at once, so no reader sees half of one; what
+    a power failure left of a line is taken back, or the next line would be a part of it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = path.open("ab", buffering=0)
+            self._file: IO[bytes] = path.open("a+b", buffering=0)
+            whole = _whole_lines(self._file)
+            if whole < os.fstat(self._file.fileno()).st_size:
+                self._file.truncate(whole)
 
     def append(self, record: dict[str, Any]) -> bytes:
         """Add one record as one line, and return it; on a full disk none of it. Raises OutputError."""
@@ -192,6 +198,18 @@ class Log:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _whole_lines(file: IO[bytes]) -> int:
+    """How many bytes of a file its whole lines take."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - PIECE)
+        file.seek(start)
+        if found := file.read(end - start).rfind(b"\n") + 1:
+            return start + found
+        end = start
+    return 0
 
 
 def sweep(folder: Path) -> list[Path]:

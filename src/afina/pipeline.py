@@ -3,6 +3,7 @@
 init → train → evaluate → export → chat, or run, which does all of it and skips what is done.
 """
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -265,7 +266,7 @@ def init(use_case: str, folder: str | Path | None = None, base: str | None = Non
     made = create_project(place, use_case, changes)
     for file in made:
         console.line(f"  {file}")
-    console.line(_("Next: cd {folder} && afina run recipe.yaml").format(folder=place))
+    console.line(_("Next: cd {folder} && afina run recipe.yaml").format(folder=shlex.quote(str(place))))
     console.event("init", folder=str(place), files=[str(file) for file in made])
     return place
 

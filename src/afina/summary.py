@@ -59,13 +59,21 @@ def say_done(place: Path, seconds: float) -> None:
 
 
 def next_commands(place: Path) -> list[str]:
-    """Three commands a user may want after a finished run."""
-    gguf = sorted((place / "export").glob("*.gguf"))
-    return [
-        f"afina chat {place} --beside-base",
-        f"afina chat {gguf[0]}" if gguf else f"afina export {place} --format q8_0",
-        "afina init support-chat my-project",
-    ]
+    """Two or three commands a user may want after a finished run, each of which works."""
+    from afina.export.beforehand import why_no_gguf
+    from afina.train.reopen import recipe_of
+
+    recipe, start = recipe_of(open_artifact(place, "run"))
+    commands = [f"afina chat {place}" + ("" if recipe.method.name == "full" else " --beside-base")]
+    if gguf := sorted((place / "export").glob("*.gguf")):
+        commands.append(f"afina chat {gguf[0]}")
+    elif (place / "export" / "merged").is_dir():
+        commands.append(f"afina chat {place / 'export' / 'merged'}")
+    elif recipe.method.name in ("lora", "full") and not (place / "export").exists():
+        as_gguf = recipe.model_copy(update={"export": recipe.export.model_copy(update={"formats": ["q8_0"]})})
+        if why_no_gguf(as_gguf, start) is None:
+            commands.append(f"afina export {place} --format q8_0")
+    return [*commands, "afina init support-chat my-project"]
 
 
 def tasks_of(place: Path) -> list[dict[str, Any]]:

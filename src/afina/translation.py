@@ -131,12 +131,7 @@ def _asking(url: str, model: str, variable: str) -> Ask:
         answer = endpoint.chat(
             messages, max_tokens=64 + 2 * len(text), temperature=0.3 if attempt else 0.0, seed=attempt
         )
-        usage = answer.get("usage") or {}
-        return Reply(
-            str(answer["choices"][0]["message"].get("content") or ""),
-            int(usage.get("prompt_tokens") or 0),
-            int(usage.get("completion_tokens") or 0),
-        )
+        return Reply(answer.text, answer.asked, answer.answered)
 
     return ask
 

@@ -8,7 +8,7 @@ import pytest
 from data.byte_level import FAMILIES, build
 from data.test_template import learnt_texts
 
-from afina.data.audit.labels import audit
+from afina.data.audit.labels import audit, faults
 from afina.data.conversation import Message, Sample, packed
 from afina.data.messages import effort_from, message_from, tools_from
 from afina.data.problem import BadRows
@@ -204,8 +204,15 @@ def test_weights():
 def test_the_whole_text_is_learnt_when_asked():
     tokenizer = Tokenizer(build(eos="<|im_end|>", special=["<|im_start|>"]), CHATML)
     row = Renderer(tokenizer, "text").sample(sample(*PLAIN))
-    assert row.learnt.all() and row.weights is None
+    assert row.learnt[:-1].all() and row.weights is None
+    assert tokenizer.hf.decode(row.ids[-2:]) == "<|im_end|>\n" and not row.learnt[-1]  # nobody writes after the end
+    assert list(faults(row, tokenizer, 1000)) == []
     assert row.ids.tolist() == Renderer(tokenizer).sample(sample(*PLAIN)).ids.tolist()
+    closed = Tokenizer(
+        build(eos="<|fin|>", special=["<|im_start|>", "<|im_end|>"]), CHATML.replace("<|im_end|>", "<|fin|><|im_end|>")
+    )
+    row = Renderer(closed, "text").sample(sample(*PLAIN))
+    assert closed.hf.decode(row.ids[row.learnt][-1:]) == "<|fin|>" and list(faults(row, closed, 1000)) == []
     part = sample(PLAIN[0], Message("assistant", "no", 0.0), *PLAIN[2:])
     row = Renderer(tokenizer, "text").sample(part)
     assert "no<|im_end|>" not in "".join(learnt_texts(tokenizer, row))

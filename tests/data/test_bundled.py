@@ -12,10 +12,10 @@ from rapidfuzz import fuzz, process
 from afina.data.audit.labels import audit
 from afina.data.conversation import Sample
 from afina.data.files import BUNDLED_SETS
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.read import read
 from afina.data.targets import check_targets
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.recipe.place import BUNDLED
 from afina.recipe.schema import Data
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from afina.console import console
 from afina.data import cache
 from afina.data.cache import keep, kept, key_of
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Rendered, Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.recipe.load import parse
 from afina.recipe.place import BUNDLED
 from afina.train import examples

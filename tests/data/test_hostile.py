@@ -13,6 +13,7 @@ import pytest
 
 from afina.data.lines import FREE_BYTES, ROW_BYTES
 from afina.data.read import read
+from afina.data.rows import Shape, rows
 from afina.errors import DataError
 from afina.recipe.schema import Data, Mapping
 
@@ -180,9 +181,25 @@ def test_a_mapping_that_takes_too_much_is_stopped(tmp_path, template, why):
     assert len(read("a.jsonl", Data(train="a.jsonl", mapping=mapping), tmp_path).samples) == 3
 
 
+@pytest.mark.parametrize(("head", "kind"), [(b"PK\x03\x04", "ZIP"), (b"\xfd7zXZ\x00", "xz"), (b"BZh91AY&SY", "bzip2")])
+def test_an_archive_is_called_one(tmp_path, head, kind):
+    (tmp_path / "a.jsonl").write_bytes(head + b'\n{"text": "a"}\n')
+    with pytest.raises(DataError, match=f"is a {kind} archive"):
+        read("a.jsonl", Data(train="a.jsonl"), tmp_path)
+
+
 def test_a_hostile_value_beside_the_rows_is_passed_over(tmp_path):
     """What data.mapping does not ask for may be larger than any row."""
     big = {"beside": ["x" * 1000] * (2 * ROW_BYTES // 1000), "rows": [{"q": "a", "a": "b"}]}
     (tmp_path / "a.json").write_text(json.dumps(big))
     mapping = Mapping(rows="rows", user="{{ row.q }}", assistant="{{ row.a }}")
     assert len(read("a.json", Data(train="a.json", mapping=mapping), tmp_path).samples) == 1
+
+
+def test_a_row_group_may_be_larger_than_the_memory_it_is_read_in(tmp_path):
+    """Texts that are all different, as in any real file: what has been read is let go."""
+    texts = [f"{number} " + "word " * 100 for number in range(60_000)]
+    parquet({"text": texts, "meta": [{"tags": ["a", str(number)]} for number in range(60_000)]})(tmp_path / "a.parquet")
+    found = [row.value for row in rows(tmp_path / "a.parquet", Shape())]
+    assert [row["text"] for row in found] == texts
+    assert found[-1]["meta"] == {"tags": ["a", "59999"]}

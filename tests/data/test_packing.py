@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from afina.data.batch import micro_batches
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.read import read
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.recipe.schema import Data
 
 

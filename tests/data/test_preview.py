@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afina.data.conversation import Message, Sample
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.preview import page, runs, tokens
 from afina.data.stats import advice, figures, spread, warnings
 from afina.data.template import Renderer
-from afina.data.tokenizer import Tokenizer, load_tokenizer
+from afina.data.tokenizer import Tokenizer
 from afina.recipe.load import parse
 from afina.recipe.place import BUNDLED
 

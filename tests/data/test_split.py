@@ -145,7 +145,10 @@ def test_parts_are_a_partition_of_the_wanted_sizes(count, seed):
     }
 
 
-@pytest.mark.parametrize("text", ["", "train", "a,b", "a=1,b=2", "a,a=1", "a,b=x", "a,b=0", "a,../b=1", "a,b=-1"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "train", "a,b", "a=1,b=2", "a,a=1", "a,b=x", "a,b=0", "a,../b=1", "a,b=-1", "a,b=1.5", "a,b=1.0", "a,b=nan"],
+)
 def test_parts_that_cannot_be(text):
     if text == "train":
         assert [part.name for part in parts_of(text)] == ["train"]

@@ -71,6 +71,14 @@ def end_of(name: str) -> str:
 
 
 @families
+@pytest.mark.parametrize("learn", ["all", "last", "text"])
+def test_each_way_of_learning_learns_the_end(name, learn, family):
+    render = Renderer(family(name), learn)
+    for one in render.apart([sample(*ONE), sample(*TURNS)]):
+        assert audit([one], [render.sample(one)], render.tokenizer, 1000) == []
+
+
+@families
 @pytest.mark.parametrize("messages", [ONE, WITH_SYSTEM, TURNS], ids=["one answer", "system", "two answers"])
 def test_ids_are_those_of_transformers(name, messages, family):
     render = Renderer(family(name))

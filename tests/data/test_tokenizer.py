@@ -10,9 +10,10 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from afina.data.conversation import Message, Sample
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.sandbox import without_clock
 from afina.data.template import Renderer
-from afina.data.tokenizer import Tokenizer, load_tokenizer
+from afina.data.tokenizer import Tokenizer
 from afina.errors import ModelError
 from afina.recipe.place import BUNDLED
 

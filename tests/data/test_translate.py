@@ -164,6 +164,16 @@ def test_a_server_that_dies_half_way_loses_nothing(server, tmp_path):
         other.stop()
 
 
+def test_what_breaks_in_a_thread_is_raised_and_nobody_waits_for_it(tmp_path):
+    def ask(*_arguments):
+        raise AttributeError("odd")
+
+    cache = Cache(tmp_path / "cache.jsonl")
+    with pytest.raises(AttributeError, match="odd"):
+        translate(samples(2), JOB, cache, ask, parallel=2, on_progress=lambda done: None)
+    cache.close()
+
+
 def test_it_is_asked_again_when_busy_and_when_marks_are_lost(server, tmp_path):
     server.script = [429, 503, "no marks here", 200]
     outcome, _done = run(samples(1)[:1], Cache(tmp_path / "cache.jsonl"), (server.url, "m", ""), parallel=1)

@@ -8,9 +8,10 @@ from data.byte_level import build
 from tokenizers import Tokenizer as Backend
 
 from afina.data.conversation import Message
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.patterns import KNOWN, MAX_TOKENS, check_tokenizer
 from afina.data.template import Renderer
-from afina.data.tokenizer import Refusal, Tokenizer, load_tokenizer
+from afina.data.tokenizer import Refusal, Tokenizer
 from afina.data.worker import WORKER, Overrun
 from afina.errors import ModelError
 

@@ -9,11 +9,18 @@ from afina.data.batch import micro_batches
 from afina.engine import eight, eight_gate, eight_head
 from afina.engine.block import Placement
 from afina.engine.eight import FP8, INT8, Rows
-from afina.engine.eight_gate import format_of, prove_eight, try_eight_bits, why_exact
-from afina.engine.eight_head import EightHead
+from afina.engine.eight_gate import (
+    format_of,
+    into_eight_bits,
+    prove_eight,
+    room_for_eight,
+    try_eight_bits,
+    why_exact,
+)
+from afina.engine.eight_head import EightEnds, EightHead
 from afina.engine.eight_product import EightProduct
 from afina.engine.engine import Engine
-from afina.engine.plan import choose, ladder, room_for_eight
+from afina.engine.plan import choose, ladder
 from afina.engine.products import Scratch
 from afina.errors import ModelError
 from afina.model.attach import attach
@@ -82,7 +89,7 @@ def product_of(form, targets=("q_proj", "k_proj", "v_proj"), rank=3, **shape):
     engine = Engine(model)
     exact = engine.blocks[0].qkv
     made = EightProduct.of(exact, form, Scratch(), Scratch())
-    engine._refresh()
+    engine.refresh()
     for source, target, factor in made.placed():
         target.copy_(source * factor)
     return exact, made
@@ -140,7 +147,7 @@ def test_weights_that_are_no_numbers_are_refused():
     engine = Engine(perturbed(llama()))
     engine.blocks[0].down.wide[3, 3] = float("nan")
     with pytest.raises(ModelError, match="not a number"):
-        engine.into_eight_bits(FP8)
+        into_eight_bits(engine, FP8)
 
 
 @pytest.mark.parametrize("tokens, vocabulary", [(1, 97), (33, 512), (5, 16)])
@@ -194,8 +201,8 @@ def test_every_family_runs_in_eight_bits(family, form):
     loss, exact = engine.summed_loss(model, batch).item(), gradients(engine, model, batch)
     proof = prove_eight(engine, batch, form)
     assert min(proof.products.values()) > 0.995 and proof.layers > 0.97 and proof.learnt > 0.97
-    engine.into_eight_bits(form)
-    assert (engine.ends.eight is None) == (form is INT8)
+    into_eight_bits(engine, form)
+    assert isinstance(engine.ends, EightEnds) == (form is FP8)
     assert engine.summed_loss(model, batch).item() == pytest.approx(loss, rel=2e-2)
     with torch.no_grad():
         assert engine.summed_loss(model, batch).item() == pytest.approx(loss, rel=2e-2)
@@ -209,7 +216,7 @@ def test_every_family_runs_in_eight_bits(family, form):
 def test_what_is_made_again_changes_nothing(family, form):
     model, batch = perturbed(FAMILIES[family]()), packed([20, 9, 31])
     engine = Engine(model)
-    engine.into_eight_bits(form)
+    into_eight_bits(engine, form)
     kept = gradients(engine, model, batch)
     names = frozenset(engine.blocks[0].saves(1))
     for level in [level for level in ladder(names) if not level.away] + [Placement(again=names - {"x", "out"})]:
@@ -225,7 +232,7 @@ def test_what_is_made_again_changes_nothing(family, form):
 def test_weights_turned_over_for_good_are_those_turned_over_at_each_use(form, hold):
     model, batch = perturbed(four_bits(llama(hidden_size=64, intermediate_size=128))), packed([20, 9, 31])
     engine = Engine(model)
-    engine.into_eight_bits(form, hold=hold)
+    into_eight_bits(engine, form, hold=hold)
     each = engine.blocks[0].unpacked * engine.dtype.itemsize
     whole = choose(engine, 60, 60, 10**9)
     assert each > 0 and whole.held == len(engine.blocks)
@@ -251,7 +258,7 @@ def test_dropout_draws_the_masks_of_the_exact_engine(form):
     exact = joined(gradients(engine, model, batch))
     torch.manual_seed(4)
     other = joined(gradients(engine, model, batch))
-    engine.into_eight_bits(form)
+    into_eight_bits(engine, form)
     torch.manual_seed(3)
     found = joined(gradients(engine, model, batch))
     assert cosine(found, exact) > 0.88 > cosine(other, exact)
@@ -270,7 +277,7 @@ def test_four_bits_are_held_in_eight_or_unpacked_for_each_use(form):
         assert room_for_eight(engine, 60, 10**9, hold=True, head=True)
         assert not room_for_eight(engine, 60, least, hold=True, head=False)
         assert not room_for_eight(engine, 60, least, hold=False, head=True)
-        engine.into_eight_bits(form, hold=hold)
+        into_eight_bits(engine, form, hold=hold)
         found[hold] = gradients(engine, model, batch)
         held = sum(
             product.weights8.values.untyped_storage().nbytes() for block in engine.blocks for product in block.products
@@ -284,7 +291,7 @@ def test_four_bits_are_held_in_eight_or_unpacked_for_each_use(form):
 def test_the_engine_follows_the_optimiser_in_eight_bits_too():
     model, batch = perturbed(llama()), packed([20, 9])
     engine = Engine(model)
-    engine.into_eight_bits(INT8)
+    into_eight_bits(engine, INT8)
     before = engine.summed_loss(model, batch).item()
     with torch.no_grad():
         for parameter in engine.parameters:
@@ -430,11 +437,11 @@ def test_a_gpu_computes_what_the_plain_twins_do(family, form, again, monkeypatch
     model, batch = make(), packed([200, 90, 31])
     engine = Engine(model)
     exact = joined(gradients(engine, model, batch))
-    engine.into_eight_bits(form, hold=again)
+    into_eight_bits(engine, form, hold=again)
     truth = joined(gradients(engine, model, batch))
     model, batch = make().to("cuda", torch.bfloat16), batch.to(torch.device("cuda"))
     engine = Engine(model, torch.bfloat16)
-    engine.into_eight_bits(form, hold=again)
+    into_eight_bits(engine, form, hold=again)
     if again:
         names = frozenset(engine.blocks[0].saves(1))
         engine.place([Placement(again=names - {"x", "out"})] * len(engine.blocks), rows_at_once=64)

@@ -157,7 +157,7 @@ def test_ends_that_pass_by_in_parts_change_nothing(family, monkeypatch):
         assert (a - b).norm() <= 1e-5 * a.norm()
 
 
-RATES = Rates(products=1e2, copies=1e4)
+RATES = Rates(products=1e2, copies=1e4, exact=1e2)
 
 
 def test_the_plan_keeps_everything_where_it_fits_and_lets_go_of_no_more_than_it_must():
@@ -191,7 +191,7 @@ def test_the_plan_of_an_earlier_sitting_is_taken_again_where_it_fits():
 def test_the_plan_counts_attention_the_head_and_what_passes_between_products():
     """8-bit products are faster, what lies around them is not: each term by itself, off by nothing."""
     engine = Engine(perturbed(four_bits(llama(hidden_size=64, intermediate_size=128))))
-    block, plan = engine.blocks[0], Plan(4096, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0)
+    block, plan = engine.blocks[0], Plan(4096, [HERE] * len(engine.blocks))
 
     def spent(longest=4096, **rates):
         return count_up(engine, plan, replace(RATES, **rates), longest).microseconds

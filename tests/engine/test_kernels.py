@@ -36,7 +36,7 @@ def close(found, truth, dtype):
 
 def exactly(by):
     """The norm in double precision."""
-    return Norm(exact(by.weight), by.eps, None if by.bias is None else exact(by.bias), by.centred, by.learnt)
+    return Norm(exact(by.weight), by.eps, None if by.bias is None else exact(by.bias), by.learnt)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -48,7 +48,7 @@ def test_norm(rows, width, dtype, kind):
     w, b = (draw(1, width, dtype)[0].contiguous() for _ in range(2))
     centred = kind.startswith("layer")
     parameters = [torch.nn.Parameter(part.float()) for part in ([w, b] if centred else [w])]
-    by = Norm(w, 1e-5, b if centred else None, centred, tuple(parameters) if "learning" in kind else ())
+    by = Norm(w, 1e-5, b if centred else None, tuple(parameters) if "learning" in kind else ())
     truth = torch.empty(rows, width, dtype=torch.float64)
     elementwise.norm(exact(x), exactly(by), truth)
     close(kernels.norm(x, by, out), truth, dtype)
@@ -97,7 +97,7 @@ def test_copy_many():
     for number, (rows, columns) in enumerate([(3, 5), (16, 40), (31, 8)]):
         source = torch.randn(rows, columns, device=DEVICE)
         triples.append((source, wide[sum((3, 16, 31)[:number]) :][:rows, :columns], float(number + 1)))
-    movers.Table(triples).run()
+    movers.copying(triples)()
     for source, target, factor in triples:
         close(target, exact(source * factor), torch.bfloat16)
     assert wide[0, 5:].eq(0).all() and wide[:3, 5:].eq(0).all()

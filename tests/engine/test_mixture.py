@@ -13,7 +13,7 @@ from afina.data.batch import micro_batches
 from afina.data.template import Rendered
 from afina.engine.block import HERE, Placement
 from afina.engine.eight import FP8, INT8
-from afina.engine.eight_gate import prove_eight, try_eight_bits
+from afina.engine.eight_gate import into_eight_bits, prove_eight, try_eight_bits
 from afina.engine.engine import Engine
 from afina.engine.experts import Matrix
 from afina.engine.families import why_not
@@ -58,7 +58,7 @@ METHODS = {
     "attention": {"targets": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "experts and router": {"experts": True, "router": True, "rank": 3},
 }
-RATES = Rates(products=1e2, copies=1e4)
+RATES = Rates(products=1e2, copies=1e4, exact=1e2)
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -190,7 +190,7 @@ def test_experts_in_eight_bits_are_those_that_they_mean(family, method, form, de
     batch = batch.to(torch.device(device))
     model, meant = (learning_model(family, **METHODS[method]).to(device, dtype) for _ in range(2))
     engine, truth = Engine(model), Engine(meant)
-    engine.into_eight_bits(form, exact=names)
+    into_eight_bits(engine, form, exact=names)
     for block, other in zip(engine.blocks, truth.blocks, strict=True):
         for name in ("gate_up", "down"):
             matrix, plain = getattr(block.experts, name), getattr(other.experts, name)

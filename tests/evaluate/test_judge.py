@@ -12,8 +12,8 @@ from journey.tiny import save_base
 from small import CPU
 
 from afina.data.conversation import Message, Sample
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.evaluate.answers import Answers, Clock
 from afina.evaluate.measure import ROUND, Sitting, prepare, work
 from afina.evaluate.systems.asking import Answer, System, Write

@@ -9,8 +9,8 @@ from journey.tiny import RECIPE, examples, lay_out, save_base
 from small import CPU
 
 from afina import pipeline
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.errors import DataError, RecipeError, ResourceError
 from afina.evaluate.answers import Answers
 from afina.evaluate.measure import Sitting, prepare

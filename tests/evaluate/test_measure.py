@@ -10,8 +10,8 @@ from journey.tiny import save_base
 from small import CPU, llama
 
 from afina.data.conversation import Message, Sample
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.errors import DataError
 from afina.evaluate.answers import Answers, Clock
 from afina.evaluate.measure import ROUND, Sitting, prepare, work
@@ -213,6 +213,48 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path):
     again = Scripted("one", ["yes", "no"])
     result, _rows = ask(asked, [again.system()], tmp_path)
     assert again.asked == 4 and result["systems"]["one"]["correct"] == 5
+    ask(asked, [again.system()], tmp_path)
+    assert again.asked == 4  # the torn line took none of the new ones along
+
+
+@pytest.mark.parametrize("kind", ["classification", "perplexity"])
+def test_what_was_read_is_kept_when_the_rest_is_not(renderer, tmp_path, monkeypatch, kind):
+    """Answers by likelihood are kept as they come: a kill in the middle of a large task must not cost all of it."""
+    monkeypatch.setattr(transformer, "TOKENS_AT_ONCE", {"cpu": 32})
+    asked = prepare(task(kind, **({"labels": CHOICES} if kind == "classification" else {})),
+                    [sample(f"{number}?", CHOICES[number % 4]) for number in range(40)], 0)  # fmt: skip
+    one, judged, calls = system("one", model_for(renderer), renderer), transformer.judged, []
+
+    def stopped(*arguments):
+        calls.append(1)
+        if len(calls) > 12:
+            raise KeyboardInterrupt
+        return judged(*arguments)
+
+    monkeypatch.setattr(transformer, "judged", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ask(asked, [one], tmp_path)
+    kept = len((tmp_path / "answers.jsonl").read_bytes().splitlines())
+    assert 0 < kept < 40
+    monkeypatch.setattr(transformer, "judged", judged)
+    whole, rows = ask(asked, [one], tmp_path)
+    fresh, others = ask(asked, [system("one", model_for(renderer), renderer)], tmp_path / "fresh")
+    assert rows == others and whole["systems"]["one"]["value"] == pytest.approx(fresh["systems"]["one"]["value"])
+
+
+@pytest.mark.parametrize("kind", ["classification", "exact", "json", "perplexity", "similarity"])
+@pytest.mark.parametrize("decide", ["likelihood", "constrained"])
+def test_a_model_that_computes_no_number_has_no_answer(renderer, tmp_path, kind, decide):
+    model = model_for(renderer)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
+    answer = '{"a": 1}' if kind == "json" else None
+    samples = [sample(question, answer or CHOICES[number % 4]) for number, question in enumerate(QUESTIONS)]
+    asked = prepare(task(kind, max_new_tokens=4, decide=decide), samples, 0)
+    result, _rows = ask(asked, [system("broken", model, renderer)], tmp_path)
+    figures = result["systems"]["broken"]
+    assert figures["value"] is None and figures["unanswered"] == len(QUESTIONS)
+    assert figures["reasons"] == ["What the model computes is no number."]
 
 
 def test_who_gives_no_answer_is_counted_and_compared_on_the_rest(tmp_path):

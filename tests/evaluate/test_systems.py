@@ -1,18 +1,25 @@
 """Everyone who can be asked: a GGUF file says what its model says, a grammar has its way, an endpoint may fail."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 from endpoint_server import completion
-from journey.tiny import save_base
+from gguf import GGUFReader
+from journey.tiny import save_base, write_rows
 from small import CPU
 
 from afina.data.conversation import Message
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.errors import ModelError, RecipeError
 from afina.evaluate.systems.asking import Answer, Choose, Constraint, Read, Request, Write
 from afina.evaluate.systems.endpoint import EndpointAnswering
@@ -128,6 +135,69 @@ def test_what_is_no_answer_is_told(serve, status, content):
     server = serve(lambda body: (status, content))
     (answer,) = answers(EndpointAnswering(Endpoint(server.url, "m", patience=())), [Write(asked("?"), 5)])
     assert "gave no answer" in answer.error and len(server.seen) == 1
+
+
+@pytest.mark.parametrize("usage", [None, 5, [], {"completion_tokens": "many"}, {"completion_tokens": -3},
+                                   {"completion_tokens": 10**30}, {"completion_tokens": None}])  # fmt: skip
+def test_what_an_endpoint_cannot_have_counted_is_not_counted(serve, usage):
+    content = {"choices": [{"message": {"content": "yes"}, "finish_reason": None}], "usage": usage}
+    server = serve(lambda body: (200, json.dumps(content).encode()))
+    (answer,) = answers(EndpointAnswering(Endpoint(server.url, "m", patience=())), [Write(asked("?"), 5)])
+    assert (answer.text, answer.tokens, answer.ended, answer.error) == ("yes", 0, True, "")
+
+
+@pytest.mark.parametrize("said", ["\ud800 good", json.dumps("\ud800 good")])
+def test_half_a_character_from_an_endpoint_can_be_kept(serve, tmp_path, said):
+    """JSON may escape half a character, which no file of ours can hold: as text, and as JSON in a text."""
+    server = serve(lambda body: completion(said))
+    system = EndpointAnswering(Endpoint(server.url, "m", patience=()))
+    (answer,) = answers(system, [Write(asked("?"), 5, Constraint(("good", "bad")))])
+    assert answer.text == "? good"
+    refused = serve(lambda body: (400, json.dumps({"error": {"message": said}}).encode()))
+    (answer,) = answers(EndpointAnswering(Endpoint(refused.url, "m", patience=())), [Write(asked("?"), 5)])
+    answer.error.encode()
+
+
+def test_ctrl_c_waits_for_no_endpoint(serve, tmp_path):
+    """A real process asks an endpoint that never answers."""
+    asked_of, never = threading.Event(), threading.Event()
+
+    def hang(body: dict) -> tuple[int, bytes]:
+        asked_of.set()
+        never.wait(600)
+        return completion("late")
+
+    server = serve(hang)
+    write_rows(tmp_path / "rows.jsonl", [(f"{number}?", "yes") for number in range(20)])
+    tasks = "tasks:\n  - {name: t, kind: exact, data: rows.jsonl}\n"
+    (tmp_path / "r.yaml").write_text(f"name: x\nmodel: {{base: bundled}}\ndata: {{train: rows.jsonl}}\n{tasks}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "afina", "eval", f"{server.url}#m", "--recipe", "r.yaml", "--out", "out"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"},
+    )
+    try:
+        assert asked_of.wait(300)
+        process.send_signal(signal.SIGINT)
+        _out, said = process.communicate(timeout=200)  # the endpoint is given 300 s, four times
+        assert process.returncode == 130 and "Traceback" not in said
+    finally:
+        never.set()
+        process.kill()
+        process.wait()
+
+
+def test_a_gguf_file_that_computes_no_number_has_no_answer(folder, tmp_path):
+    write_gguf(folder, tmp_path / "m.gguf", "f32", name="m")
+    reader = GGUFReader(tmp_path / "m.gguf", "r+")
+    next(tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_down.weight").data[:] = np.nan
+    reader.data.flush()
+    with Weighing(tmp_path / "m.gguf", cache="f32") as llama:
+        system = GgufAnswering(llama, GgufSpeaker("", llama).prompt)
+        requests = [Choose(asked("?"), ("good", "bad")), Read(asked("?"), "good"), Write(asked("?"), 3)]
+        assert [answer.error for answer in answers(system, requests)] == ["What the model computes is no number."] * 3
 
 
 def test_what_is_temporary_is_tried_again(serve):

@@ -17,12 +17,13 @@ import afina
 from afina.artifact import open_artifact
 from afina.console import Console
 from afina.data.conversation import Message, Sample
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
-from afina.errors import ModelError, ProofError
+from afina.errors import ModelError, ProofError, ResourceError
 from afina.export import certificate, imatrix
 from afina.export import run as room
-from afina.export.certificate import LIMITS, certify, divergence, pose
+from afina.export.certificate import LIMITS, certify, pose
+from afina.export.divergence import distributions, divergence
 from afina.export.gguf import write_gguf
 from afina.export.lora import write_lora
 from afina.export.mixes import FORMATS
@@ -114,6 +115,22 @@ def test_an_end_that_llamacpp_does_not_know_is_caught(tmp_path: Path, monkeypatc
     write_gguf(base, tmp_path / "wrong.gguf", "f32")
     with pytest.raises(ProofError, match=BY_NAME["the end of turn not named in the file"].says):
         certify(tmp_path / "wrong.gguf", "f32", questions, renderer)
+
+
+# ---------------------------------------------------------------- a context too small for some prompts
+
+
+def test_prompts_beyond_the_context_are_left_out(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", max_position_embeddings=64)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    renderer = Renderer(load_tokenizer(str(base)))
+    long = dataclasses.replace(samples()[0], messages=(Message("user", "soup " * 20), Message("assistant", "good")))
+    write_gguf(base, tmp_path / "one.gguf", "f32")
+    told: list[float] = []
+    found = certify(tmp_path / "one.gguf", "f32", pose(model, renderer, [long, *samples()]), renderer, told.append)
+    assert len(found["checks"]) == 4 and sum(told) == 5
+    with pytest.raises(ResourceError, match="no prompt leaves room for 32 tokens of an answer in its context of 64"):
+        certify(tmp_path / "one.gguf", "f32", pose(model, renderer, [long]), renderer)
 
 
 # ---------------------------------------------------------------- what it says when all is well
@@ -208,7 +225,7 @@ def test_stories_in_few_bits(real_data: Path, tmp_path: Path) -> None:
     prompt = [1, 403, 407, 261, 378]
     with torch.no_grad():
         ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60)[0].tolist()
-    (logprobs,) = certificate.distributions(model, [(prompt, ids[len(prompt) :])])
+    (logprobs,) = distributions(model, [(prompt, ids[len(prompt) :])])
     found = {}
     for kind in ORDER:
         facts = write_gguf(source, tmp_path / f"{kind}.gguf", kind)
@@ -238,7 +255,7 @@ def test_llamacpp_adds_the_adapter_to_the_base(run: Path, tmp_path: Path, monkey
 
     ids = list(range(3, 43))
     tuned = reopen(run, "fp32")
-    (ours,) = certificate.distributions(tuned.model, [(ids[:1], ids[1:])])
+    (ours,) = distributions(tuned.model, [(ids[:1], ids[1:])])
     with LlamaCpp(base, threads=1, cache="f32") as alone:
         without = alone.logprobs(ids, top=ours.shape[1])
     monkeypatch.setattr(xllamacpp, "CommonParams", with_adapter)
@@ -264,9 +281,9 @@ def test_adapters_that_llamacpp_cannot_add(run: Path, tmp_path: Path) -> None:
 def test_rows_read_together_as_alone(tmp_path: Path, monkeypatch: Patch) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "base"), dtype=torch.float32).eval()
     asked = [([3, 99, 200], [17, 5]), ([9], []), ([4, 4, 81, 7, 65, 12, 300], [2]), ([250, 6], [1, 1, 1])]
-    alone = [certificate.distributions(model, [one])[0] for one in asked]
+    alone = [distributions(model, [one])[0] for one in asked]
     for room_for in (2**27, 400 * 8 * 2):  # all at once; two at a time
-        monkeypatch.setattr(certificate, "LOGITS", room_for)
-        for (_prompt, answer), found, one in zip(asked, certificate.distributions(model, asked), alone, strict=True):
+        monkeypatch.setitem(distributions.__globals__, "LOGITS", room_for)
+        for (_prompt, answer), found, one in zip(asked, distributions(model, asked), alone, strict=True):
             assert found.shape[0] == len(answer) + 1
             np.testing.assert_allclose(found, one, atol=1e-5)

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from afina.data import splits
-from afina.data.tokenizer import load_tokenizer
+from afina.data.load_tokenizer import load_tokenizer
 from afina.errors import ModelError, OutputError
 from afina.export import families, gguf, gguf_vocab
 from afina.export.beforehand import check_exportable

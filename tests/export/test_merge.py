@@ -14,13 +14,15 @@ from small import llama, perturb_adapters
 from afina.data.conversation import Message, Sample
 from afina.errors import ModelError, ProofError
 from afina.export import folding, weights
-from afina.export.certificate import Question, distributions
+from afina.export.certificate import Question
+from afina.export.divergence import distributions
 from afina.export.folding import can_fold, fold, read_adapter
 from afina.export.merge import apart
 from afina.export.merging import expected_changes, prove_merge
 from afina.export.weights import Held, Source
-from afina.model.attach import attach, load_adapter, merged, save_adapter
+from afina.model.attach import attach, merged
 from afina.model.load import Hardware, load_model
+from afina.model.saved import load_adapter, save_adapter
 from afina.recipe.schema import Lora, Model
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -11,9 +11,10 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from afina.data.conversation import Message
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.splits import LLAMA3_SPLIT
 from afina.data.template import Renderer
-from afina.data.tokenizer import Tokenizer, load_tokenizer
+from afina.data.tokenizer import Tokenizer
 from afina.errors import ModelError
 from afina.export.ollama import modelfile, read_turns, stops
 from afina.recipe.place import BUNDLED

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from export.test_gguf import byte_level, pack_experts, random_model
-from journey.tiny import lay_out
-from transformers import AutoModelForCausalLM
+from families import build
+from journey.tiny import lay_out, save_base, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import afina
 from afina import durable
@@ -248,3 +250,24 @@ def test_a_quantised_base_is_quantised_again_from_its_plain_weights(run, tmp_pat
     monkeypatch.setattr(nf4, "weights_of", lambda *_given: None)
     monkeypatch.setitem(certificate.LIMITS, "nf4", certificate.Limits(1e9, 0.0))
     assert away("steps") > 1.5 * plain
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_not_asked(tmp_path):
+    """Of GPT-2, whose positions are a table that ends, they cost the whole export."""
+    base = save_base(tmp_path / "ours")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    build("gpt2", vocab_size=len(tokenizer), eos_token_id=2, n_positions=64).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    long, short = [("soup " * 24, "good")] * 3, [("The film is dull.", "bad")]
+    write_rows(tmp_path / "train.jsonl", [*long, *short])
+    write_rows(tmp_path / "long.jsonl", long)
+    recipe = "name: a\nmodel: {base: base, max_length: 64}\ndata: {train: train.jsonl, validation: 0}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe + "training: {steps: 1}\nexport: {formats: [merged]}\n", "utf-8")
+    run = afina.train(tmp_path / "recipe.yaml", tmp_path / "run")
+    entry = export_run(run, tmp_path / "export", ["merged"], quiet()).manifest["exports"][0]
+    assert entry["format"] == "merged"
+    tuned = reopen(run, "fp32")
+    assert [one.prompt[0].content for one in room.to_ask(tuned)] == ["The film is dull."]
+    data = tuned.recipe.data.model_copy(update={"train": "long.jsonl"})
+    only_long = replace(tuned, recipe=tuned.recipe.model_copy(update={"data": data}))
+    assert [one.prompt[0].content for one in room.to_ask(only_long)] == ["soup soup soup soup soup soup so"]

@@ -8,8 +8,8 @@ import pytest
 from journey.conftest import Finished
 from small import CPU
 
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.read import read
-from afina.data.tokenizer import load_tokenizer
 from afina.model.generate import generate
 from afina.model.load import load_model
 from afina.pipeline import artifact

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import afina
 from afina.data.conversation import Message
-from afina.data.tokenizer import load_tokenizer
+from afina.data.load_tokenizer import load_tokenizer
 from afina.errors import ModelError, RecipeError
 from afina.train.reopen import reopen
 
@@ -71,6 +71,11 @@ def test_full_fine_tuning_has_them_too(tmp_path):
     tuned = reopen(run)
     first = tuned.renderer.tokenizer.control_tokens["<|ask|>"]
     assert tuned.model.get_input_embeddings().weight.shape[0] == first + 4 == len(tuned.renderer.tokenizer.hf)
+    afina.evaluate(run, limit=2)  # the base, which has no such tokens, too
+    (base, _tuned) = json.loads((run / "evaluation" / "evaluation.json").read_text("utf-8"))["tasks"][0][
+        "systems"
+    ].values()
+    assert base["answered"] == 2
 
 
 def test_what_cannot_be_is_said(tmp_path):
@@ -80,6 +85,12 @@ def test_what_cannot_be_is_said(tmp_path):
         afina.train(file, tmp_path / "run")
     with pytest.raises(ModelError, match="never writes"):
         load_tokenizer(str(tmp_path / "base"), turn_tokens=["<|never|>"])
+    composed = tmp_path / "composed.jinja"
+    composed.write_text("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}", "utf-8")
+    wanted = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
+    assert list(load_tokenizer(str(tmp_path / "base"), template=str(composed), turn_tokens=wanted).turn_tokens)
+    with pytest.raises(ModelError, match="which the chat template never writes"):
+        load_tokenizer(str(tmp_path / "base"), template=str(composed), turn_tokens=["<|judge|>"])
     own = tmp_path / "word.jinja"
     own.write_text("<|im_start|>good<|im_end|>", "utf-8")
     kept = load_tokenizer(str(tmp_path / "base"), template=str(own), turn_tokens=["<|im_start|>"])

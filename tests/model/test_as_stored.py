@@ -9,8 +9,9 @@ from small import perturb_adapters, spread
 from transformers import AutoModelForCausalLM
 
 from afina.model import as_stored as room
-from afina.model.attach import attach, load_adapter, only_adds, save_adapter, settings_of
+from afina.model.attach import attach
 from afina.model.load import Hardware, load_model
+from afina.model.saved import load_adapter, only_adds, save_adapter, settings_of
 from afina.recipe.schema import Lora, Model
 
 CPU = Hardware(torch.device("cpu"), torch.float32)

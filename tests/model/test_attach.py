@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from afina.errors import ModelError, RecipeError
-from afina.model.attach import attach, learning, load_adapter, merged, save_adapter
+from afina.model.attach import attach, learning, merged
 from afina.model.load import load_model
+from afina.model.saved import load_adapter, save_adapter
 from afina.recipe.schema import Full, Lora
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

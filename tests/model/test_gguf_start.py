@@ -13,15 +13,16 @@ from tokenizers import Tokenizer as Backend
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.splits import LLAMA3_SPLIT, QWEN2_SPLIT
-from afina.data.tokenizer import load_tokenizer
 from afina.errors import ModelError
 from afina.export.gguf import write_gguf
 from afina.gguf_file import GgufFile
-from afina.model.attach import attach, merged, save_whole
+from afina.model.attach import attach, merged
 from afina.model.gguf_start import read_tensors
 from afina.model.load import load_model
 from afina.model.mxfp4 import packed_experts
+from afina.model.saved import save_whole
 from afina.recipe.schema import Lora, Model
 
 TEXTS = ["hello world, what is a loop? 1234", "¿Qué es una función? Un bucle\n\n  repite.", "it's o'clock"]

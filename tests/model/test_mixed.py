@@ -11,11 +11,12 @@ from small import llama, perturb_adapters, spread
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
-from afina.model.attach import attach, load_adapter, save_adapter
+from afina.model.attach import attach
 from afina.model.generate import generate
 from afina.model.mixed import mixable, mixed
 from afina.model.mxfp4 import MATRICES, pack_experts, packed_experts, quantise
 from afina.model.personalities import Personalities
+from afina.model.saved import load_adapter, save_adapter
 from afina.recipe.schema import Lora
 
 SHAPE = {

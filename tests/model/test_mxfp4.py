@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from afina.errors import ModelError
-from afina.model.attach import attach, learning, load_adapter, merged, save_adapter, save_whole
+from afina.model.attach import attach, learning, merged
 from afina.model.generate import generate
 from afina.model.load import Hardware, load_model
 from afina.model.mxfp4 import PackedExperts, dequantise, packed_experts, quantise
+from afina.model.saved import load_adapter, save_adapter, save_whole
 from afina.recipe.schema import Full, Lora, Model
 
 IDS = torch.tensor([[5, 9, 33, 80, 7, 64, 3, 11, 90, 4, 5, 6]])

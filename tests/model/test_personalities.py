@@ -12,10 +12,11 @@ from peft import LoraConfig, get_peft_model
 from small import CPU, llama, perturb_adapters
 
 from afina.errors import ModelError
-from afina.model.attach import attach, load_adapter, save_adapter
+from afina.model.attach import attach
 from afina.model.generate import generate
 from afina.model.load import load_model
 from afina.model.personalities import Personalities
+from afina.model.saved import load_adapter, save_adapter
 from afina.recipe.schema import Lora, Model
 
 KINDS = {

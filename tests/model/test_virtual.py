@@ -8,11 +8,12 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered
-from afina.model.attach import attach, load_adapter, save_adapter
+from afina.model.attach import attach
 from afina.model.generate import generate
 from afina.model.load import limit_of, load_model
 from afina.model.loss import summed_loss, target_logits
 from afina.model.packed import packed_attention
+from afina.model.saved import load_adapter, save_adapter
 from afina.model.virtual import lay, virtual_tokens, without
 from afina.recipe.schema import Lora, PrefixTuning, PromptTuning
 

@@ -10,9 +10,11 @@ from tokenizers import AddedToken
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from afina.data.tokenizer import Tokenizer, load_tokenizer
-from afina.model.attach import attach, learning, load_adapter, merged, save_adapter, save_whole
+from afina.data.load_tokenizer import load_tokenizer
+from afina.data.tokenizer import Tokenizer
+from afina.model.attach import attach, learning, merged
 from afina.model.load import load_model
+from afina.model.saved import load_adapter, save_adapter, save_whole
 from afina.recipe.schema import Full, Lora
 
 ADDED = ["<|think|>", "<|tool|>", "palabra"]

@@ -20,11 +20,12 @@ from afina.data.batch import Batch, micro_batches
 from afina.data.template import Rendered
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
-from afina.model.attach import attach, learning, load_adapter, merged, save_adapter, save_whole
+from afina.model.attach import attach, learning, merged
 from afina.model.generate import generate
 from afina.model.load import load_model
 from afina.model.loss import summed_loss
 from afina.model.packed import covers, packed_attention
+from afina.model.saved import load_adapter, save_adapter, save_whole
 from afina.model.virtual import virtual_tokens, without
 from afina.recipe.schema import Full, Lora, Method, Model, PrefixTuning, PromptTuning, Training
 from afina.train.loop import accumulate, train

@@ -20,13 +20,20 @@ GIB = 2**30
         (1.0, 500, 24, True, "lora"),
         (70.0, 500, 24, True, None),
         (0.5, 50, 8, False, "lora"),
+        (0.0039, 50, 8, False, "lora"),  # afina/tiny
         (8.0, 50, 16, False, None),
     ],
 )
 def test_the_method_that_fits_is_chosen_and_the_reason_told(billions, rows, gib, gpu, method):
     found = choose(billions * 1e9, rows, gib * GIB, gpu=gpu)
     assert found.method == method and f"{gib}" in found.why
+    assert " 0.0 " not in found.why
     assert (found.overrides.get("model") == {"quantization": "nf4"}) == (method == "qlora")
+
+
+def test_a_very_small_base_learns_at_the_rate_of_the_bundled_recipes():
+    rates = [choose(size, 300, 8 * GIB, gpu=False).overrides["training"]["learning_rate"] for size in (3.9e6, 0.6e9)]
+    assert rates == [1e-3, 2e-4]
 
 
 def test_eight_bits_are_offered_where_they_pay_and_never_taken_unasked():

@@ -44,6 +44,19 @@ TASK = LEAST + "tasks:\n- name: t\n  kind: {kind}\n  data: y\n"
         (LEAST + "method:\n  init: pissa\n  experts: true\n", 5, 3, "cannot begin as pissa"),
         (LEAST + "method:\n  router: true\n  dora: true\n", 5, 3, "know no DoRA"),
         (LEAST + "method: {name: full}\nexport:\n  formats: [lora]\n", 6, 3, "merged instead of lora"),
+        (
+            TASK.format(kind="classification")
+            + "  decide: constrained\nmethod: {name: prompt-tuning}\nexport: {formats: []}\n",
+            8,
+            3,
+            "Leave decide out",
+        ),
+        (
+            TASK.format(kind="code") + "  temperature: 0.5\nmethod: {name: prefix-tuning}\nexport: {formats: []}\n",
+            8,
+            3,
+            "Leave temperature out",
+        ),
         (LEAST + "method: {bias: all}\nexport:\n  formats: [q8_0, lora]\n", 6, 3, "method.bias makes more of it"),
     ],
 )

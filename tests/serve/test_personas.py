@@ -13,7 +13,7 @@ from afina.artifact import parent, seal, source_digest
 from afina.console import Console
 from afina.data.conversation import Message
 from afina.errors import ModelError, RecipeError
-from afina.model.attach import load_adapter, save_adapter
+from afina.model.saved import load_adapter, save_adapter
 from afina.recipe.schema import Chat, Recipe
 from afina.serve.opening import speakers_of
 from afina.serve.personas import open_cast

@@ -14,8 +14,9 @@ from small import CPU
 from torch import nn
 
 from afina.data.conversation import Message, Sample
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
-from afina.data.tokenizer import Tokenizer, load_tokenizer
+from afina.data.tokenizer import Tokenizer
 from afina.errors import DataError
 from afina.model.generate import generate
 from afina.model.load import load_model

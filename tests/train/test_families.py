@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 from afina.data.batch import micro_batches
 from afina.data.template import Rendered
 from afina.errors import AfinaError
-from afina.model.attach import attach, learning, load_adapter, merged, save_adapter, save_whole
+from afina.model.attach import attach, learning, merged
 from afina.model.generate import generate
 from afina.model.load import load_model
 from afina.model.loss import summed_loss
 from afina.model.packed import covers, packed_attention
+from afina.model.saved import load_adapter, save_adapter, save_whole
 from afina.recipe.schema import Lora
 from afina.train.loop import accumulate
 

@@ -16,12 +16,13 @@ from afina.data.template import Rendered
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
 from afina.engine.proof import prove
-from afina.model.attach import attach, learning, load_adapter, recompute, save_adapter
+from afina.model.attach import attach, learning, recompute
 from afina.model.load import Hardware, load_model
 from afina.model.loss import summed_loss
 from afina.model.packed import attend, attend_backward, covers, packed_attention
 from afina.model.quantize import quantisation
 from afina.model.repeatable import same_bits
+from afina.model.saved import load_adapter, save_adapter
 from afina.model.virtual import virtual_tokens
 from afina.recipe.schema import Full, Lora, Model, PrefixTuning, PromptTuning, Training
 from afina.train import checkpoint

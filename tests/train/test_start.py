@@ -33,8 +33,10 @@ def test_a_new_run_starts_where_the_adapter_stands(world, tmp_path):
 
 @pytest.mark.parametrize("other", ["method.rank=8", "method.alpha=8", "method.targets=[q_proj]", "method.rslora=true"])
 def test_an_adapter_of_another_shape_or_scale_is_refused(world, tmp_path, other):
-    with pytest.raises(ModelError, match="first"):
+    with pytest.raises(ModelError, match="first") as raised:
         run(world, tmp_path / "second", *FEW, "model.adapter=first/adapter", other)
+    key = other.partition("=")[0]
+    assert key == "method.targets" or raised.value.hint == f"Set {key} to what it is there."
 
 
 @pytest.mark.parametrize("method", ["method={name: full}", "method.init=orthogonal"])

@@ -1,16 +1,14 @@
 """Rows to conversations. A dialect is known by the keys of a row; where two fit, or none, the user is asked."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from afina.data.conversation import DOCUMENT, PASSAGE, Message
-from afina.data.lines import CHUNK
-from afina.data.messages import message_from
+from afina.data.messages import effort_from, message_from, tools_from
 from afina.data.rows import BadRow, Row
-from afina.data.worker import AT_ONCE, WORKER, Overrun
 from afina.errors import DataError
 from afina.language import _
-from afina.recipe.schema import Data, Mapping
+from afina.recipe.schema import Data
 
 SHAREGPT = {
     "human": "user",
@@ -67,7 +65,7 @@ def _fitting(row: dict[str, Any]) -> list[str]:
 
 
 def maker(dialect: str, *, passages: bool = False) -> Make:
-    """What makes conversations of rows of this dialect, where there is no data.mapping (`Mapped`). passages: the rows
+    """What makes conversations of rows of this dialect, where there is no data.mapping (mapping.py). passages: the rows
     are parts of one text. Raises DataError."""
     if dialect == "mapping":
         raise DataError(
@@ -146,73 +144,6 @@ def _from_alpaca(row: Row) -> tuple[Message, ...]:
     return (*system, Message("user", question), Message("assistant", texts["output"]))
 
 
-class Mapped:
-    """What data.mapping makes of rows. Its templates run where they harm nobody (worker.py), for many rows at once
-    where these come through `over`. Raises DataError for a template that is none, and for one that takes too much."""
-
-    def __init__(self, mapping: Mapping) -> None:
-        texts = {"system": mapping.system, "user": mapping.user, "assistant": mapping.assistant}
-        self._templates = {role: text for role, text in texts.items() if text is not None}
-        self._ahead: dict[int, list[tuple[str, str]]] = {}
-        self._asked([Row({}, 0)])
-
-    def over(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The rows in order, some read ahead: each is to be asked for before the next is taken."""
-        source = iter(rows)
-        while group := _group(source):
-            sound = [row for row in group if not row.fault]
-            try:
-                self._ahead = {id(row): made for row, made in zip(sound, self._asked(sound), strict=True)}
-            except RecursionError:  # of one row: it is told when it comes by itself
-                self._ahead = {}
-            yield from group
-
-    def __call__(self, row: Row) -> tuple[Message, ...]:
-        try:
-            answers = self._ahead.pop(id(row), None) or self._asked([row])[0]
-        except RecursionError:
-            raise BadRow(_("nested too deeply")) from None
-        messages = []
-        for role, (status, text) in zip(self._templates, answers, strict=True):
-            if status != "made":
-                raise BadRow(_("data.mapping does not fit: {reason}").format(reason=text))
-            if (said := text.strip()) or role != "system":
-                messages.append(Message(role, said))
-        return tuple(messages)
-
-    def _asked(self, rows: Sequence[Row]) -> list[list[tuple[str, str]]]:
-        """Status and text of every role, for each row."""
-        columns = [self._rendered(role, [[row.value, row.keys] for row in rows]) for role in self._templates]
-        return [list(answers) for answers in zip(*columns, strict=True)]
-
-    def _rendered(self, role: str, items: list[Any]) -> list[tuple[str, str]]:
-        try:
-            answers = WORKER.ask("mapping", self._templates[role], items)
-        except Overrun as error:
-            raise DataError(
-                _("data.mapping.{key} was stopped: {reason}.").format(key=role, reason=error.message),
-                hint=_("Nothing else was harmed. Write a simpler template."),
-            ) from error
-        if answers and answers[0][0] == "invalid":
-            raise DataError(
-                _("data.mapping.{key} is not a valid template: {reason}.").format(key=role, reason=answers[0][1]),
-                hint=_('A value of the row is written {{ row.key }} or {{ row["a key"] }}.'),
-            )
-        return answers
-
-
-def _group(source: Iterator[Row]) -> list[Row]:
-    """The next rows, so many that they take little room."""
-    group: list[Row] = []
-    size = 0
-    for row in source:
-        group.append(row)
-        size += len(row.raw)
-        if len(group) == AT_ONCE or size > CHUNK:
-            break
-    return group
-
-
 def checked(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
     """What every sample must be: an answer at its end, nothing empty, text that can be encoded. Raises BadRow."""
     document = len(messages) == 1 and messages[0].role in (DOCUMENT, PASSAGE)
@@ -231,6 +162,16 @@ def checked(messages: tuple[Message, ...], system: str | None) -> tuple[Message,
             ) from None
     if any(message.role in ("system", "developer") for message in messages[1:]):
         raise BadRow(_("a system message stands after the first message"))
-    if system is not None and messages[0].role not in ("system", "developer") and not document:
-        return (Message("system", system), *messages)
-    return messages
+    return messages if system is None else with_system(messages, system)
+
+
+def with_system(messages: tuple[Message, ...], system: str) -> tuple[Message, ...]:
+    """A conversation that begins with a system message: its own, or this one. Plain text has none."""
+    if messages[0].role in ("system", "developer", DOCUMENT, PASSAGE):
+        return messages
+    return (Message("system", system), *messages)
+
+
+def beside_of(row: Any, dialect: str) -> tuple[str, str]:
+    """The tools and the reasoning effort that a row has beside its messages (`Sample`). Raises BadRow."""
+    return (tools_from(row), effort_from(row)) if dialect in ("messages", "sharegpt") else ("", "")

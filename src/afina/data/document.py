@@ -42,7 +42,7 @@ def _columns(path: Path, shape: Shape, first: str) -> Iterator[Row]:
         except BadRow as reason:
             fault = reason if places else fault
     if fault is not None:
-        yield Row(None, fault.line or 1, fault=str(fault))
+        yield Row(None, fault.line or 1, fault=str(fault), is_json=True)
         return
     files = [open_text(path, shape.encoding) for _name in places]
     try:
@@ -101,7 +101,7 @@ class Document:
             if whole and self.peek():
                 self._stop(_("there is text after the end"))
         except BadRow as reason:
-            yield Row(None, reason.line or 1, fault=str(reason))
+            yield Row(None, reason.line or 1, fault=str(reason), is_json=True)
 
     def columns(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """The members of the object that comes next: key, and byte and line at which its array begins.
@@ -166,7 +166,8 @@ class Document:
         self.peek()
         line, offset = self._place()
         value, raw = self._value()
-        return Row(value, line, offset, raw.encode("utf-8", "surrogatepass"), self._decoder.fault(), keys)
+        text = raw.encode("utf-8", "surrogatepass")
+        return Row(value, line, offset, text, self._decoder.fault(), keys, is_json=True)
 
     def _members(self) -> Iterator[str]:
         """The keys of the object that comes next; each time its value is next, and must be taken."""

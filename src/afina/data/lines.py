@@ -24,6 +24,8 @@ RATIO = 250
 FREE_BYTES = 2**21
 """So much may come out of a compressed file before its ratio is looked at."""
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+ARCHIVES = {b"PK\x03\x04": "ZIP", b"\xfd7zX": "xz", b"BZh9": "bzip2", b"7z\xbc\xaf": "7z"}
+"""What else is told by its first bytes."""
 PACKED = 2**11
 """Compressed bytes unpacked at once: of zeros, Zstandard makes 32,000 times as many."""
 WINDOW = 2**27
@@ -72,6 +74,13 @@ def open_raw(path: Path) -> io.BufferedReader:
             file=path,
             hint=_("See whether it is there and whether you may read it."),
         ) from error
+    if head in ARCHIVES:
+        file.close()
+        raise DataError(
+            _("The data file is a {kind} archive, which is not read.").format(kind=ARCHIVES[head]),
+            file=path,
+            hint=_("Unpack it, and name the files or the folder; gzip and Zstandard are read as they are."),
+        )
     if head[:2] == GZIP:
         return io.BufferedReader(_Inflated(path, file, gzip.GzipFile(fileobj=file)), CHUNK)
     if head == ZSTD:

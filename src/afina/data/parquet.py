@@ -1,4 +1,4 @@
-"""Parquet to rows, a few at a time. Strings that a file holds once and names often are not multiplied in memory.
+"""Parquet to rows, a few at a time.
 
 Pages and footers are decoded in a process of its own (worker.py): one that lies about its sizes ends that process.
 What comes back is a batch of rows in Arrow's own form, looked through there; here it becomes values, row by row.
@@ -19,8 +19,10 @@ from afina.errors import DataError, ResourceError
 from afina.language import _
 
 BATCH_BYTES = 2**22
-"""Rows are decoded in batches of about so much."""
-BATCH_ROWS = 1024
+"""Rows come over in batches of about so much."""
+BATCH_ROWS = 128
+"""Rows that are decoded at once: few, as a file may hold a text once and name it in all of them. Arrow's own way with
+these, read_dictionary, hands over with each batch all texts of the row group so far."""
 FOOTER = 2**24
 """No name or statistic of the footer is longer, and it lists no more parts."""
 CLOSE, BOMB = -1, "bomb"
@@ -48,7 +50,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
                 return
             with ipc.open_stream(b64decode(text)) as stream:
                 batch = stream.read_next_batch()
-            for value in (batch.slice(row, 1).to_pylist()[0] for row in range(batch.num_rows)):
+            for value in batch.to_pylist():
                 number += 1
                 made += _size(value)
                 if made > FREE_BYTES and made > RATIO * packed:
@@ -110,26 +112,32 @@ def _batches(path: str) -> Generator[str, None, None]:
     limits = {"thrift_string_size_limit": FOOTER, "thrift_container_size_limit": FOOTER, "pre_buffer": False}
     try:
         with parquet.ParquetFile(path, **limits) as file:
-            texts = [file.schema.column(n).path for n in range(len(file.schema)) if _is_text(file.schema.column(n))]
             size = _batch_rows(file.metadata)
         if not size:
             yield BOMB
             return
-        with parquet.ParquetFile(path, read_dictionary=texts, buffer_size=2**16, **limits) as file:
+        with parquet.ParquetFile(path, buffer_size=2**16, **limits) as file:
             for batch in file.iter_batches(batch_size=size, use_threads=False):
                 batch.validate(full=True)
-                sink = pyarrow.BufferOutputStream()
-                with ipc.new_stream(sink, batch.schema) as stream:
-                    stream.write_batch(batch)
-                yield b64encode(sink.getvalue()).decode("ascii")
+                for part in _parts(batch):
+                    sink = pyarrow.BufferOutputStream()
+                    with ipc.new_stream(sink, part.schema) as stream:
+                        stream.write_batch(part)
+                    yield b64encode(sink.getvalue()).decode("ascii")
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, MemoryError):
             raise
         raise ValueError(str(error)) from error
 
 
-def _is_text(column: Any) -> bool:
-    return str(column.physical_type) == "BYTE_ARRAY"
+def _parts(batch: Any) -> Iterator[Any]:
+    """A batch in halves, as often as it takes: what is small in the file may be large once it is decoded."""
+    if batch.nbytes <= BATCH_BYTES or batch.num_rows == 1:
+        yield batch
+        return
+    half = batch.num_rows // 2
+    yield from _parts(batch.slice(0, half))
+    yield from _parts(batch.slice(half))
 
 
 def _batch_rows(metadata: Any) -> int:

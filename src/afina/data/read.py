@@ -3,15 +3,16 @@
 Every row is accounted for. All bad rows of all files are reported in one error, each with its file, line and reason.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from afina.data.audit.chat import class_of
 from afina.data.conversation import Sample
-from afina.data.dialects import Make, Mapped, checked, dialect_of, maker
+from afina.data.dialects import Make, beside_of, checked, dialect_of, maker
 from afina.data.files import find
-from afina.data.messages import effort_from, tools_from
+from afina.data.mapping import Mapped
 from afina.data.problem import BadRows, Problem
 from afina.data.rows import BadRow, Row, Shape, encoding_of, format_of, rows
 from afina.errors import DataError
@@ -49,6 +50,7 @@ def read(sources: Sources, data: Data, folder: Path, *, with_rows: bool = False)
     """
     reading = Reading()
     problems: list[Problem] = []
+    strange: Row | None = None
     for file, row, found in samples(sources, data, folder, reading):
         if isinstance(found, Sample):
             reading.samples.append(found)
@@ -56,19 +58,32 @@ def read(sources: Sources, data: Data, folder: Path, *, with_rows: bool = False)
                 reading.rows.append(row)
         else:
             problems.append(Problem(file, row.line, found, class_of(row, reading.dialects), row.number))
+            if problems[-1].kind == "unknown-shape":
+                strange = strange or row
         if len(problems) == MOST_PROBLEMS:
             break
     if problems:
         raise BadRows(
             problems,
             len(problems) + len(reading.samples),
-            hint=_("Mend or remove these rows; nothing was changed or dropped.")
-            if len(problems) < MOST_PROBLEMS
-            else _("Nothing was read after these; afina data check goes through all of it."),
+            hint=_("Nothing was read after these; afina data check goes through all of it.")
+            if len(problems) == MOST_PROBLEMS
+            else _mapping_for(strange) or _("Mend or remove these rows; nothing was changed or dropped."),
         )
     if not reading.samples:
         raise DataError(_("No data file is named."), hint=_("Name at least one file, folder or bundled set."))
     return reading
+
+
+def _mapping_for(row: Row | None) -> str:
+    """A mapping that reads a row of a shape of its own, made of its first two texts; "" where it has not two."""
+    known = row.value if row is not None and isinstance(row.value, dict) else {}
+    texts = [key for key, value in known.items() if isinstance(value, str)]
+    if len(texts) < 2:
+        return ""
+    user, assistant = (f"{{{{ row.{key} }}}}" if key.isidentifier() else f"{{{{ row[{key!r}] }}}}" for key in texts[:2])
+    made = f"{{user: {json.dumps(user, ensure_ascii=False)}, assistant: {json.dumps(assistant, ensure_ascii=False)}}}"
+    return _("Say how to read them, for instance, under data in the recipe, mapping: {mapping}").format(mapping=made)
 
 
 def samples(
@@ -109,8 +124,7 @@ def _of_file(file: Path, data: Data, told: Reading) -> Iterator[tuple[Path, Row,
                 make = mapped or maker(dialect, passages=form == "text")
                 told.spoken[file] = dialect
             messages = checked(make(row), data.system)
-            talks = dialect in ("messages", "sharegpt")
-            beside = (tools_from(row.value), effort_from(row.value)) if talks else ()
+            beside = beside_of(row.value, dialect)
         except BadRow as reason:
             yield file, row, str(reason)
         else:

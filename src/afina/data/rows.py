@@ -8,6 +8,7 @@ import codecs
 import gc
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Row:
     `line` (from 1) and `offset` (bytes, from 0) are where it begins, of Parquet its number and 0; in a file that is not
     UTF-8, `offset` and `raw` are those of the same text in UTF-8. `keys`: what `*` matched on the way to it. `fault`:
     why it cannot be used, or "". `number`: in a JSON document, whose rows may all stand on one line, which row it is,
-    from 1; else 0.
+    from 1; else 0. `is_json`: `raw` is JSON, and not a line of a table or of plain text.
     """
 
     value: Any
@@ -60,6 +61,7 @@ class Row:
     fault: str = ""
     keys: tuple[str, ...] = ()
     number: int = 0
+    is_json: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ def line_rows(path: Path, shape: Shape) -> Iterator[Row]:
             if not raw.strip(_BLANK):
                 continue
             if not whole:
-                yield Row(None, number, offset, raw, too_long())
+                yield Row(None, number, offset, raw, too_long(), is_json=True)
                 return
             row = decoder.line(decoded(path, raw, number, offset), number, offset, raw)
             if row.fault or not shape.path:
@@ -138,7 +140,7 @@ def line_rows(path: Path, shape: Shape) -> Iterator[Row]:
                 from afina.data.document import Document
 
                 for found in Document(io.BytesIO(raw)).find(shape.steps):
-                    yield Row(found.value, number, offset, raw, found.fault, found.keys)
+                    yield Row(found.value, number, offset, raw, found.fault, found.keys, is_json=True)
 
 
 def too_long() -> str:
@@ -306,6 +308,23 @@ def is_columns(value: dict[str, Any]) -> bool:
     )
 
 
+def line_of(value: Any) -> str:
+    """A value as a row of JSON Lines, without its end. What JSON does not have (a date, of Parquet) becomes its text,
+    and what is no number null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def uncollected(function: Callable[..., Result], *arguments: Any) -> Result:
     """The function's value, no garbage looked for meanwhile: millions of new objects make that take three times."""
     collecting = gc.isenabled()
@@ -339,9 +358,9 @@ class Decoder:
         except ValueError as error:
             fault = _("not valid JSON: {reason}").format(reason=error)
         else:
-            return Row(value, number, offset, raw, self.fault())
+            return Row(value, number, offset, raw, self.fault(), is_json=True)
         self.fault()  # what was noticed before the text broke off belongs to this line alone
-        return Row(None, number, offset, raw, fault)
+        return Row(None, number, offset, raw, fault, is_json=True)
 
     def fault(self) -> str:
         """The first fault since the last call; "" for none."""

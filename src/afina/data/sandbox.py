@@ -84,16 +84,46 @@ def mapped(text: str, most: int = MOST) -> Callable[[Any], str]:
 
     Raises as `templated`.
     """
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = _to_json
-    environment.globals["namespace"] = _Namespace
-    template = environment.from_string(text)
+    template = _mapping().from_string(text)
 
     def render(item: Any) -> str:
         row, keys = item
         return _joined(template.generate(row=row, keys=keys), item, most)
 
     return render
+
+
+def copies(text: str) -> Callable[[Any], str]:
+    """What a template of data.mapping copies: in turn literal texts, and the keys that lead to a text of the row, as
+    JSON; "" where it does more than that. Raises as `templated`."""
+    environment = _mapping()
+    environment.from_string(text)
+    parts: list[Any] = []
+    for statement in environment.parse(text).body:
+        for node in statement.nodes if isinstance(statement, nodes.Output) else [statement]:
+            parts.append(node.data if isinstance(node, nodes.TemplateData) else _keys(node))
+    said = "" if None in parts else json.dumps(parts)
+    return lambda _item: said
+
+
+def _keys(node: nodes.Node) -> list[str] | None:
+    """The keys of row.a["b"], in order; None for all else. What dictionaries have as attributes is no key."""
+    if isinstance(node, nodes.Name):
+        return [] if node.name == "row" else None
+    if isinstance(node, nodes.Getattr):
+        key, before = None if hasattr(dict, node.attr) else node.attr, _keys(node.node)
+    elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+        key, before = node.arg.value, _keys(node.node)
+    else:
+        return None
+    return [*before, key] if before is not None and isinstance(key, str) else None
+
+
+def _mapping() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = _to_json
+    environment.globals["namespace"] = _Namespace
+    return environment
 
 
 def _joined(parts: Iterable[str], item: Any, most: int) -> str:

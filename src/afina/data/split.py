@@ -4,7 +4,6 @@ Equal and nearly equal samples stay together, so that nothing is asked that was 
 classes, each class is dealt out in the same shares.
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from afina.data.audit.chat import KEYS, unread
 from afina.data.classes import classes_of
 from afina.data.conversation import Sample, row_of
 from afina.data.near import groups
+from afina.data.rows import line_of
 from afina.errors import DataError, RecipeError
 from afina.language import _
 
@@ -49,7 +49,12 @@ def _part(word: str) -> Part:
         amount = None if not equals else float(number) if "." in number else int(number)
     except ValueError:
         amount = 0
-    if not name.replace("-", "").replace("_", "").isalnum() or (amount is not None and not 0 < amount < 10**12):
+    whole = isinstance(amount, float) and not 0 < amount < 1
+    if (
+        whole
+        or not name.replace("-", "").replace("_", "").isalnum()
+        or (amount is not None and not 0 < amount < 10**12)
+    ):
         raise RecipeError(
             _("{word} is no part.").format(word=repr(word)),
             hint=_("Write NAME, NAME=0.1 for a share or NAME=200 for so many rows."),
@@ -161,4 +166,4 @@ def written(sample: Sample, value: Any, dialect: str) -> str:
         if dialect not in KEYS or any(key in beside for keys in KEYS.values() for key in keys):
             beside = {"row": value}  # spread out, its keys could be taken for those of a dialect
         row = {"text": sample.answer, **beside} if sample.is_text else {**row_of(sample), **beside}
-    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+    return line_of(row) + "\n"

@@ -1,10 +1,11 @@
 """Answers that must be JSON of a JSON Schema: every one in the data is held to it before anything is learnt."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from afina.data.audit.letters import Fault
 from afina.data.conversation import Sample
 from afina.data.problem import BadRows, Problem
 from afina.errors import RecipeError, ResourceError
@@ -56,15 +57,29 @@ def validator(schema: str) -> Any:
 def check_targets(samples: Sequence[Sample], schema: str) -> None:
     """Hold every answer to the schema. Raises BadRows naming file, line and place of what is wrong."""
     valid = validator(schema)
-    problems = [
-        Problem(sample.file, sample.line, fault)
-        for sample in samples
-        for message in sample.messages
-        if message.role == "assistant" and message.weight > 0 and "tool_calls" not in message.details
-        for fault in _faults(message.content, valid)
-    ]
+    problems = [Problem(sample.file, sample.line, fault) for sample in samples for fault in _of(sample, valid)]
     if problems:
         raise BadRows(problems, len(samples), hint=_("Mend these answers, or the schema (data.schema_file)."))
+
+
+class Targets:
+    """What the audit asks about the answers of a recipe with a schema. `files`: those that are learnt or validated on;
+    tasks have schemas of their own."""
+
+    def __init__(self, schema: str, files: Collection[Path]) -> None:
+        self._valid, self._files = validator(schema), frozenset(files)
+
+    def __call__(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Fault]]:
+        """Place and fault of every answer that breaks the schema."""
+        for at, sample in enumerate(samples):
+            for fault in _of(sample, self._valid) if sample.file in self._files else ():
+                yield at, Fault("schema-misfit", 0, 0, fault)
+
+
+def _of(sample: Sample, valid: Any) -> Iterator[str]:
+    for message in sample.messages:
+        if message.role == "assistant" and message.weight > 0 and "tool_calls" not in message.details:
+            yield from _faults(message.content, valid)
 
 
 def _faults(answer: str, valid: Any) -> list[str]:

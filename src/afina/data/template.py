@@ -136,7 +136,8 @@ class Renderer:
         targets = [(spans[place], weight) for place, weight in weights.items()]
         if whole:
             muted = [(span, 0.0) for place, span in spans.items() if place not in weights]
-            targets = [*targets, *muted, ((0, len(text)), 1.0)]
+            last = spans.get(len(hidden.rows) - 1)  # after the end of the last answer nothing is ever written
+            targets = [*targets, *muted, ((0, last[1] if last else len(text)), 1.0)]
         return self._cut(text, hidden, spans.values(), targets)
 
     def _rewrites(self, sample: Sample, places: Sequence[int]) -> bool:

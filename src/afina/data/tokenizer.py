@@ -1,4 +1,4 @@
-"""The one door to tokenizers: loads one, encodes text that can never become a control token, decodes ids.
+"""The one door to tokenizers: encodes text that can never become a control token, decodes ids.
 
 Knows the special ids (end of turn, padding, beginning) and renders the chat template, but nothing of what is learnt:
 that is template.py.
@@ -18,18 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from afina import durable
-from afina.data.gguf_tokenizer import definition_of, special_tokens, template_of
-from afina.data.harmony import mended
-from afina.data.patterns import check_tokenizer
-from afina.data.sandbox import without_clock
 from afina.data.worker import WORKER, Overrun
 from afina.errors import ModelError
-from afina.gguf_file import GgufFile
 from afina.language import _
-from afina.recipe.place import BUNDLED
 
 _TAG = re.compile(r"<\S+>|\[\S+\]")
-_ASKED, _ANSWERED = "\ue0f4", "\ue0f5"
+ASKED, ANSWERED = "\ue0f4", "\ue0f5"
 """What the template is probed with: private-use characters, which no template writes."""
 
 
@@ -70,16 +64,16 @@ class Tokenizer:
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Ids at which an answer is over: what the template closes one with, and the tokenizer's end of sequence."""
-        return tuple(sorted({index for index in (self.hf.eos_token_id, self._closing_id) if index is not None}))
+        return tuple(sorted({index for index in (self.hf.eos_token_id, self.closing_id) if index is not None}))
 
     @cached_property
-    def _closing_id(self) -> int | None:
+    def closing_id(self) -> int | None:
         """The control token that the template writes after the last answer, white space between them at most."""
         try:
-            rendered = self.render([{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}])
+            rendered = self.render([{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}])
         except ModelError:
             return None
-        after = rendered.rpartition(_ANSWERED)[2].lstrip()
+        after = rendered.rpartition(ANSWERED)[2].lstrip()
         found = [text for text in self.control_tokens if after.startswith(text)]
         return self.control_tokens[max(found, key=len)] if found else None
 
@@ -156,7 +150,7 @@ class Tokenizer:
                 _begin_nothing(definition)
             same = inside and definition == self._definition
             self._known_backends[tags, inside] = (
-                self._backends(tags=tags, inside=False) if same else _backend(json.dumps(definition))
+                self._backends(tags=tags, inside=False) if same else backend_of(json.dumps(definition))
             )
         return self._known_backends[tags, inside]
 
@@ -224,7 +218,7 @@ class Tokenizer:
         A few templates (Hermes' for tools) go through `tools` without asking whether there are any: they get none.
         """
         given = {**self.hf.special_tokens_map, "tools": None, "documents": None}
-        probe = self._rendered([[[{"role": "user", "content": _ASKED}], True, given]])[0]
+        probe = self._rendered([[[{"role": "user", "content": ASKED}], True, given]])[0]
         if isinstance(probe, Refusal) and "NoneType" in probe.message:
             given["tools"] = []
         return given
@@ -237,94 +231,6 @@ class Tokenizer:
         settings = json.loads(file.read_bytes())
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # other classes rebuild tokenizer.json, and not equally
         durable.write_json(file, settings)
-
-
-def load_tokenizer(
-    source: str,
-    *,
-    template: str | None = None,
-    folder: Path | None = None,
-    revision: str | None = None,
-    turn_tokens: Sequence[str] = (),
-) -> Tokenizer:
-    """Load the tokenizer of a model folder, a GGUF file or a hub name. Raises ModelError.
-
-    `template` is a bundled template (afina/NAME) or a Jinja file (relative to `folder`) that replaces the model's own.
-    Where it asks for today's date, it gets a fixed one: see sandbox.py. `turn_tokens` become control tokens where the
-    vocabulary lacks them.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    if definition := _definition(source, revision):
-        check_tokenizer(definition, source)
-    try:
-        if source.endswith(".gguf"):
-            file = GgufFile(source)
-            backend = _backend(json.dumps(definition_of(file)))
-            backend.encode_special_tokens = False
-            hf: Any = PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens(file))
-            hf.chat_template = template_of(file)
-        else:
-            hf = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
-    except ModelError:
-        raise
-    except Exception as error:  # tokenizers raises plain Exception for a tokenizer.json it cannot read
-        hint = _("A model folder needs tokenizer.json and tokenizer_config.json beside its weights.")
-        if not Path(source).exists():
-            hint = _("Check the folder or the hub name, and that this machine reaches the hub.")
-        told = _("The tokenizer of {source} cannot be loaded: {reason}")
-        raise ModelError(told.format(source=source, reason=_first_line(error)), hint=hint) from error
-    if not hf.is_fast:
-        raise ModelError(
-            _("The tokenizer of {source} has no tokenizer.json.").format(source=source),
-            hint=_("Use a model that has one, or convert its tokenizer with transformers."),
-        )
-    text = _own_template(hf.chat_template) if template is None else _read_template(template, folder or Path())
-    added = _add_tokens(hf, turn_tokens, text, source)
-    tokenizer = Tokenizer(hf, None if text is None else mended(without_clock(text)), added)
-    if tokenizer._closing_id in added:  # every program that runs the model shall stop there
-        hf.eos_token = hf.convert_ids_to_tokens(tokenizer._closing_id)
-    return Tokenizer(hf, tokenizer.template, added)
-
-
-def _definition(source: str, revision: str | None) -> Path | None:
-    """Where the tokenizer.json lies, of a folder or in the hub's cache; None where there is none."""
-    from transformers.utils import cached_file
-
-    if source.endswith(".gguf"):
-        return None
-    if Path(source).is_dir():
-        file = Path(source) / "tokenizer.json"
-        return file if file.exists() else None
-    try:
-        found = cached_file(source, "tokenizer.json", revision=revision or "main")
-    except OSError:
-        return None  # loading it will say why
-    return Path(found) if found else None
-
-
-def _add_tokens(hf: Any, turn_tokens: Sequence[str], template: str | None, source: str) -> dict[int, list[int]]:
-    """Make control tokens of the declared texts. Raises ModelError for one that the template never writes."""
-    from tokenizers import AddedToken
-
-    known = {token.content: token for token in hf.added_tokens_decoder.values()}
-    for text in turn_tokens:
-        if template is None or text not in template:
-            raise ModelError(
-                _("model.turn_tokens names {token}, which the chat template never writes.").format(token=text),
-                hint=_("Write it in your template (model.chat_template), or take it off the list."),
-            )
-        if text in known and not known[text].special:
-            raise ModelError(
-                _("model.turn_tokens names {token}, which {source} knows as a word.").format(token=text, source=source),
-                hint=_("Choose a text that is no word, such as <|turn|>."),
-            )
-    plain = Tokenizer(hf, None)
-    pieces = {text: [] if text in known else plain.encode([text])[0] for text in turn_tokens}
-    fresh = [AddedToken(text, special=True, normalized=False) for text in turn_tokens if text not in known]
-    if fresh:
-        hf.add_tokens(fresh, special_tokens=True)
-    return {int(hf.convert_tokens_to_ids(text)): ids for text, ids in pieces.items()}
 
 
 def _parts(definition: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -352,25 +258,20 @@ def _refusal(reason: str) -> Refusal:
     )
 
 
-def _own_template(given: Any) -> str | None:
-    """The model's template; of several with names, the one called default."""
-    chosen = given.get("default") if isinstance(given, dict) else given
-    return chosen if isinstance(chosen, str) else None
-
-
 def _ids(backend: Any, texts: list[str]) -> list[list[int]]:
     try:
         return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
     except BaseException as error:  # the Rust panic derives from BaseException
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ModelError(
-                _("The tokenizer failed on a text: {reason}.").format(reason=_first_line(error)),
+                _("The tokenizer failed on a text: {reason}.").format(reason=first_line(error)),
                 hint=_("The text may hold half a character, or the tokenizer.json a pattern that never ends."),
             ) from error
         raise
 
 
-def _backend(definition: str) -> Any:
+def backend_of(definition: str) -> Any:
+    """A tokenizer.json as the library holds it: nothing filled up or cut off, control tokens read as text."""
     from tokenizers import Tokenizer as Backend
 
     backend = Backend.from_str(definition)
@@ -380,21 +281,6 @@ def _backend(definition: str) -> Any:
     return backend
 
 
-def _read_template(name: str, folder: Path) -> str:
-    file = (
-        BUNDLED / "templates" / f"{name.removeprefix('afina/')}.jinja" if name.startswith("afina/") else folder / name
-    )
-    if not file.is_file() and not name.startswith("afina/"):
-        file = Path(name)
-    try:
-        return file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(sorted(f"afina/{path.stem}" for path in (BUNDLED / "templates").glob("*.jinja")))
-        raise ModelError(
-            _("The chat template {name} cannot be read.").format(name=name),
-            hint=_("Name a Jinja file, or one of {known}.").format(known=known),
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]

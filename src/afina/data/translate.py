@@ -6,18 +6,16 @@ kept back and named. Knows nothing of who translates (an endpoint, or a model of
 """
 
 import json
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
 from afina import durable
+from afina.beside import each
 from afina.data.conversation import Message, Sample
 from afina.data.problem import Problem
 from afina.data.protect import Unit, joined, parts, proof
-from afina.errors import AfinaError
 from afina.language import _
 
 WRONG = 3
@@ -143,7 +141,7 @@ def translate(
     """
     wanted = _wanted(samples, job, cache)
     asked = answered = 0
-    for key, reply in _answers(wanted, job, ask, parallel):
+    for key, reply in each(lambda key: _asked(wanted[key], job, ask), wanted, parallel):
         if isinstance(reply, Reply):
             cache.put(key, reply.text)
             asked, answered = asked + reply.asked, answered + reply.answered
@@ -156,42 +154,6 @@ def translate(
         else:
             kept_back.append(Problem(sample.file, sample.line, found))
     return Outcome(made, kept_back, (asked, answered))
-
-
-def _answers(wanted: dict[str, Unit], job: Job, ask: Ask, parallel: int) -> Iterator[tuple[str, Reply | None]]:
-    """Each paragraph's translation as it comes, None for one that keeps losing its marks.
-
-    Threads that nobody waits for, so that Ctrl-C leaves at once; each asks one thing at a time.
-    """
-    tasks: queue.SimpleQueue[tuple[str, Unit]] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[str, Reply | AfinaError | None]] = queue.SimpleQueue()
-    stop = threading.Event()
-    for item in wanted.items():
-        tasks.put(item)
-
-    def work() -> None:
-        while not stop.is_set():
-            try:
-                key, unit = tasks.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                done.put((key, _asked(unit, job, ask)))
-            except AfinaError as error:
-                done.put((key, error))
-                return
-
-    threads = [threading.Thread(target=work, daemon=True) for _worker in range(min(parallel, len(wanted)))]
-    for thread in threads:
-        thread.start()
-    try:
-        for _count in range(len(wanted)):
-            key, reply = done.get()
-            if isinstance(reply, AfinaError):
-                raise reply
-            yield key, reply
-    finally:
-        stop.set()
 
 
 def _asked(unit: Unit, job: Job, ask: Ask) -> Reply | None:

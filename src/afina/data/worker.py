@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,8 @@ PATIENCE = 60.0
 """Seconds without an answer after which a process counts as lost, however busy the machine is."""
 AT_ONCE, AT_ONCE_BYTES = 256, 2**24
 """Items asked in one go, and how long they may be: enough that the way there and back costs little."""
+TOGETHER = 2**16
+"""Characters of answers that are sent together, unless that would keep the first one waiting."""
 _BEGIN = "import sys; sys.path[:] = sys.argv[2:]; from afina.data.worker import serve; serve(sys.argv[1])"
 _SIZE = struct.Struct("<I")
 _READ = 2**16
@@ -51,14 +54,14 @@ class Worker:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
-        self._told: dict[str, int] = {}
+        self._told: dict[tuple[str, str], int] = {}
         self._unread = bytearray()
 
     def ask(self, kind: str, definition: str, items: Sequence[Any]) -> list[tuple[str, str]]:
         """What `definition` makes of each item: ("made", text), ("refused", reason) or ("invalid", reason).
 
-        kind: template, mapping, pattern or parquet; invalid is a definition that is none. Raises Overrun when an item,
-        or taking in the definition, takes too much.
+        kind: template, mapping, copies, pattern or parquet; invalid is a definition that is none. Raises Overrun when
+        an item, or taking in the definition, takes too much.
         """
         answers: list[tuple[str, str]] = []
         with self._lock:
@@ -88,12 +91,15 @@ class Worker:
 
     def _asked(self, kind: str, definition: str, group: Sequence[str]) -> list[tuple[str, str]]:
         process = self._started()
-        place = self._told.get(definition)
-        number = self._told.setdefault(definition, len(self._told))
+        new = (kind, definition) not in self._told
+        number = self._told.setdefault((kind, definition), len(self._told))
         try:
-            head = json.dumps([kind, number, definition if place is None else None])
+            head = json.dumps([kind, number, definition if new else None])
             _send(_fileno(process.stdin), f"{head[:-1]}, [{', '.join(group)}]]")
-            return [self._answer(process) for _item in group]
+            answers: list[tuple[str, str]] = []
+            while len(answers) < len(group):
+                answers += self._answers(process)
+            return answers
         except (OSError, EOFError) as error:
             raise self._ended() from error
         except BaseException:  # a signal in the middle: what is still to be read belongs to nobody
@@ -117,11 +123,12 @@ class Worker:
         )
         return self._process
 
-    def _answer(self, process: "subprocess.Popen[bytes]") -> tuple[str, str]:
-        answer = _received(_fileno(process.stdout), self._unread, PATIENCE)
-        if answer is None:
+    def _answers(self, process: "subprocess.Popen[bytes]") -> list[tuple[str, str]]:
+        """Those that come together."""
+        answers = _received(_fileno(process.stdout), self._unread, PATIENCE)
+        if answers is None:
             raise EOFError
-        return answer[0], answer[1]
+        return [(status, text) for status, text in answers]
 
     def _ended(self) -> Overrun:
         """Why the process is gone, or is made to go."""
@@ -168,11 +175,18 @@ def serve(task: str) -> None:
     _limit_memory()
     while (request := _received(0, unread)) is not None:
         kind, number, definition, items = request
+        answers: list[tuple[str, str]] = []
+        size, since = 0, time.monotonic()
         for item in items:
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)
-            status, text = _answered(known, kind, number, definition, item)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            _send(1, json.dumps([status, text]))
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # begins anew for each
+            answers.append(_answered(known, kind, number, definition, item))
+            size += len(answers[-1][1])
+            if size > TOGETHER or time.monotonic() > since + SECONDS:
+                _send(1, json.dumps(answers))
+                answers, size, since = [], 0, time.monotonic()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        if answers:
+            _send(1, json.dumps(answers))
 
 
 def _maker(kind: str) -> Callable[[str], Act]:
@@ -187,7 +201,7 @@ def _maker(kind: str) -> Callable[[str], Act]:
         return cutter
     from afina.data import sandbox
 
-    return sandbox.mapped if kind == "mapping" else sandbox.templated
+    return {"mapping": sandbox.mapped, "copies": sandbox.copies, "template": sandbox.templated}[kind]
 
 
 def _answered(known: dict[int, Act], kind: str, number: int, definition: str | None, item: Any) -> tuple[str, str]:

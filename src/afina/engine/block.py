@@ -6,21 +6,13 @@ Of the rest, a `Placement` says by name what stays on the GPU, what waits in the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
 
-from afina.engine.elementwise import (
-    Norm,
-    gather_rotated,
-    head_norms,
-    head_norms_backward,
-    norm,
-    norm_backward,
-    rotate,
-)
+from afina.engine.elementwise import Norm, gather_rotated, head_norms, head_norms_backward, norm, norm_backward, rotate
 from afina.engine.offload import Offload, Parked
 from afina.engine.products import Product
 from afina.model.packed import Attended, attend, attend_backward
@@ -53,22 +45,14 @@ HERE = Placement()
 
 @dataclass
 class Saved:
-    """What a layer's forward leaves for its backward: by name, here, away, or None when it is to be made again."""
+    """What a layer's forward leaves for its backward: by name, here, away, or None when it is to be made again.
+
+    lows: by the product's name, its `low_of`.
+    """
 
     tensors: dict[str, torch.Tensor | Parked | None]
     attended: Attended
     lows: dict[str, torch.Tensor]
-    routed: list[Any] = field(default_factory=list)
-    """Of a mixture: which rows went where, see mixture.py."""
-
-
-class Adapted(Protocol):
-    """An adapter of any kind: `b` begins as zero and learns."""
-
-    @property
-    def b(self) -> nn.Parameter:
-        """Whose being zero hides mistakes in the gradient of the other factor."""
-        ...
 
 
 @dataclass
@@ -122,7 +106,10 @@ class Attention:
 
 @dataclass(kw_only=True, eq=False)
 class Block:
-    """A decoder layer. `number` counts them; `rows_at_once` cuts what the widest products make, 0 for no cuts."""
+    """A decoder layer. `number` counts them; `rows_at_once` cuts what the widest products make, 0 for no cuts.
+
+    products, norms: in the order of the fields, which is that of `backward`'s gradients.
+    """
 
     attention: Attention
     number: int = 0
@@ -130,15 +117,12 @@ class Block:
     offload: Offload | None = None
     rows_at_once: int = 0
 
-    @property
-    def products(self) -> tuple[Product, ...]:
-        """In the order in which `backward` returns gradients."""
-        raise NotImplementedError
-
-    @property
-    def norms(self) -> tuple[Norm, ...]:
-        """Whose gradients follow those of the products."""
-        raise NotImplementedError
+    def __post_init__(self) -> None:
+        parts = [getattr(self, part.name) for part in fields(self)]
+        self.products: tuple[Product, ...] = tuple(part for part in parts if isinstance(part, Product))
+        self.norms: tuple[Norm, ...] = tuple(part for part in parts if isinstance(part, Norm))
+        for place, product in enumerate(self.products):
+            product.number = 8 * self.number + place
 
     def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
         """x: (tokens, hidden). Returns the layer's output, and what the backward needs when `save`."""
@@ -160,9 +144,9 @@ class Block:
         return self.products[-1].r
 
     @property
-    def adapters(self) -> list[Adapted]:
-        """All that learn in it."""
-        return [adapter for product in self.products for adapter in product.adapters]
+    def ups(self) -> list[nn.Parameter]:
+        """Every adapter's B, which begins as zero: that hides mistakes in the gradient of its A."""
+        return [adapter.b for product in self.products for adapter in product.adapters]
 
     def hold(self) -> None:
         """Keep weights of four bits in the precision that is computed in too."""
@@ -239,44 +223,36 @@ class Block:
         saved.attended.out = out
         return x, out.flatten(1)
 
-    def through_input(
-        self,
-        wide_d: torch.Tensor,
-        product: Product,
-        by: Norm,
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        low: torch.Tensor,
-        at: Positions,
-        below: int | None,
+    def back_through_input(
+        self, d: torch.Tensor, x: torch.Tensor, past: torch.Tensor, low: torch.Tensor, at: Positions, below: int | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor]]:
         """From the gradient of the first product's output past the first norm: dx, as `backward` returns it, and those
-        of product and norm. residual: (tokens, hidden), what also went past them; low: the product's `low_of`."""
-        product.widen(wide_d)
+        of product and norm. d: in rows as `product_of_norm` makes them; past: (tokens, hidden), what x's gradient is
+        besides; low: the product's `low_of`."""
+        product, by = self.products[0], self.norms[0]
+        product.widen(d)
         dx, n, of_norm = None, torch.empty_like(x), []
         if below is not None:
-            d_n = product.backward(wide_d, self.seed(at, product))
+            d_n = product.backward(d, at.seed)
             dx = x.new_empty(x.shape[0], x.shape[1] + below)
-            of_norm = norm_backward(d_n, x, by, dx[:, : x.shape[1]], residual=residual, y=n)
+            of_norm = norm_backward(d_n, x, by, dx[:, : x.shape[1]], residual=past, y=n)
         else:
             norm(x, by, n)
-        return dx, product.gradients(wide_d, n, low, self.seed(at, product)), of_norm
+        return dx, product.gradients(d, n, low, at.seed), of_norm
 
-    def widely(self, x: torch.Tensor, by: Norm, product: Product, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+    def product_of_norm(
+        self, x: torch.Tensor, by: Norm, product: Product, at: Positions
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The product of x's norm, in rows with room for the extra columns of its gradient, and its `low_of`."""
         wide = x.new_empty(x.shape[0], product.k + product.r)
         norm(x, by, wide[:, : product.k])
         y = room(x, product)
-        product.forward(wide, out=y[:, : product.n], seed=self.seed(at, product))
+        product.forward(wide, out=y[:, : product.n], seed=at.seed)
         return y, product.low_of(wide)
 
-    def seed(self, at: Positions, product: Product) -> int | None:
-        """Of the dropout before one of this layer's products."""
-        return None if at.seed is None else at.seed + 8 * self.number + self.products.index(product)
-
-    def chunks(self, tokens: int) -> list[slice]:
-        """The rows that go through the widest products together."""
-        step = self.rows_at_once or tokens
+    def chunks(self, tokens: int, whole: bool = False) -> list[slice]:
+        """The rows that go through the widest products together; `whole`: all, as what they make is kept."""
+        step = tokens if whole else self.rows_at_once or tokens
         return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
@@ -297,9 +273,10 @@ def added(sums: list[torch.Tensor], more: Sequence[torch.Tensor]) -> list[torch.
     return [total.add_(part) for total, part in zip(sums, more, strict=True)] if sums else list(more)
 
 
-def norm_of(layer_norm: Any, eps: float, dtype: torch.dtype, *, centred: bool = False) -> Norm:
-    """From a norm of transformers, which keeps its own weights."""
+def norm_of(layer_norm: Any, dtype: torch.dtype) -> Norm:
+    """From a layer norm, or an RMS norm of transformers, which keeps its own weights."""
+    eps = float(layer_norm.eps if isinstance(layer_norm, nn.LayerNorm) else layer_norm.variance_epsilon)
     weight, bias = layer_norm.weight, getattr(layer_norm, "bias", None)
     learnt = tuple(part for part in (weight, bias) if part is not None and part.requires_grad)
     bias = None if bias is None else bias.detach().to(dtype)
-    return Norm(weight.detach().to(dtype), eps, bias, centred, learnt)
+    return Norm(weight.detach().to(dtype), eps, bias, learnt)

@@ -4,20 +4,21 @@ The proof runs some of the exact engine's layers in eight bits too, on the user'
 nothing can multiply so, the exact products stay, and a sentence says why.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
 
-from afina.engine.block import Block, Saved
+from afina.engine.block import HERE, Block, Saved
 from afina.engine.eight import FP8, INT8, Format
-from afina.engine.eight_head import EightHead
+from afina.engine.eight_head import EightEnds
 from afina.engine.eight_product import ALIGN, EightProduct
 from afina.engine.eight_sequential import Scratches, in_eight_bits
-from afina.engine.engine import HEAD, Engine
-from afina.engine.mixture import Mixture
+from afina.engine.engine import Engine
+from afina.engine.mixture import Mixture, SavedRouted
+from afina.engine.plan import Plan, Rates, count_up
 from afina.engine.products import Product
 from afina.engine.proof import perturbed
 from afina.language import _
@@ -25,6 +26,8 @@ from afina.model.loss import Targeted
 
 Kind = TypeVar("Kind")
 FORMATS = {"fp8": FP8, "int8": INT8}
+HEAD = "head"
+"""Its name among products."""
 
 LEAST_OF_PRODUCTS = 0.999
 """Cosine of dx = dy W in eight bits with the exact one. Rounding both factors to e4m3 leaves 0.9994."""
@@ -73,7 +76,7 @@ def format_of(asked: str, device: torch.device, dtype: torch.dtype) -> Format | 
 
 def why_exact(engine: Engine, asked: str) -> str | None:
     """Why this engine's products cannot be in eight bits; None where they can."""
-    products = [product for block in engine.blocks for product in block.products]
+    products = engine.products
     if any(product.learnt for product in products):
         return _("every weight learns")
     if any(size % ALIGN for product in products for size in (product.n, product.k)):
@@ -101,7 +104,7 @@ def try_eight_bits(engine: Engine, batch: Targeted, asked: str, *, hold: bool = 
             "exact products, not in eight bits: on the first batch cosines with the exact ones fall to "
             "{products:.5f} for a product, {layers:.4f} for a layer's gradient, {learnt:.4f} for its adapters'"
         ).format(**found)
-    engine.into_eight_bits(form, exact=proof.exact, hold=hold)
+    into_eight_bits(engine, form, exact=proof.exact, hold=hold)
     said = _(
         "products in eight bits ({format}); on the first batch cosines with the exact ones are {products:.5f} "
         "for a product, {layers:.4f} for a layer's gradient, {learnt:.4f} for its adapters', or better"
@@ -109,6 +112,40 @@ def try_eight_bits(engine: Engine, batch: Targeted, asked: str, *, hold: bool = 
     if proof.exact - left:
         said += _("; exact, for their outliers: {names}").format(names=", ".join(sorted(proof.exact - left)))
     return said
+
+
+def room_for_eight(engine: Engine, tokens: int, free_bytes: int, *, hold: bool, head: bool) -> bool:
+    """Whether everything saved stays on the GPU with products in eight bits; hold: four-bit weights are held so; head:
+    the head's are held so, beside those that make the logits."""
+    added = engine.ends.weight.numel() if head else 0
+    for part in engine.products:
+        if not part.packed:
+            added -= (engine.dtype.itemsize - 1) * part.n * part.k
+        elif hold:
+            added += part.n * part.k - sum(weight.packed.numel() for _rows, weight in part.packed)
+    return count_up(engine, Plan(tokens, [HERE] * len(engine.blocks)), Rates()).bytes + added <= free_bytes
+
+
+def head_goes_along(engine: Engine, form: Format, exact: Collection[str]) -> bool:
+    """Whether the head's backward is in eight bits too where the layers are: e4m3 alone has the range for it."""
+    return form is FP8 and HEAD not in exact and not engine.ends.passes_by and not engine.ends.learnt
+
+
+@torch.no_grad()
+def into_eight_bits(engine: Engine, form: Format, *, exact: Collection[str] = (), hold: bool = True) -> None:
+    """Multiply in eight bits from now on. Frozen weights are held so too, layer by layer, so that what is freed makes
+    room: the transformers model has none of these layers' any more. Weights of four bits may stay as they are, to be
+    unpacked for each use, unless `hold`. exact: names of the products that stay as they are, among them the head.
+    """
+    scratches, of_layers = Scratches(), set(exact) - {HEAD}
+    engine.blocks = [in_eight_bits(block, form, scratches, exact=of_layers, hold=hold) for block in engine.blocks]
+    if head_goes_along(engine, form, exact):
+        engine.ends = EightEnds.of(engine.ends)
+    engine.copy = None
+    any_exact = any(type(product) is not EightProduct for product in engine.products)
+    if not any_exact and not any(isinstance(block, Mixture) for block in engine.blocks):
+        engine.scratches.clear()
+    engine.scratches += [scratches.straight, scratches.turned, scratches.opened]
 
 
 @torch.no_grad()
@@ -123,7 +160,7 @@ def prove_eight(
     of_layers = exact - {HEAD}
     products, handed_down, learnt = dict[str, float](), list[float](), list[float]()
     with perturbed(engine):
-        engine._refresh()
+        engine.refresh()
         ids, at = engine.rows(batch, None)
         x, inputs, saved = engine.ends.embed(ids), list[torch.Tensor](), list[Saved | None]()
         for block in engine.blocks:
@@ -131,9 +168,9 @@ def prove_eight(
             x, kept = block.forward(x, at, save=True)
             saved.append(kept)
         wide = engine.ends.loss(x, batch, engine.blocks[-1].extra)[1][0]
-        if engine.head_goes_along(form, exact):
-            ends = replace(engine.ends, eight=EightHead.of(engine.ends.weight))
-            products[HEAD] = _cosine([ends.loss(x, batch, 0)[1][0]], [wide[:, : x.shape[1]]])
+        if head_goes_along(engine, form, exact):
+            of_head = EightEnds.of(engine.ends).loss(x, batch, 0)[1][0]
+            products[HEAD] = _cosine([of_head], [wide[:, : x.shape[1]]])
         for number in reversed(range(count)):
             block, kept, below = engine.blocks[number], _present(saved.pop()), engine.blocks[max(0, number - 1)].extra
             if number not in chosen:
@@ -156,7 +193,7 @@ def prove_eight(
 @contextmanager
 def _routed(block: Block, kept: Saved) -> Iterator[None]:
     """Within, a mixture's tokens go to the experts to which they went before: near ties would hide all else."""
-    if isinstance(block, Mixture):
+    if isinstance(block, Mixture) and isinstance(kept, SavedRouted):
         block.router.told = torch.cat([routing.ids for _rows, routing, _seen in kept.routed])
     try:
         yield

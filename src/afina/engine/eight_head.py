@@ -7,13 +7,15 @@ that they had.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 
 from afina.engine import eight
 from afina.engine.eight import FP8, Rows
-from afina.engine.eight_product import ALIGN
+from afina.engine.eight_product import ALIGN, TILE
+from afina.engine.head import Ends, Host, logits_of
 
 AT_ONCE = 8192
 """Rows of the head that are turned over together."""
@@ -45,11 +47,6 @@ class EightHead:
         eight.refuse_no_numbers(Rows(turned, fold, vocabulary, FP8))
         return cls(turned, fold, torch.ones(hidden, device=weight.device))
 
-    @property
-    def bytes(self) -> int:
-        """Of the weights."""
-        return self.turned.numel()
-
     def loss(
         self,
         logits: Callable[[torch.Tensor], torch.Tensor],
@@ -72,3 +69,47 @@ class EightHead:
             whole = whole * weights
             slopes.scales.mul_(weights)
         return whole, eight.multiply(slopes, self.turned, self.ones, rows, fast=False)
+
+
+@dataclass(kw_only=True, eq=False)
+class EightEnds(Ends):
+    """See Ends. eight: what dx is made of; None where the head waits in the computer's memory, as it is."""
+
+    eight: EightHead | None
+
+    @classmethod
+    def of(cls, exact: Ends) -> "EightEnds":
+        """From ends whose head is frozen and lies on the GPU; they are as before."""
+        parts = {part.name: getattr(exact, part.name) for part in fields(Ends)}
+        return cls(**parts, eight=EightHead.of(exact.weight))
+
+    def leave(self, which: Host) -> None:
+        """See Ends."""
+        super().leave(which)
+        if self.passes_by:
+            self.eight = None
+
+    def at_work(self, tokens: int, host: Host) -> int:
+        """See Ends."""
+        exact = super().at_work(tokens, host)
+        return exact if host == "both" else exact + min(CHUNKS * exact // 4, tokens * self.weight.shape[0])
+
+    def spared(self, host: Host) -> int:
+        """See Ends."""
+        return super().spared(host) + (self.eight.turned.nbytes if self.eight is not None and host == "both" else 0)
+
+    def rows_at_once(self, slopes_too: bool) -> int:
+        """See Ends: some chunks of whole tiles."""
+        rows = super().rows_at_once(slopes_too)
+        if self.eight is None or not slopes_too:
+            return rows
+        return CHUNKS * (rows - rows % TILE if rows > TILE else rows)
+
+    def loss_of(
+        self, rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, sums: list[torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Ends."""
+        if self.eight is None or sums is None:
+            return super().loss_of(rows, targets, weights, sums)
+        logits = partial(logits_of, head=self.weight, bias=self.bias)
+        return self.eight.loss(logits, rows, targets, weights, self.rows_at_once(True) // CHUNKS)

@@ -62,10 +62,10 @@ class EightProduct(Product):
         weights = Rows.empty(n, k, appended, form, device)
         weights.values[:, k:] = torch.zeros((), dtype=form.dtype, device=device)
         eight.refuse_no_numbers(eight.quantise(exact.weights()[:n, :k], weights, weights=True))
-        turned.ask(k * (n + appended))
+        turned.ask(k * (n + appended), form.dtype)
         packed = [] if hold else exact.packed
         if packed:
-            straight.ask(n * (k + appended))
+            straight.ask(n * (k + appended), form.dtype)
             weights = Rows(weights.values.new_empty(0, k + appended), weights.scales, k, form)
         inverse = 1 / weights.scales
         first, factors = torch.zeros(n, dtype=torch.int32, device=device), inverse.clone()
@@ -73,7 +73,7 @@ class EightProduct(Product):
             first[adapter.rows] = adapter.columns.start
             factors[adapter.rows] *= adapter.scale
         made = cls(
-            n, k, r, exact.bias, exact.like, exact.scratch, adapters=exact.adapters, scales=exact.scales,
+            n, k, r, exact.bias, exact.like, straight, adapters=exact.adapters, scales=exact.scales,
             dropout=exact.dropout, form=form, weights8=weights, straight=straight, turned=turned, packed=packed,
             down=torch.zeros(r, k, dtype=exact.like.dtype, device=device),
             up=torch.zeros(n, r, dtype=exact.like.dtype, device=device), units=torch.ones(2, device=device),

@@ -39,22 +39,21 @@ class EightSequential(Sequential):
 
     def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
         """See Block."""
-        tokens = x.shape[0]
         qkv, low_qkv = self._qkv(x, at)
         turned = self.attention.turned(qkv, at)
         attended = self.attention.attend(turned, at)
         of_o, low_o = self._of_o(attended.out.flatten(1), at)
         h, y = torch.empty_like(x), torch.empty_like(x)
         keeps_gate_up, gate_up, lows = save and "gate_up" not in self.placement.again, None, []
-        for rows in [slice(0, tokens)] if keeps_gate_up else self.chunks(tokens):
+        for rows in self.chunks(x.shape[0], whole=keeps_gate_up):
             n = self.gate_up.inputs(of_o[rows].shape[0])
             eight.norm_rows(x[rows], self.norm_mlp, n, of_o[rows], h[rows])
-            low_gate_up = self.gate_up.low(n, self.seed(at, self.gate_up))
-            gate_up = self.gate_up.through(n, low_gate_up, self.seed(at, self.gate_up))
+            low_gate_up = self.gate_up.low(n, at.seed)
+            gate_up = self.gate_up.through(n, low_gate_up, at.seed)
             act = self.down.inputs(gate_up.shape[0])
             known = eight.swiglu_rows(gate_up, act)
-            low_down = self.down.low(act, self.seed(at, self.down))
-            torch.add(h[rows], self.down.through(act, low_down, self.seed(at, self.down)), out=y[rows])
+            low_down = self.down.low(act, at.seed)
+            torch.add(h[rows], self.down.through(act, low_down, at.seed), out=y[rows])
             lows.append((low_gate_up, low_down, known.t()))
         if not save:
             return y, None
@@ -76,24 +75,22 @@ class EightSequential(Sequential):
         of_mlp = self._back_through_mlp(wide_dy[:, :hidden], h, self.take(saved, "gate_up"), saved, at, dh, dh8)
         del h
 
-        seed = self.seed(at, self.o)
-        d_low = self.o.d_low(dh8, seed)
-        of_o = self.o.of_adapters(dh8, d_low, out, saved.lows["o"], seed)
-        d_out = self.o.back(dh8, d_low, seed)
+        d_low = self.o.d_low(dh8, at.seed)
+        of_o = self.o.of_adapters(dh8, d_low, out, saved.lows["o"], at.seed)
+        d_out = self.o.back(dh8, d_low, at.seed)
         qkv = self.bring_qkv(saved, x, at)
         d8 = self._back_through_attention(saved.attended, d_out, qkv, at)
         del d_out, qkv, out, dh8
 
-        seed = self.seed(at, self.qkv)
-        d_low, n = self.qkv.d_low(d8, seed), self.qkv.inputs(x.shape[0])
+        d_low, n = self.qkv.d_low(d8, at.seed), self.qkv.inputs(x.shape[0])
         dx = None
         if below is None:
             eight.norm_rows(x, self.norm_attention, n)
         else:
-            d_n = self.qkv.back(d8, d_low, seed)
+            d_n = self.qkv.back(d8, d_low, at.seed)
             dx = x.new_empty(x.shape[0], hidden + below)
             eight.norm_backward_rows(d_n, x, self.norm_attention, dx[:, :hidden], dh, n)
-        return dx, [*self.qkv.of_adapters(d8, d_low, n, saved.lows["qkv"], seed), *of_o, *of_mlp]
+        return dx, [*self.qkv.of_adapters(d8, d_low, n, saved.lows["qkv"], at.seed), *of_o, *of_mlp]
 
     def _back_through_mlp(
         self,
@@ -108,27 +105,26 @@ class EightSequential(Sequential):
         """Gradients of the MLP's adapters; that of h goes into dh, and in eight bits, as `o` wants it, into dh8."""
         of_gate_up: list[torch.Tensor] = []
         of_down: list[torch.Tensor] = []
-        seeds = self.seed(at, self.gate_up), self.seed(at, self.down)
-        for rows in self.chunks(h.shape[0]) if gate_up is None else [slice(0, h.shape[0])]:
+        for rows in self.chunks(h.shape[0], whole=gate_up is not None):
             made, tokens = gate_up, dy[rows].shape[0]
             gate_up = None
             if made is None:
                 n = eight.norm_rows(h[rows], self.norm_mlp, self.gate_up.inputs(tokens))
-                made = self.gate_up.through(n, self.gate_up.low(n, seeds[0]), seeds[0])
+                made = self.gate_up.through(n, self.gate_up.low(n, at.seed), at.seed)
             d8 = eight.quantise(dy[rows], self.down.slopes(tokens), self.down.fold)
-            d_low = self.down.d_low(d8, seeds[1])
-            d_act = self.down.back(d8, d_low, seeds[1])
+            d_low = self.down.d_low(d8, at.seed)
+            d_act = self.down.back(d8, d_low, at.seed)
             slopes, act = self.gate_up.slopes(tokens), self.down.inputs(tokens)
             known = saved.lows["swiglu"][rows].t().contiguous()
             eight.swiglu_backward_rows(d_act, made, self.gate_up.fold, known, slopes, act)
             del d_act, made
-            of_down = added(of_down, self.down.of_adapters(d8, d_low, act, saved.lows["down"][rows], seeds[1]))
+            of_down = added(of_down, self.down.of_adapters(d8, d_low, act, saved.lows["down"][rows], at.seed))
             del d8, act
-            d_low, n = self.gate_up.d_low(slopes, seeds[0]), self.gate_up.inputs(tokens)
-            d_n = self.gate_up.back(slopes, d_low, seeds[0])
+            d_low, n = self.gate_up.d_low(slopes, at.seed), self.gate_up.inputs(tokens)
+            d_n = self.gate_up.back(slopes, d_low, at.seed)
             eight.norm_backward_rows(d_n, h[rows], self.norm_mlp, dh[rows], dy[rows], n, dh8.part(rows), self.o.fold)
             low = saved.lows["gate_up"][rows]
-            of_gate_up = added(of_gate_up, self.gate_up.of_adapters(slopes, d_low, n, low, seeds[0]))
+            of_gate_up = added(of_gate_up, self.gate_up.of_adapters(slopes, d_low, n, low, at.seed))
         return [*of_gate_up, *of_down]
 
     def _back_through_attention(
@@ -143,14 +139,14 @@ class EightSequential(Sequential):
         return eight.gather_rotated_rows(d_heads, at.cos, at.sin, self.qkv.fold, to)
 
     def _qkv(self, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        n, seed = eight.norm_rows(x, self.norm_attention, self.qkv.inputs(x.shape[0])), self.seed(at, self.qkv)
-        low = self.qkv.low(n, seed)
-        return self.qkv.through(n, low, seed), low
+        n = eight.norm_rows(x, self.norm_attention, self.qkv.inputs(x.shape[0]))
+        low = self.qkv.low(n, at.seed)
+        return self.qkv.through(n, low, at.seed), low
 
     def _of_o(self, out: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, seed = eight.quantise(out, self.o.inputs(out.shape[0])), self.seed(at, self.o)
-        low = self.o.low(rows, seed)
-        return self.o.through(rows, low, seed), low
+        rows = eight.quantise(out, self.o.inputs(out.shape[0]))
+        low = self.o.low(rows, at.seed)
+        return self.o.through(rows, low, at.seed), low
 
 
 @dataclass(frozen=True)
@@ -160,15 +156,6 @@ class Scratches:
     straight: Scratch = field(default_factory=Scratch)
     turned: Scratch = field(default_factory=Scratch)
     opened: Scratch = field(default_factory=Scratch)
-
-    def to_come(self, element: int) -> int:
-        """Bytes that the first uses will take; element: of one that is computed with."""
-        return self.straight.to_come + self.turned.to_come + self.opened.to_come * element
-
-    def forget(self) -> None:
-        """What learns has changed."""
-        for buffer in (self.straight, self.turned):
-            buffer.forget()
 
 
 def in_eight_bits(

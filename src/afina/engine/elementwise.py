@@ -1,6 +1,6 @@
-"""What stands between the products: norms, rotary positions, SwiGLU, GELU, cross-entropy; forward and backward.
+"""What stands between the products: norms, rotary positions, SwiGLU, cross-entropy; forward and backward.
 
-Each is one pass over memory: a Triton kernel on a GPU (kernels.py), the plain twin here elsewhere; GELU is PyTorch's.
+Each is one pass over memory: a Triton kernel on a GPU (kernels.py), the plain twin here elsewhere.
 The twins are the definition: the tests hold the kernels to them. Statistics, angles and logits are fp32 (or wider) in
 both. `out` may be a part of wider rows, so that a product finds its input where it wants it.
 """
@@ -23,13 +23,13 @@ Copy = tuple[torch.Tensor, torch.Tensor, float]
 class Norm:
     """A layer norm (Ba et al., 2016, arXiv:1607.06450), or an RMS norm (Zhang & Sennrich, 2019, arXiv:1910.07467).
 
-    weight, bias: (width,) in the dtype that is computed in; `learnt` are the parameters behind them, where they learn.
+    weight, bias: (width,) in the dtype that is computed in; an RMS norm has no bias, and takes no mean away. `learnt`
+    are the parameters behind them, where they learn.
     """
 
     weight: torch.Tensor
     eps: float
     bias: torch.Tensor | None = None
-    centred: bool = False
     learnt: tuple[torch.nn.Parameter, ...] = ()
 
     def copies(self) -> list[Copy]:
@@ -60,7 +60,7 @@ on_gpu = twin_of("kernels")
 
 @on_gpu
 def norm(x: torch.Tensor, by: Norm, out: torch.Tensor) -> torch.Tensor:
-    """out = weight * (x - mean) / deviation + bias; an RMS norm takes no mean away. x, out: (rows, width)."""
+    """out = weight * (x - mean) / deviation + bias. x, out: (rows, width)."""
     normed, _inverse = _normed(x, by)
     return out.copy_(_scaled(normed, by, x.dtype))
 
@@ -83,7 +83,7 @@ def norm_backward(
     wide = _at_least_fp32(dy)
     scaled = wide * by.weight
     found = scaled - normed * (scaled * normed).mean(-1, keepdim=True)
-    if by.centred:
+    if by.bias is not None:
         found = found - scaled.mean(-1, keepdim=True)
     found = found * inverse
     if residual is not None:
@@ -96,7 +96,7 @@ def norm_backward(
 
 def _normed(x: torch.Tensor, by: Norm) -> tuple[torch.Tensor, torch.Tensor]:
     wide = _at_least_fp32(x)
-    if by.centred:
+    if by.bias is not None:
         wide = wide - wide.mean(-1, keepdim=True)
     inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + by.eps)
     return wide * inverse, inverse
@@ -104,9 +104,9 @@ def _normed(x: torch.Tensor, by: Norm) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _scaled(normed: torch.Tensor, by: Norm, dtype: torch.dtype) -> torch.Tensor:
     """As transformers rounds: an RMS norm before its weight, a layer norm after weight and bias."""
-    if not by.centred:
+    if by.bias is None:
         return by.weight * normed.to(dtype)
-    return normed * by.weight + (0 if by.bias is None else by.bias)
+    return normed * by.weight + by.bias
 
 
 @on_gpu
@@ -184,18 +184,6 @@ def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     again = silu * up
     gate_up.copy_(torch.cat([wide * up * (sigmoid + silu * (1 - sigmoid)), wide * silu], dim=1))
     return d.copy_(again)
-
-
-def gelu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """gelu(x) by tanh, Phi's (Hendrycks & Gimpel, 2016, arXiv:1606.08415). x, out: (rows, width)."""
-    out = torch.empty_like(x) if out is None else out
-    torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
-    return out
-
-
-def gelu_backward(d: torch.Tensor, x: torch.Tensor) -> None:
-    """Turn x into its gradient in place; d: of the output, (rows, width)."""
-    torch.ops.aten.gelu_backward.grad_input(d, x, approximate="tanh", grad_input=x)
 
 
 def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -4,33 +4,26 @@ It knows families, not models. What it does not know is left to the reference, w
 the first step it proves itself on the user's own batch (proof.py), and steps aside on a mismatch.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from afina.engine.block import Block, Placement, Positions, Saved
-from afina.engine.eight import FP8, Format
-from afina.engine.eight_head import EightHead
-from afina.engine.eight_product import EightProduct
-from afina.engine.eight_sequential import Scratches, in_eight_bits
 from afina.engine.families import final_norm, make_block, turned_half
 from afina.engine.head import Ends, Host
-from afina.engine.mixture import Mixture
 from afina.engine.offload import Offload
 from afina.engine.plan import KNOWN, Plan, choose
-from afina.engine.products import Copies, Scratch
+from afina.engine.products import Product, Scratch, copying
 from afina.model.loss import Targeted
-
-HEAD = "head"
-"""Its name among products."""
 
 
 class Engine:
     """The fused model. `summed_loss(model, batch)` is a loss function for the loop; the batch must be packed.
 
-    dtype: what is computed in; unset, what the weights are in.
+    dtype: what is computed in; unset, what the weights are in. copy: puts what learns into its places, None where they
+    are to be found anew. scratches: what layers fill and use in turn.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -38,14 +31,12 @@ class Engine:
         whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         inside, head = whole.model, whole.lm_head
         self.dtype = dtype or inside.embed_tokens.weight.dtype
-        self._scratch = Scratch()
-        self._eights = Scratches()
+        self.scratches = [Scratch()]
         layers = enumerate(inside.layers)
-        self.blocks: list[Block] = [make_block(layer, config, n, self._scratch, self.dtype) for n, layer in layers]
-        self.ends = _ends(inside.embed_tokens.weight, head, final_norm(inside, config, self.dtype), self.dtype)
+        self.blocks: list[Block] = [make_block(layer, config, n, self.scratches[0], self.dtype) for n, layer in layers]
+        self.ends = _ends(inside.embed_tokens.weight, head, final_norm(inside, self.dtype), self.dtype)
         self._rotary, self._config = inside.rotary_emb, config
-        self._products = [product for block in self.blocks for product in block.products]
-        self._copies: Copies | None = None
+        self.copy: Callable[[], None] | None = None
         self._training = lambda: model.training
         self.parameters = [parameter for block in self.blocks for parameter in block.parameters()]
         self.parameters += self.ends.parameters()
@@ -56,18 +47,18 @@ class Engine:
         return self.ends.norm.weight.device
 
     @property
-    def mixed(self) -> bool:
-        """Whether there are mixtures of experts among its layers."""
-        return any(isinstance(block, Mixture) for block in self.blocks)
+    def products(self) -> list[Product]:
+        """Of all layers."""
+        return [product for block in self.blocks for product in block.products]
 
     @property
     def to_come(self) -> int:
         """Bytes that the first step takes for good, beside what is planned."""
-        return self._scratch.to_come * self.dtype.itemsize + self._eights.to_come(self.dtype.itemsize)
+        return sum(scratch.to_come for scratch in self.scratches)
 
     def summed_loss(self, _model: nn.Module, batch: Targeted) -> torch.Tensor:
         """Sum of the loss over the batch's targets, differentiable in what learns."""
-        self._refresh()
+        self.refresh()
         if not torch.is_grad_enabled():
             with torch.autocast(self.device.type, enabled=False):
                 hidden, _saved = self._hidden(*self.rows(batch, None), save=False)
@@ -98,40 +89,19 @@ class Engine:
             block.placement, block.offload, block.rows_at_once = placement, offload, rows_at_once
         for block in self.blocks[len(self.blocks) - held :]:
             block.hold()
-        self._copies = None
+        self.copy = None
         self.ends.leave(host)
 
-    def head_goes_along(self, form: Format, exact: Collection[str]) -> bool:
-        """Whether the head's backward is in eight bits too where the layers are."""
-        return form is FP8 and HEAD not in exact and not self.ends.passes_by and not self.ends.learnt
-
     @torch.no_grad()
-    def into_eight_bits(self, form: Format, *, exact: Collection[str] = (), hold: bool = True) -> None:
-        """Multiply in eight bits from now on. Frozen weights are held so too, layer by layer, so that what is freed
-        makes room: the transformers model has none of these layers' any more. Weights of four bits may stay as they
-        are, to be unpacked for each use, unless `hold`. exact: names of the products that stay as they are, among them
-        the head, whose gradient e4m3 alone has the range for.
-        """
-        self._eights = Scratches()
-        of_layers = set(exact) - {HEAD}
-        self.blocks = [in_eight_bits(block, form, self._eights, exact=of_layers, hold=hold) for block in self.blocks]
-        if self.head_goes_along(form, exact):
-            self.ends.eight = EightHead.of(self.ends.weight)
-        self._products = [product for block in self.blocks for product in block.products]
-        self._copies = None
-        if all(type(product) is EightProduct for product in self._products) and not self.mixed:
-            self._scratch.let_go()
-
-    @torch.no_grad()
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Take over what learns as it is now: always, as a fused optimiser does not tell that it changed it."""
-        if self._copies is None:
+        if self.copy is None:
             norms = [self.ends.norm, *(by for block in self.blocks for by in block.norms)]
-            copies = [part.placed() for part in self._products] + [by.copies() for by in norms]
-            self._copies = Copies([copy for part in copies for copy in part])
-        self._copies.run()
-        self._scratch.forget()
-        self._eights.forget()
+            copies = [part.placed() for part in self.products] + [by.copies() for by in norms]
+            self.copy = copying([copy for part in copies for copy in part])
+        self.copy()
+        for scratch in self.scratches:
+            scratch.forget()
         if self.ends.learnt:
             self.ends.refresh()
 
@@ -161,7 +131,7 @@ class Engine:
 
     def forward(self, batch: Targeted) -> tuple[torch.Tensor, list[Any]]:
         """The loss, and what `backward` needs."""
-        drops = self._training() and any(product.dropout for product in self._products)
+        drops = self._training() and any(product.dropout for product in self.products)
         ids, at = self.rows(batch, int(torch.randint(2**48, ())) if drops else None)
         hidden, saved = self._hidden(ids, at, save=True)
         loss, kept = self.ends.loss(hidden, batch, self.blocks[-1].extra)
@@ -203,7 +173,7 @@ class _Run(torch.autograd.Function):
 def _ends(embedding: nn.Parameter, head: Any, norm: Any, dtype: torch.dtype) -> Ends:
     """Shared with the transformers model, unless they learn in another precision."""
     tied = head.weight is embedding
-    ours = [part.detach() if part.dtype == dtype else part.detach().to(dtype) for part in (embedding, head.weight)]
+    ours = [part.detach().to(dtype) for part in (embedding, head.weight)]
     bias = None if head.bias is None else head.bias.detach().to(dtype)
     learnt = tuple(part for part in (embedding, None if tied else head.weight, head.bias) if part is not None)
     shared = (embedding,) if tied else (embedding, head.weight)

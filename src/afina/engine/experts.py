@@ -46,7 +46,7 @@ class Matrix:
 
     def __post_init__(self) -> None:
         if self.plain is None:
-            self.scratch.ask(self.experts * self.n * self.k)
+            self.scratch.ask(self.experts * self.n * self.k, self.like.dtype)
 
     @property
     def r(self) -> int:

@@ -7,12 +7,10 @@ from torch import nn
 
 from afina.engine.block import Attention, Block, norm_of
 from afina.engine.elementwise import Norm
-from afina.engine.experts import make_experts
-from afina.engine.mixture import Mixture
+from afina.engine.mixture import Mixture, routed_parts, why_not_routed
 from afina.engine.nf4 import from_bitsandbytes
 from afina.engine.parallel import Parallel
 from afina.engine.products import Scratch, make_product
-from afina.engine.router import make_router
 from afina.engine.sequential import Sequential
 from afina.language import _
 
@@ -40,11 +38,8 @@ def why_not(model: nn.Module) -> str | None:
         return _("its queries and keys go through layer norms")
     if drops(model):
         return _("the base itself has dropout")
-    if config.model_type in MIXTURE:
-        if any(not hasattr(module, "experts") for name, module in model.named_modules() if name.endswith(".mlp")):
-            return _("some of its layers have no experts")
-        if getattr(config, "router_jitter_noise", 0):
-            return _("noise is added before its router")
+    if config.model_type in MIXTURE and (reason := why_not_routed(model)):
+        return reason
     return _why_not_method(model)
 
 
@@ -87,22 +82,20 @@ def head_width(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def final_norm(model: Any, config: Any, dtype: torch.dtype) -> Norm:
+def final_norm(model: Any, dtype: torch.dtype) -> Norm:
     """The norm before the head."""
-    if config.model_type in PARALLEL:
-        return norm_of(model.final_layernorm, float(config.layer_norm_eps), dtype, centred=True)
-    return norm_of(model.norm, float(config.rms_norm_eps), dtype)
+    return norm_of(model.final_layernorm if hasattr(model, "final_layernorm") else model.norm, dtype)
 
 
 def make_block(layer: Any, config: Any, number: int, scratch: Scratch, dtype: torch.dtype) -> Block:
     """From a transformers decoder layer, whose weights become views of the block's."""
-    attention, mlp, eps = layer.self_attn, layer.mlp, getattr(config, "rms_norm_eps", None)
+    attention, mlp = layer.self_attn, layer.mlp
     window = getattr(attention, "sliding_window", None)
     if config.model_type in {"mistral", "phi3", "mixtral", "qwen3_moe"}:  # theirs is the model's, not the layer's
         window = getattr(config, "sliding_window", None)
     norms = None
     if hasattr(attention, "q_norm"):
-        norms = norm_of(attention.q_norm, float(eps), dtype), norm_of(attention.k_norm, float(eps), dtype)  # type: ignore[arg-type]
+        norms = norm_of(attention.q_norm, dtype), norm_of(attention.k_norm, dtype)
     width = head_width(config)
     heads = config.num_attention_heads, config.num_key_value_heads
     sinks = attention.sinks.detach().float() if hasattr(attention, "sinks") else None
@@ -118,35 +111,21 @@ def make_block(layer: Any, config: Any, number: int, scratch: Scratch, dtype: to
             inner=product(attention.q_proj, attention.k_proj, attention.v_proj, mlp.fc1),
             dense=product(attention.dense),
             fc2=product(mlp.fc2),
-            norm=norm_of(layer.input_layernorm, float(config.layer_norm_eps), dtype, centred=True),
-        )
-    if config.model_type in MIXTURE:
-        return Mixture(
-            attention=inside,
-            number=number,
-            qkv=product(attention.q_proj, attention.k_proj, attention.v_proj),
-            o=product(attention.o_proj),
-            norm_attention=norm_of(layer.input_layernorm, float(eps), dtype),  # type: ignore[arg-type]
-            norm_mlp=norm_of(layer.post_attention_layernorm, float(eps), dtype),  # type: ignore[arg-type]
-            router=make_router(
-                mlp.router if hasattr(mlp, "router") else mlp.gate,
-                int(config.num_experts_per_tok),
-                over_all=config.model_type == "qwen3_moe" and not config.norm_topk_prob,
-                dtype=dtype,
-            ),
-            experts=make_experts(mlp.experts, scratch, dtype),
+            norm=norm_of(layer.input_layernorm, dtype),
         )
     fused = config.model_type == "phi3"
-    return Sequential(
-        attention=inside,
-        number=number,
-        qkv=product(attention.qkv_proj) if fused else product(attention.q_proj, attention.k_proj, attention.v_proj),
-        o=product(attention.o_proj),
-        gate_up=product(mlp.gate_up_proj) if fused else product(mlp.gate_proj, mlp.up_proj),
-        down=product(mlp.down_proj),
-        norm_attention=norm_of(layer.input_layernorm, float(eps), dtype),  # type: ignore[arg-type]
-        norm_mlp=norm_of(layer.post_attention_layernorm, float(eps), dtype),  # type: ignore[arg-type]
-    )
+    of_attention: dict[str, Any] = {
+        "attention": inside,
+        "number": number,
+        "qkv": product(attention.qkv_proj) if fused else product(attention.q_proj, attention.k_proj, attention.v_proj),
+        "o": product(attention.o_proj),
+        "norm_attention": norm_of(layer.input_layernorm, dtype),
+        "norm_mlp": norm_of(layer.post_attention_layernorm, dtype),
+    }
+    if config.model_type in MIXTURE:
+        return Mixture(**of_attention, **routed_parts(mlp, config, scratch, dtype))
+    gate_up = product(mlp.gate_up_proj) if fused else product(mlp.gate_proj, mlp.up_proj)
+    return Sequential(**of_attention, gate_up=gate_up, down=product(mlp.down_proj))
 
 
 def turned_half(config: Any, cos: torch.Tensor) -> int:

@@ -7,14 +7,12 @@ in parts of the vocabulary, twice: for the sum of exponentials, then for the gra
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from afina.engine.eight_head import CHUNKS, EightHead
-from afina.engine.eight_product import TILE
+from afina.engine.block import added
 from afina.engine.elementwise import Norm, cross_entropy, norm, norm_backward, wide_product
 from afina.engine.offload import brought
 from afina.model.loss import Targeted
@@ -32,8 +30,7 @@ class Ends:
     """embedding, weight (the head's): (vocabulary, hidden), the same tensor where they are tied. bias: of the head.
 
     `learnt`: the parameters behind embedding, head and bias, where they learn; a tied one stands once. `passes_by`: the
-    head waits in the computer's memory. `shared`: the model's own embedding and head. `eight`: what dx is made of in
-    eight bits.
+    head waits in the computer's memory. `shared`: the model's own embedding and head.
     """
 
     embedding: torch.Tensor
@@ -43,13 +40,23 @@ class Ends:
     learnt: tuple[nn.Parameter, ...] = ()
     passes_by: bool = False
     shared: tuple[nn.Parameter, ...] = ()
-    eight: EightHead | None = None
 
     @property
     def logits_at_once(self) -> int:
         """Elements of a chunk of logits: a head that learns sums a gradient as large as itself chunk by chunk, one that
         waits in the computer's memory passes by twice for each."""
         return LOGITS_AT_ONCE * (4 if self.learnt or self.passes_by else 1)
+
+    def at_work(self, tokens: int, host: Host) -> int:
+        """Bytes that the loss of so many tokens has at once beside their rows, when `host` has left the GPU."""
+        vocabulary, hidden = self.weight.shape
+        if host == "both":
+            return 8 * (min(tokens * VOCABULARY_AT_ONCE, 4 * LOGITS_AT_ONCE) + VOCABULARY_AT_ONCE * hidden)
+        return 4 * min(tokens * vocabulary, self.logits_at_once)
+
+    def spared(self, host: Host) -> int:
+        """Bytes that are free on the GPU when `host` has left it."""
+        return self.weight.nbytes * {"neither": 0, "embedding": 1, "both": 1 if self.tied else 2}[host]
 
     @property
     def tied(self) -> bool:
@@ -69,7 +76,7 @@ class Ends:
         self.embedding = _pinned(self.embedding)
         if which == "both":
             self.weight = self.embedding if tied else _pinned(self.weight)
-            self.passes_by, self.eight = True, None
+            self.passes_by = True
         for parameter, ours in zip(self.shared, (self.embedding, self.weight), strict=False):
             parameter.data = ours
 
@@ -95,16 +102,31 @@ class Ends:
     def loss(self, hidden: torch.Tensor, batch: Targeted, extra: int | None) -> tuple[torch.Tensor, Any]:
         """Summed loss at the predicting rows; with `extra`, also what `gradients` needs.
 
-        That is: hidden's gradient in rows with `extra` more columns, and those of norm, head and bias.
+        That is: hidden's gradient in rows with `extra` more columns, and those of norm, head and bias, which are
+        summed in at least fp32.
         """
         rows = hidden[batch.predicting]
         d_rows = None if extra is None else torch.empty_like(rows)
-        total, found = self._summed(rows, batch, d_rows)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=rows.device)
+        learn = [part for part in (self.weight, self.bias) if part is not None and self.learnt and d_rows is not None]
+        sums = [torch.zeros(part.shape, dtype=wide, device=rows.device) for part in learn]
+        of_norm: list[torch.Tensor] = []
+        step = self.rows_at_once(d_rows is not None)
+        for start in range(0, rows.shape[0], step):
+            chunk, targets = rows[start : start + step], batch.targets[start : start + step]
+            weights = None if batch.weights is None else batch.weights[start : start + step]
+            normed = norm(chunk, self.norm, torch.empty_like(chunk))
+            losses, d_normed = self.loss_of(normed, targets, weights, None if d_rows is None else sums)
+            total += losses.sum()
+            if d_rows is not None:
+                parts = norm_backward(d_normed, chunk, self.norm, d_rows[start : start + step])
+                of_norm = added(of_norm, parts)
         if extra is None or d_rows is None:
             return total, None
-        wide = hidden.new_zeros(hidden.shape[0], hidden.shape[1] + extra)
-        wide[:, : hidden.shape[1]].index_copy_(0, batch.predicting, d_rows)
-        return total, (wide, found)
+        d_hidden = hidden.new_zeros(hidden.shape[0], hidden.shape[1] + extra)
+        d_hidden[:, : hidden.shape[1]].index_copy_(0, batch.predicting, d_rows)
+        return total, (d_hidden, [*of_norm, *sums])
 
     def gradients(
         self, found: list[torch.Tensor], ids: torch.Tensor, d_embedded: torch.Tensor | None, d_loss: torch.Tensor
@@ -121,48 +143,28 @@ class Ends:
             found.insert(count, backward(d_embedded.contiguous(), ids, whole, -1, False))
         return [part.to(parameter.dtype) for part, parameter in zip(found, parameters, strict=True)]
 
-    def _summed(
-        self, rows: torch.Tensor, batch: Targeted, d_rows: torch.Tensor | None
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The loss of rows (predicting, hidden), some at a time. `d_rows`, where given, receives their gradient; then
-        those of norm, head and bias are returned too, summed in at least fp32."""
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=rows.device)
-        learns = self.learnt and d_rows is not None
-        heads = [part for part in (self.weight, self.bias) if part is not None and learns]
-        heads = [torch.zeros(part.shape, dtype=wide, device=rows.device) for part in heads]
-        of_norm: list[torch.Tensor] = []
-        at_once = max(1, self.logits_at_once // (VOCABULARY_AT_ONCE if self.passes_by else self.weight.shape[0]))
-        eight = self.eight if d_rows is not None else None
-        if eight is not None and at_once > TILE:
-            at_once -= at_once % TILE
-        step = at_once if eight is None else CHUNKS * at_once
-        for start in range(0, rows.shape[0], step):
-            chunk, targets = rows[start : start + step], batch.targets[start : start + step]
-            weights = None if batch.weights is None else batch.weights[start : start + step]
-            normed = norm(chunk, self.norm, torch.empty_like(chunk))
-            if self.passes_by:
-                losses, d_normed = self._by_vocabulary(normed, targets, d_rows is not None)
-                if weights is not None:
-                    losses, d_normed = losses * weights, d_normed * weights[:, None].to(d_normed)
-            elif eight is not None:
-                logits = partial(_logits, head=self.weight, bias=self.bias)
-                losses, d_normed = eight.loss(logits, normed, targets, weights, at_once)
-            else:
-                losses, slopes = cross_entropy(_logits(normed, self.weight, self.bias), targets, rows.dtype)
-                if weights is not None:
-                    losses, slopes = losses * weights, slopes.mul_(weights[:, None])
-                d_normed = torch.mm(slopes, self.weight) if d_rows is not None else normed
-                if heads:
-                    _add_product(heads[0], slopes.t(), normed)
-                    for of_bias in heads[1:]:
-                        of_bias += slopes.sum(0, dtype=wide)
-                del slopes
-            total += losses.sum()
-            if d_rows is not None:
-                parts = norm_backward(d_normed, chunk, self.norm, d_rows[start : start + step])
-                of_norm = [a + b for a, b in zip(of_norm, parts, strict=True)] if of_norm else parts
-        return total, [*of_norm, *heads]
+    def rows_at_once(self, _slopes_too: bool) -> int:
+        """How many rows `loss_of` takes."""
+        return max(1, self.logits_at_once // (VOCABULARY_AT_ONCE if self.passes_by else self.weight.shape[0]))
+
+    def loss_of(
+        self, rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, sums: list[torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of each normed row (rows,) times its weight, and the gradient of rows (rows, hidden), unless `sums` is
+        None: to these those of head and bias are added, where they learn. targets, weights: (rows,)."""
+        if self.passes_by:
+            losses, d_rows = self._by_vocabulary(rows, targets, sums is not None)
+            if weights is not None:
+                losses, d_rows = losses * weights, d_rows * weights[:, None].to(d_rows)
+            return losses, d_rows
+        losses, slopes = cross_entropy(logits_of(rows, self.weight, self.bias), targets, rows.dtype)
+        if weights is not None:
+            losses, slopes = losses * weights, slopes.mul_(weights[:, None])
+        if sums:
+            _add_product(sums[0], slopes.t(), rows)
+            for of_bias in sums[1:]:
+                of_bias += slopes.sum(0, dtype=of_bias.dtype)
+        return losses, rows if sums is None else torch.mm(slopes, self.weight)
 
     def _by_vocabulary(
         self, normed: torch.Tensor, targets: torch.Tensor, slopes_too: bool
@@ -172,7 +174,7 @@ class Ends:
         log_sum = torch.full((normed.shape[0],), -torch.inf, dtype=wide, device=normed.device)
         truth = torch.zeros_like(log_sum)
         for first, part, bias in self._passing():
-            logits = _logits(normed, part, bias)
+            logits = logits_of(normed, part, bias)
             log_sum = torch.logaddexp(log_sum, torch.logsumexp(logits, dim=1))
             places, inside = _within(targets, first, part.shape[0])
             truth += logits.gather(1, places)[:, 0] * inside
@@ -181,7 +183,7 @@ class Ends:
             return log_sum - truth, normed
         d_normed = torch.zeros(normed.shape, dtype=wide, device=normed.device)
         for first, part, bias in self._passing():
-            slopes = _logits(normed, part, bias).sub_(log_sum[:, None]).exp_()
+            slopes = logits_of(normed, part, bias).sub_(log_sum[:, None]).exp_()
             places, inside = _within(targets, first, part.shape[0])
             slopes.scatter_add_(1, places, -inside.to(wide)[:, None])
             _add_product(d_normed, slopes.to(normed.dtype), part)
@@ -208,7 +210,7 @@ def _pinned(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
-def _logits(rows: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def logits_of(rows: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """In at least fp32, so that nothing is rounded between product and loss."""
     logits = wide_product(rows, head.t())
     return logits if bias is None else logits.add_(bias)

@@ -19,18 +19,15 @@ def norm(x: torch.Tensor, by: "Norm", out: torch.Tensor) -> torch.Tensor:
     """See elementwise.norm."""
     rows, width = x.shape
     block = triton.next_power_of_2(width)
-    bias = by.weight if by.bias is None else by.bias
     _norm[(rows,)](
-        x, x.stride(0), by.weight, bias, out, out.stride(0), width, by.eps, block, by.centred, by.bias is not None,
-        num_warps=_warps(block),
+        x, x.stride(0), by.weight, by.bias, out, out.stride(0), width, by.eps, block,
+        by.bias is not None, num_warps=_warps(block),
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _norm(
-    x, x_stride, w, b, y, y_stride, width, eps, BLOCK: tl.constexpr, CENTRED: tl.constexpr, HAS_BIAS: tl.constexpr
-):  # fmt: skip
+def _norm(x, x_stride, w, b, y, y_stride, width, eps, BLOCK: tl.constexpr, CENTRED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -39,14 +36,17 @@ def _norm(
         value = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
     inverse = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
     weight = tl.load(w + columns, mask=inside, other=0.0)
+    _write_normed(y + row * y_stride, value * inverse, weight, b, columns, inside, CENTRED)
+
+
+@triton.jit
+def _write_normed(y, normed, weight, b, columns, inside, CENTRED: tl.constexpr):
+    """A row of what a norm returns, as transformers rounds."""
     if CENTRED:
-        normed = value * inverse * weight.to(tl.float32)
-        if HAS_BIAS:
-            normed += tl.load(b + columns, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + row * y_stride + columns, normed, mask=inside)
+        found = normed * weight.to(tl.float32) + tl.load(b + columns, mask=inside, other=0.0).to(tl.float32)
     else:
-        rounded = (value * inverse).to(y.dtype.element_ty).to(tl.float32)  # as transformers rounds
-        tl.store(y + row * y_stride + columns, weight.to(tl.float32) * rounded, mask=inside)
+        found = weight.to(tl.float32) * normed.to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + columns, found, mask=inside)
 
 
 def norm_backward(
@@ -62,13 +62,12 @@ def norm_backward(
     rows, width = x.shape
     block = triton.next_power_of_2(width)
     past, again = dy if residual is None else residual, dx if y is None else y
-    bias = by.weight if by.bias is None else by.bias
     programs = min(rows, 1024) if by.learnt else rows
     sums = torch.empty(2 if by.learnt else 0, programs, width, dtype=torch.float32, device=x.device)
     _norm_backward[(programs,)](
-        dy, dy.stride(0), x, x.stride(0), by.weight, bias, past, past.stride(0), dx, dx.stride(0),
-        again, again.stride(0), sums, rows, width, by.eps, block, by.centred, by.bias is not None,
-        residual is not None, y is not None, bool(by.learnt), num_warps=_warps(block),
+        dy, dy.stride(0), x, x.stride(0), by.weight, by.bias, past, past.stride(0), dx, dx.stride(0),
+        again, again.stride(0), sums, rows, width, by.eps, block, by.bias is not None, residual is not None,
+        y is not None, bool(by.learnt), num_warps=_warps(block),
     )  # fmt: skip
     return list(sums.sum(1))[: len(by.learnt)] if by.learnt else []
 
@@ -76,8 +75,7 @@ def norm_backward(
 @triton.jit(do_not_specialize=["rows"])  # rows of a head vary: it would be compiled for each kind of number
 def _norm_backward(
     dy, dy_stride, x, x_stride, w, b, past, past_stride, dx, dx_stride, y, y_stride, sums, rows, width, eps,
-    BLOCK: tl.constexpr, CENTRED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, HAS_Y: tl.constexpr,
-    LEARNS: tl.constexpr,
+    BLOCK: tl.constexpr, CENTRED: tl.constexpr, HAS_PAST: tl.constexpr, HAS_Y: tl.constexpr, LEARNS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -102,14 +100,7 @@ def _norm_backward(
         if HAS_PAST:
             found += tl.load(past + row * past_stride + columns, mask=inside, other=0.0).to(tl.float32)
         if HAS_Y:
-            if CENTRED:
-                again = normed * weight.to(tl.float32)
-                if HAS_BIAS:
-                    again += tl.load(b + columns, mask=inside, other=0.0).to(tl.float32)
-                tl.store(y + row * y_stride + columns, again, mask=inside)
-            else:
-                rounded = normed.to(y.dtype.element_ty).to(tl.float32)
-                tl.store(y + row * y_stride + columns, weight.to(tl.float32) * rounded, mask=inside)
+            _write_normed(y + row * y_stride, normed, weight, b, columns, inside, CENTRED)
         tl.store(dx + row * dx_stride + columns, found, mask=inside)
         if LEARNS:
             of_weight += slope * normed
@@ -125,11 +116,7 @@ HEADS, WIDE = 8, 4096
 
 
 def head_norms(
-    x: torch.Tensor,
-    norms: Sequence["Norm"],
-    heads: Sequence[int],
-    out: torch.Tensor,
-    d: torch.Tensor | None = None,
+    x: torch.Tensor, norms: Sequence["Norm"], heads: Sequence[int], out: torch.Tensor, d: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See elementwise.head_norms. With d, the gradient of what it returned, out receives that of x."""
     width, slopes = norms[0].weight.numel(), x if d is None else d
@@ -229,20 +216,16 @@ def _gather_rotated(
         tl.store(to + behind, tl.load(source + behind, mask=there, other=0.0), mask=there)
 
 
-def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """See elementwise.swiglu."""
-    return _gated(out, gate_up, backward=False)
+def swiglu(gate_up: torch.Tensor, out: torch.Tensor, *, backward: bool = False) -> torch.Tensor:
+    """See elementwise.swiglu. `backward`: out has the gradient of what was returned, as for swiglu_backward."""
+    grid = out.shape[0], triton.cdiv(out.shape[1], WIDE)
+    _swiglu[grid](out, out.stride(0), gate_up, gate_up.stride(0), out.shape[1], WIDE, backward, num_warps=8)
+    return out
 
 
 def swiglu_backward(d: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     """See elementwise.swiglu_backward."""
-    return _gated(d, gate_up, backward=True)
-
-
-def _gated(d: torch.Tensor, gate_up: torch.Tensor, *, backward: bool) -> torch.Tensor:
-    grid = d.shape[0], triton.cdiv(d.shape[1], WIDE)
-    _swiglu[grid](d, d.stride(0), gate_up, gate_up.stride(0), d.shape[1], WIDE, backward, num_warps=8)
-    return d
+    return swiglu(gate_up, d, backward=True)
 
 
 @triton.jit

@@ -6,17 +6,29 @@ Saved by name: x, qkv, out (attention's), h, gate_up, of which gate_up has a row
 most. The routing is saved as it is, so that nothing made again can be routed another way.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from afina.engine.block import Adapted, Positions, Saved, added
+from afina.engine.block import Block, Positions, Saved, added
 from afina.engine.elementwise import norm, norm_backward
-from afina.engine.experts import Experts
-from afina.engine.products import Product
-from afina.engine.router import Router
+from afina.engine.experts import Experts, make_experts
+from afina.engine.products import Scratch
+from afina.engine.router import Router, make_router
 from afina.engine.stacked import Stacked
+from afina.language import _
+
+
+@dataclass
+class SavedRouted(Saved):
+    """See Saved; and which rows went where: (rows, Routing, Seen) for each chunk."""
+
+    routed: list[Any] = field(default_factory=list)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -27,20 +39,15 @@ class Mixture(Stacked):
     experts: Experts
 
     @property
-    def products(self) -> tuple[Product, ...]:
-        """See Block."""
-        return self.qkv, self.o
-
-    @property
     def extra(self) -> int:
         """See Block."""
         return 0
 
     @property
-    def adapters(self) -> list[Adapted]:
+    def ups(self) -> list[nn.Parameter]:
         """See Block."""
         inner = [part.adapter for part in (self.experts.gate_up, self.experts.down, self.router)]
-        return [*super().adapters, *(adapter for adapter in inner if adapter is not None)]
+        return [*super().ups, *(adapter.b for adapter in inner if adapter is not None)]
 
     def parameters(self) -> list[nn.Parameter]:
         """See Block."""
@@ -91,10 +98,10 @@ class Mixture(Stacked):
 
     def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
         """See Block."""
-        h, qkv, attended, lows = self.below(x, at)
+        h, qkv, attended, lows = self.through_attention(x, at)
         keeps_gate_up = save and "gate_up" not in self.placement.again
         y, gate_up, routed = torch.empty_like(x), None, []
-        for rows in [slice(0, x.shape[0])] if keeps_gate_up else self.chunks(x.shape[0]):
+        for rows in self.chunks(x.shape[0], whole=keeps_gate_up):
             n = norm(h[rows], self.norm_mlp, torch.empty_like(h[rows]))
             routing = self.router.route(n)
             gate_up, low = self.experts.open(n, routing)
@@ -106,19 +113,15 @@ class Mixture(Stacked):
             return y, None
         kept = gate_up if keeps_gate_up else None
         saved = self.keep(attended, lows, x=x, qkv=qkv, h=h, gate_up=kept)
-        saved.routed = routed
-        return y, saved
+        return y, SavedRouted(saved.tensors, saved.attended, saved.lows, routed)
 
     def back_through_above(
-        self,
-        wide_dy: torch.Tensor,
-        h: torch.Tensor,
-        gate_up: torch.Tensor | None,
-        saved: Saved,
-        _at: Positions,
-        wide_dh: torch.Tensor,
+        self, wide_dy: torch.Tensor, h: torch.Tensor, saved: Saved, at: Positions, wide_dh: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """See Stacked."""
+        if not isinstance(saved, SavedRouted):
+            raise RuntimeError("where rows went is not saved")
+        gate_up = self.take(saved, "gate_up")
         dy, dh = wide_dy[:, : h.shape[1]], wide_dh[:, : h.shape[1]]
         of_experts, of_router, of_norm = [], [], []  # type: ignore[var-annotated]
         for rows, routing, seen in saved.routed:
@@ -128,3 +131,42 @@ class Mixture(Stacked):
             of_router = added(of_router, self.router.backward(routing, d_weights, n, d_n))
             of_norm = added(of_norm, norm_backward(d_n, h[rows], self.norm_mlp, dh[rows], residual=dy[rows]))
         return [], of_norm, [*of_experts, *of_router]
+
+
+def why_not_routed(model: nn.Module) -> str | None:
+    """Why a mixture's layers are left to the reference; None when they are taken."""
+    if any(not hasattr(module, "experts") for name, module in model.named_modules() if name.endswith(".mlp")):
+        return _("some of its layers have no experts")
+    if getattr(model.config, "router_jitter_noise", 0):
+        return _("noise is added before its router")
+    return None
+
+
+def routed_parts(mlp: Any, config: Any, scratch: Scratch, dtype: torch.dtype) -> dict[str, Any]:
+    """Router and experts of a transformers layer. Where it does not say otherwise, the chosen experts' shares are
+    renormalised."""
+    router, chosen = mlp.router if hasattr(mlp, "router") else mlp.gate, int(config.num_experts_per_tok)
+    over_all = not getattr(config, "norm_topk_prob", True)
+    return {
+        "router": make_router(router, chosen, over_all=over_all, dtype=dtype),
+        "experts": make_experts(mlp.experts, scratch, dtype),
+    }
+
+
+@contextmanager
+def routed_alike(blocks: Sequence[Block], model: nn.Module) -> Iterator[list[Router]]:
+    """Within, what each router sends goes to the experts to which its twin in the transformers model sent last."""
+    told = [block.router for block in blocks if isinstance(block, Mixture)]
+    twins = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")] if told else []
+    hooks = [twin.register_forward_hook(partial(_tell, router)) for twin, router in zip(twins, told, strict=True)]
+    try:
+        yield told
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for router in told:
+            router.told = router.missed = None
+
+
+def _tell(router: Router, _module: nn.Module, _given: Any, output: Any) -> None:
+    router.told = output[2].detach()

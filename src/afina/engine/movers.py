@@ -3,7 +3,7 @@
 Imported on a GPU only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,14 +17,10 @@ if TYPE_CHECKING:
 
 def fill_nf4(weight: "Nf4", out: torch.Tensor) -> None:
     """See nf4.Nf4.fill."""
-    nested = weight.scale_levels is not None
-    levels = weight.scale_levels if nested else weight.levels
-    outer = weight.outer_scales if nested else weight.scales
-    offset = weight.offset if nested else weight.levels
     blocks = 32
     _fill_nf4[(weight.rows, triton.cdiv(weight.columns, 64 * blocks))](
-        weight.packed, weight.levels, weight.scales, levels, outer, offset, out, out.stride(0), weight.columns,
-        weight.outer_block, blocks, nested, num_warps=4,
+        weight.packed, weight.levels, weight.scales, weight.scale_levels, weight.outer_scales, weight.offset, out,
+        out.stride(0), weight.columns, weight.outer_block, blocks, weight.scale_levels is not None, num_warps=4,
     )  # fmt: skip
 
 
@@ -49,22 +45,16 @@ def _fill_nf4(
     tl.store(out + row * out_stride + column, tl.interleave(first, second), mask=inside[:, None])
 
 
-class Table:
-    """Matrices of one precision on one GPU to be copied into places of one precision, each times a factor: hundreds of
-    adapters in one launch. `copies`: from, to, factor; rows lie side by side."""
-
-    def __init__(self, copies: Sequence["Copy"]) -> None:
-        if any(tensor.stride(1) != 1 for copy in copies for tensor in copy[:2]):
-            raise RuntimeError("rows must lie side by side")
-        rows = [(a.data_ptr(), b.data_ptr(), *a.shape, a.stride(0), b.stride(0)) for a, b, _factor in copies]
-        self._source, self._target, _factor = copies[0]
-        self._places = torch.tensor(rows, dtype=torch.int64).to(self._source.device)
-        self._factors = torch.tensor([factor for _a, _b, factor in copies]).to(self._source.device)
-
-    def run(self) -> None:
-        """Copy them as they are now."""
-        grid = self._factors.numel(), 128
-        _copy_many[grid](self._places, self._factors, self._source, self._target, 1024, num_warps=4)
+def copying(copies: Sequence["Copy"]) -> Callable[[], None]:
+    """See products.copying: matrices of one precision on one GPU, into places of one precision, hundreds of adapters in
+    one launch. Their rows lie side by side."""
+    if any(tensor.stride(1) != 1 for copy in copies for tensor in copy[:2]):
+        raise RuntimeError("rows must lie side by side")
+    rows = [(a.data_ptr(), b.data_ptr(), *a.shape, a.stride(0), b.stride(0)) for a, b, _factor in copies]
+    source, target, _factor = copies[0]
+    places = torch.tensor(rows, dtype=torch.int64).to(source.device)
+    factors = torch.tensor([factor for _a, _b, factor in copies]).to(source.device)
+    return lambda: _copy_many[(len(rows), 128)](places, factors, source, target, 1024, num_warps=4)
 
 
 @triton.jit

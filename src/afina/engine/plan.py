@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from afina.engine.block import HERE, Placement
-from afina.engine.eight_head import CHUNKS
 from afina.engine.head import LOGITS_AT_ONCE, VOCABULARY_AT_ONCE, Host
 from afina.engine.offload import LAYERS_AT_ONCE
 from afina.engine.products import Product
@@ -70,10 +69,10 @@ class Plan:
 
     tokens: int
     placements: list[Placement]
-    rows_at_once: int
-    host: Host
-    bytes: int
-    microseconds: float
+    rows_at_once: int = 0
+    host: Host = "neither"
+    bytes: int = 0
+    microseconds: float = 0.0
     held: int = 0
 
     @property
@@ -86,21 +85,16 @@ class Plan:
 @dataclass(frozen=True)
 class Rates:
     """In a microsecond: multiply-adds of a layer's products, bytes of a copy to the computer's memory, bytes read and
-    written in the GPU's, multiply-adds of an exact product (0: as of a layer's)."""
+    written in the GPU's, multiply-adds of an exact product. Off a GPU there is nothing to choose by them."""
 
-    products: float
-    copies: float
+    products: float = 1.0
+    copies: float = 1.0
     memory: float = math.inf
-    exact: float = 0.0
+    exact: float = 1.0
 
 
 def choose(
-    engine: "Engine",
-    tokens: int,
-    least: int,
-    free_bytes: int,
-    rates: Rates | None = None,
-    longest: int | None = None,
+    engine: "Engine", tokens: int, least: int, free_bytes: int, rates: Rates | None = None, longest: int | None = None
 ) -> Plan:
     """The plan with the least time per token of those that fit into `free_bytes`; the smallest where none fits.
 
@@ -108,7 +102,7 @@ def choose(
     at once at least; longest: of a sample, unset `least`.
     """
     rates, longest = rates or measure(engine), longest or least
-    whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0), rates, longest)
+    whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks)), rates, longest)
     if whole.bytes <= free_bytes:
         each = engine.blocks[0].unpacked * engine.dtype.itemsize
         held = min(len(engine.blocks), (free_bytes - whole.bytes) // each) if each else 0
@@ -134,7 +128,7 @@ def _candidates(engine: "Engine", tokens: int, least: int, longest: int, rates: 
     while True:
         for host in hosts:
             for mix in mixes:
-                yield count_up(engine, Plan(tokens, spread(rungs, mix), 0, host, 0, 0.0), rates, longest)
+                yield count_up(engine, Plan(tokens, spread(rungs, mix), host=host), rates, longest)
         if tokens // 2 < least:
             return
         tokens //= 2
@@ -174,13 +168,8 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
     rungs = [weighed[placement] for placement in plan.placements]
     gradients = sum(by.numel() * by.element_size() for by in block.parameters())
     of_head = 4 * vocabulary * hidden if ends.learnt else 0
-    at_once = min(tokens * vocabulary, ends.logits_at_once)
-    if plan.host == "both":
-        at_once = min(tokens * VOCABULARY_AT_ONCE, 4 * LOGITS_AT_ONCE) * 2 + 2 * VOCABULARY_AT_ONCE * hidden
-    if ends.eight is not None and plan.host != "both":
-        at_once += min(CHUNKS * at_once, tokens * vocabulary) // 4
     standing = sum(rung.kept for rung in rungs) * element
-    needed = standing + of_head + at_once * 4 + 4 * tokens * hidden * element
+    needed = standing + of_head + ends.at_work(tokens, plan.host) + 4 * tokens * hidden * element
     behind = 0
     for number, rung in enumerate(rungs):
         settled = number == layers - 1 and not rung.away  # else what two layers send is still leaving
@@ -191,26 +180,19 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
         here = rungs[number].away + (rungs[number - 1].away if number else 0) + rungs[number].work
         needed = max(needed, standing + here * element + of_head + gradients * (layers - number))
         standing -= rungs[number].kept * element
-    ends_away = {"neither": 0, "embedding": 1, "both": 1 if ends.tied else 2}[plan.host]
-    needed += WORKSPACE + engine.to_come - element * hidden * vocabulary * ends_away
-    if ends.eight is not None and plan.host == "both":
-        needed -= ends.eight.bytes
+    needed += WORKSPACE + engine.to_come - ends.spared(plan.host)
     copying = sum(rung.away for rung in rungs) * element / rates.copies
     passes = 3 if ends.learnt else 2
-    base = (block.multiply_adds() * layers / rates.products + vocabulary * hidden / _exact(rates)) * tokens
+    base = (block.multiply_adds() * layers / rates.products + vocabulary * hidden / rates.exact) * tokens
     again, between = sum(rung.again for rung in rungs) / rates.products, _between(engine, tokens, longest, rates)
     forward, backward = base + between / 3, (passes - 1) * base + again + between * 2 / 3
     microseconds = max(forward, copying) + max(backward, copying) + MEANWHILE * 2 * copying
     if plan.host == "both":
         times = -(-tokens * VOCABULARY_AT_ONCE // (4 * LOGITS_AT_ONCE))
-        microseconds += vocabulary * hidden * (2 * times * element / rates.copies + tokens / _exact(rates))
+        microseconds += vocabulary * hidden * (2 * times * element / rates.copies + tokens / rates.exact)
     launching = LAYER_US * layers + AWAY_US * sum(len(placement.away) for placement in plan.placements)
     microseconds = max(microseconds, launching) + OVERHEAD * launching
     return replace(plan, rows_at_once=ROWS_AT_ONCE if cut else 0, bytes=int(needed), microseconds=microseconds)
-
-
-def _exact(rates: Rates) -> float:
-    return rates.exact or rates.products
 
 
 def _between(engine: "Engine", tokens: int, longest: int | None, rates: Rates) -> float:
@@ -221,7 +203,7 @@ def _between(engine: "Engine", tokens: int, longest: int | None, rates: Rates) -
         seen = length if attention.window is None else min(length, 2 * attention.window)
         multiplied += tokens * seen * attention.heads[0] * attention.width
         passing += block.moved + tokens * PASSES * block.passing * engine.dtype.itemsize
-    return multiplied * ATTENTION / _exact(rates) + passing / rates.memory
+    return multiplied * ATTENTION / rates.exact + passing / rates.memory
 
 
 @dataclass(frozen=True)
@@ -254,23 +236,10 @@ def _weigh(block: "Block", rung: Placement, tokens: int, rows: int) -> _Weight:
     return _Weight(sum(sizes.values()) + lows - away - again, away, work, forward, multiplied)
 
 
-def room_for_eight(engine: "Engine", tokens: int, free_bytes: int, *, hold: bool, head: bool) -> bool:
-    """Whether everything saved stays on the GPU with products in eight bits; hold: four-bit weights are held so; head:
-    the head's are held so, beside those that make the logits."""
-    whole = count_up(engine, Plan(tokens, [HERE] * len(engine.blocks), 0, "neither", 0, 0.0), Rates(1.0, 1.0))
-    added = engine.ends.weight.numel() if head else 0
-    for part in (part for block in engine.blocks for part in block.products):
-        if not part.packed:
-            added -= (engine.dtype.itemsize - 1) * part.n * part.k
-        elif hold:
-            added += part.n * part.k - sum(weight.packed.numel() for _rows, weight in part.packed)
-    return whole.bytes + added <= free_bytes
-
-
 def measure(engine: "Engine") -> Rates:
     """Some milliseconds of the widest product, in bf16 too, and of copies; off a GPU no rates are needed."""
     if engine.device.type != "cuda":
-        return Rates(1.0, 1.0)
+        return Rates()
     widest = max(engine.blocks[0].products, key=lambda product: product.n * product.k)
     host = torch.empty(2**25, dtype=torch.uint8, pin_memory=True)
     here = torch.empty(2**25, dtype=torch.uint8, device=engine.device)

@@ -62,29 +62,25 @@ class Scratch:
         self._flat: torch.Tensor | None = None
         self._holder: object = None
 
-    def ask(self, elements: int) -> None:
+    def ask(self, elements: int, dtype: torch.dtype) -> None:
         """Say, before the first use, how much will be needed."""
-        self._needed = max(self._needed, elements)
+        self._needed = max(self._needed, elements * dtype.itemsize)
 
     @property
     def to_come(self) -> int:
-        """Elements that the first use will take."""
+        """Bytes that the first use will take."""
         return self._needed if self._flat is None else 0
 
     def get(self, holder: object, rows: int, columns: int, like: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """A buffer (rows, columns), and whether it still has what `holder` wrote there."""
         if self._flat is None:
-            self._flat = torch.empty(self._needed, dtype=like.dtype, device=like.device)
+            self._flat = torch.empty(self._needed, dtype=torch.uint8, device=like.device)
         written, self._holder = self._holder is holder, holder
-        return self._flat[: rows * columns].view(rows, columns), written
+        return self._flat[: rows * columns * like.element_size()].view(like.dtype).view(rows, columns), written
 
     def forget(self) -> None:
         """What learns has changed."""
         self._holder = None
-
-    def let_go(self) -> None:
-        """Free the buffer: nobody uses it any more."""
-        self._needed, self._holder, self._flat = 0, None, None
 
 
 @dataclass(eq=False)
@@ -92,9 +88,10 @@ class Product:
     """Linear layers over one input, with what PEFT attached to them.
 
     `n`, `k`, `r` are the parts of the buffer drawn above. It is `wide` for weights as they are; weights of four bits
-    (`packed`, one a layer, with its rows) are turned into that of `scratch`, or `hold` one of their own. scales: (r,)
-    s of each extra column. bases: the linear layers, whose weights these are. bias: (N,) or None.
-    dropout: of the adapters' input, while training.
+    (`packed`, one a layer, with its rows) are turned into that of `scratch`, or `hold` one of their own. like: an empty
+    tensor of the device and dtype that is computed in. scales: (r,) s of each extra column. bases: the linear layers,
+    whose weights these are. bias: (N,) or None. dropout: of the adapters' input, while training; `number` tells its
+    masks from other products'.
     """
 
     n: int
@@ -110,6 +107,7 @@ class Product:
     scales: torch.Tensor = field(default_factory=lambda: torch.ones(()))
     dropout: float = 0.0
     bases: list[Any] = field(default_factory=list)
+    number: int = 0
     _fill: "Replayed | None" = None
 
     def copies(self, wide: torch.Tensor) -> list[Copy]:
@@ -171,14 +169,14 @@ class Product:
 
     def _filling(self, wide: torch.Tensor) -> Callable[[], None]:
         """What writes weights and adapters into a buffer whose place does not change."""
-        copies = Copies(self.copies(wide))
+        copy = copying(self.copies(wide))
 
         def fill() -> None:
             for rows, weight in self.packed:
                 weight.fill(wide[rows, : self.k])
             if self.r:
                 wide[:, self.k :].zero_()
-                copies.run()
+                copy()
             wide[self.n + self.used :].zero_()
 
         return fill
@@ -209,7 +207,7 @@ class Product:
         """x (tokens, K) as the adapters see it: a share of it zero, the rest larger, the same for the same seed."""
         if not self.dropout or seed is None:
             return x
-        return x * keep_mask(x, self.dropout, seed)
+        return x * keep_mask(x, self.dropout, seed + self.number)
 
     @property
     def used(self) -> int:
@@ -261,24 +259,16 @@ def keep_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
     return kept.to(x.dtype) / (1 - dropout)
 
 
-class Copies:
-    """Many matrices to be copied, each times a factor: one launch on a GPU. Their places are taken for good."""
+def copying(copies: Sequence[Copy]) -> Callable[[], None]:
+    """What copies many matrices as they are then, each times a factor: one launch on a GPU. Their places stay."""
+    if not copies:
+        return lambda: None
+    if copies[0][0].is_cuda and len({(a.dtype, b.dtype) for a, b, _factor in copies}) == 1:
+        from afina.engine import movers
 
-    def __init__(self, copies: Sequence[Copy]) -> None:
-        self._all = list(copies)
-        self._table: Any = None
-        if self._all and self._all[0][0].is_cuda and len({(a.dtype, b.dtype) for a, b, _factor in self._all}) == 1:
-            from afina.engine.movers import Table
-
-            self._table = Table(self._all)
-
-    def run(self) -> None:
-        """Copy them as they are now."""
-        if self._table is not None:
-            self._table.run()
-        elif self._all:
-            sources, targets, factors = zip(*self._all, strict=True)
-            torch._foreach_copy_(list(targets), torch._foreach_mul(list(sources), list(factors)))
+        return movers.copying(copies)
+    sources, targets, factors = (list(parts) for parts in zip(*copies, strict=True))
+    return lambda: torch._foreach_copy_(targets, torch._foreach_mul(sources, factors))
 
 
 class Replayed:
@@ -326,7 +316,7 @@ def make_product(linears: Sequence[Any], scratch: Scratch, dtype: torch.dtype) -
                 product.learnt.append(Learnt(place, layer.weight, layer.bias))
     else:
         product.packed = [(place, weight) for place, weight in zip(rows, packed, strict=True) if weight is not None]
-        scratch.ask((n + r) * (k + r))
+        scratch.ask((n + r) * (k + r), dtype)
     product.scales, product.bases = torch.ones(r, dtype=dtype, device=device), layers
     for linear, place, column in zip(linears, rows, columns, strict=True):
         if name := _adapter_of(linear):

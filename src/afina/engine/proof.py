@@ -1,17 +1,15 @@
 """The engine proves itself: on one batch of the user's own, loss and gradients against the reference."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from afina.engine.engine import Engine
-from afina.engine.mixture import Mixture
-from afina.engine.router import routed_alike
-from afina.model.loss import Targeted, summed_loss
+from afina.engine.mixture import routed_alike
+from afina.model.loss import Targeted, saved_elsewhere, summed_loss
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,10 @@ def prove(
     called, to place what the engine saves.
     """
     found: list[tuple[float, tuple[torch.Tensor, ...]]] = []
-    told = [block.router for block in engine.blocks if isinstance(block, Mixture)]
     trains = model.training
     model.eval()
     try:
-        with perturbed(engine), routed_alike(told, model):
+        with perturbed(engine), routed_alike(engine.blocks, model) as told:
             for loss_fn in (summed_loss, engine.summed_loss):
                 if lean is not None and found:
                     lean()
@@ -71,29 +68,15 @@ def prove(
 @contextmanager
 def perturbed(engine: Engine) -> Iterator[None]:
     """Every B is another within: where it is zero, as at the start, nothing comes through it."""
-    adapters = [adapter for block in engine.blocks for adapter in block.adapters]
-    kept = [adapter.b.detach().clone() for adapter in adapters]
+    ups = [up for block in engine.blocks for up in block.ups]
+    kept = [up.detach().clone() for up in ups]
     generator = torch.Generator(device="cpu").manual_seed(0)
     with torch.no_grad():
-        for adapter in adapters:
-            adapter.b.add_((torch.randn(adapter.b.shape, generator=generator) * 0.02).to(adapter.b))
+        for up in ups:
+            up.add_((torch.randn(up.shape, generator=generator) * 0.02).to(up))
     try:
         yield
     finally:
         with torch.no_grad():
-            for adapter, value in zip(adapters, kept, strict=True):
-                adapter.b.copy_(value)
-
-
-def saved_elsewhere(model: nn.Module) -> AbstractContextManager[None]:
-    """Within, what autograd saves waits in the computer's memory, weights excepted, which are there anyway."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-
-    def pack(tensor: torch.Tensor) -> Any:
-        return tensor if tensor.untyped_storage().data_ptr() in own else (tensor.device, tensor.cpu())
-
-    def unpack(kept: Any) -> torch.Tensor:
-        found: torch.Tensor = kept if isinstance(kept, torch.Tensor) else kept[1].to(kept[0])
-        return found
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+            for up, value in zip(ups, kept, strict=True):
+                up.copy_(value)

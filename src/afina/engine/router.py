@@ -4,10 +4,7 @@ Pairs of token and expert are sorted by expert, so that each expert's rows lie t
 depends on where tokens go, and nothing waits for the GPU.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -130,21 +127,3 @@ def beneath(module: Any) -> tuple[Any, dict[str, LowRank]]:
         found[module.parameter_name] = LowRank(a, b, float(module.scaling[name]))
         module = module.base_layer
     return module, found
-
-
-@contextmanager
-def routed_alike(told: Sequence[Router], model: nn.Module) -> Iterator[None]:
-    """Within, what each router sends goes to the experts to which its twin in the transformers model sent last."""
-    twins = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")] if told else []
-    hooks = [twin.register_forward_hook(partial(_tell, router)) for twin, router in zip(twins, told, strict=True)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for router in told:
-            router.told = router.missed = None
-
-
-def _tell(router: Router, _module: nn.Module, _given: Any, output: Any) -> None:
-    router.told = output[2].detach()

@@ -24,11 +24,6 @@ class Sequential(Stacked):
     gate_up: Product
     down: Product
 
-    @property
-    def products(self) -> tuple[Product, ...]:
-        """See Block."""
-        return self.qkv, self.o, self.gate_up, self.down
-
     def saves(self, tokens: int) -> dict[str, int]:
         """See Block."""
         hidden = self.qkv.k
@@ -38,14 +33,14 @@ class Sequential(Stacked):
 
     def forward(self, x: torch.Tensor, at: Positions, *, save: bool) -> tuple[torch.Tensor, Saved | None]:
         """See Block."""
-        h, qkv, attended, of = self.below(x, at)
+        h, qkv, attended, of = self.through_attention(x, at)
         keeps_gate_up = save and "gate_up" not in self.placement.again
         y, gate_up, lows = torch.empty_like(x), None, []
-        for rows in [slice(0, x.shape[0])] if keeps_gate_up else self.chunks(x.shape[0]):
-            gate_up, low_gate_up = self.widely(h[rows], self.norm_mlp, self.gate_up, at)
+        for rows in self.chunks(x.shape[0], whole=keeps_gate_up):
+            gate_up, low_gate_up = self.product_of_norm(h[rows], self.norm_mlp, self.gate_up, at)
             wide = x.new_empty(gate_up.shape[0], self.down.k + self.down.r)
             swiglu(gate_up[:, : self.gate_up.n], wide[:, : self.down.k])
-            self.down.forward(wide, residual=h[rows], out=y[rows], seed=self.seed(at, self.down))
+            self.down.forward(wide, residual=h[rows], out=y[rows], seed=at.seed)
             lows.append((low_gate_up, self.down.low_of(wide)))
         if not save:
             return y, None
@@ -54,30 +49,24 @@ class Sequential(Stacked):
         return y, self.keep(attended, of, x=x, qkv=qkv, h=h, gate_up=gate_up if keeps_gate_up else None)
 
     def back_through_above(
-        self,
-        wide_dy: torch.Tensor,
-        h: torch.Tensor,
-        gate_up: torch.Tensor | None,
-        saved: Saved,
-        at: Positions,
-        wide_dh: torch.Tensor,
+        self, wide_dy: torch.Tensor, h: torch.Tensor, saved: Saved, at: Positions, wide_dh: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """See Stacked."""
         hidden, of_gate_up, of_down, of_norm = h.shape[1], [], [], []  # type: ignore[var-annotated]
-        seeds = self.seed(at, self.gate_up), self.seed(at, self.down)
-        for rows in self.chunks(h.shape[0]) if gate_up is None else [slice(0, h.shape[0])]:
+        gate_up = self.take(saved, "gate_up")
+        for rows in self.chunks(h.shape[0], whole=gate_up is not None):
             dy = wide_dy[rows]
-            wide_d = self.widely(h[rows], self.norm_mlp, self.gate_up, at)[0] if gate_up is None else gate_up
+            wide_d = self.product_of_norm(h[rows], self.norm_mlp, self.gate_up, at)[0] if gate_up is None else gate_up
             self.down.widen(dy)
-            d_act = self.down.backward(dy, seeds[1])
+            d_act = self.down.backward(dy, at.seed)
             act = swiglu_backward(d_act, wide_d[:, : self.gate_up.n])
-            of_down = added(of_down, self.down.gradients(dy, act, saved.lows["down"][rows], seeds[1]))
+            of_down = added(of_down, self.down.gradients(dy, act, saved.lows["down"][rows], at.seed))
             del d_act, act
             self.gate_up.widen(wide_d)
-            d_n = self.gate_up.backward(wide_d, seeds[0])
+            d_n = self.gate_up.backward(wide_d, at.seed)
             n = torch.empty_like(d_n)
             dh = wide_dh[rows, :hidden]
             of_norm = added(of_norm, norm_backward(d_n, h[rows], self.norm_mlp, dh, residual=dy[:, :hidden], y=n))
             low = saved.lows["gate_up"][rows]
-            of_gate_up = added(of_gate_up, self.gate_up.gradients(wide_d, n, low, seeds[0]))
+            of_gate_up = added(of_gate_up, self.gate_up.gradients(wide_d, n, low, at.seed))
         return [*of_gate_up, *of_down], of_norm, []

@@ -22,12 +22,7 @@ class Stacked(Block):
     norm_attention: Norm
     norm_mlp: Norm
 
-    @property
-    def norms(self) -> tuple[Norm, ...]:
-        """See Block."""
-        return self.norm_attention, self.norm_mlp
-
-    def below(
+    def through_attention(
         self, x: torch.Tensor, at: Positions
     ) -> tuple[torch.Tensor, torch.Tensor, Attended, dict[str, torch.Tensor]]:
         """h, and what its backward needs: qkv turned, attention's own results and the products' `low_of`."""
@@ -37,16 +32,10 @@ class Stacked(Block):
         return h, qkv, attended, {"qkv": low_qkv, "o": low_o}
 
     def back_through_above(
-        self,
-        wide_dy: torch.Tensor,
-        h: torch.Tensor,
-        gate_up: torch.Tensor | None,
-        saved: Saved,
-        at: Positions,
-        wide_dh: torch.Tensor,
+        self, wide_dy: torch.Tensor, h: torch.Tensor, saved: Saved, at: Positions, wide_dh: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """Gradients of the products above, of the norm before them, and of what else learns there; that of h goes into
-        wide_dh's first columns. gate_up: None when it is to be made again."""
+        wide_dh's first columns."""
         raise NotImplementedError
 
     def backward(
@@ -58,23 +47,21 @@ class Stacked(Block):
         if h is None:
             h = self._h(out, x, at)[0]
         wide_dh = room(x, self.o)
-        above = self.back_through_above(wide_dy, h, self.take(saved, "gate_up"), saved, at, wide_dh)
-        of_above, of_norm_mlp, of_rest = above
+        of_above, of_norm_mlp, of_rest = self.back_through_above(wide_dy, h, saved, at, wide_dh)
         del h
 
         self.o.widen(wide_dh)
-        of_o = self.o.gradients(wide_dh, out, saved.lows["o"], self.seed(at, self.o))
-        d_out = self.o.backward(wide_dh, self.seed(at, self.o))
+        of_o = self.o.gradients(wide_dh, out, saved.lows["o"], at.seed)
+        d_out = self.o.backward(wide_dh, at.seed)
         qkv = self.bring_qkv(saved, x, at)
         self.attention.backward(saved.attended, d_out, qkv[:, : self.qkv.n], at)
         del d_out, out
-        dx, of_qkv, of_norm = self.through_input(
-            qkv, self.qkv, self.norm_attention, x, wide_dh[:, :hidden], saved.lows["qkv"], at, below
-        )
+        dx, of_qkv, of_norm = self.back_through_input(qkv, x, wide_dh[:, :hidden], saved.lows["qkv"], at, below)
         return dx, [*of_qkv, *of_o, *of_above, *of_norm, *of_norm_mlp, *of_rest]
 
     def bring_qkv(self, saved: Saved, x: torch.Tensor, at: Positions) -> torch.Tensor:
-        """Queries, keys and values as `below` left them, in rows of at least their columns: saved or made again."""
+        """Queries, keys and values as `through_attention` left them, in rows of at least their columns: as they were
+        saved, or made again."""
         qkv = self.take(saved, "qkv")
         if qkv is None:
             qkv = self._qkv(x, at)[0]
@@ -83,8 +70,8 @@ class Stacked(Block):
         return qkv
 
     def _qkv(self, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.widely(x, self.norm_attention, self.qkv, at)
+        return self.product_of_norm(x, self.norm_attention, self.qkv, at)
 
     def _h(self, out: torch.Tensor, x: torch.Tensor, at: Positions) -> tuple[torch.Tensor, torch.Tensor]:
         wide = widened(out, self.o)
-        return self.o.forward(wide, residual=x, seed=self.seed(at, self.o)), self.o.low_of(wide)
+        return self.o.forward(wide, residual=x, seed=at.seed), self.o.low_of(wide)

@@ -138,9 +138,13 @@ def watch(tried: list[str]) -> None:
     sys.addaudithook(hook)
 
 
-def run(program: str, seconds: float, memory: int, reply: int) -> None:
-    """In the child: never returns."""
-    seal = secrets.token_hex(8)
+def run(program: str, seconds: float, memory: int, reply: int, seal: str) -> None:
+    """In the child: never returns. `seal` shows that it is we who reply: the program can write to `reply` too.
+
+    It can also turn what it shares with us into something else, so what replies is at hand before it begins. Whoever
+    searches the frames for the seal would find it: this is against chance and bad habits, not against a burglar.
+    """
+    write, leave = os.write, os._exit
     tried: list[str] = []
     with open(os.devnull) as nothing:  # noqa: PTH123
         os.dup2(nothing.fileno(), 0)
@@ -168,19 +172,20 @@ def run(program: str, seconds: float, memory: int, reply: int) -> None:
         reason = f"{type(error).__name__}: {error}"
     if outcome == "failed" and tried:
         outcome, reason = "forbidden", tried[0]
-    said = {"outcome": outcome, "reason": reason[:500], "enforced": enforced, "seal": seal}
-    os.write(reply, json.dumps(said).encode()[:OUTPUT_BYTES])
-    os._exit(0)
+    said = "\n".join((seal, outcome, "enforced" if enforced else "", reason[:500]))
+    write(reply, said.encode("utf-8", "replace")[:OUTPUT_BYTES])
+    leave(0)
 
 
 def judge(program: str, seconds: float, memory: int) -> dict[str, Any]:
     """Run one program in a child; what became of it."""
+    seal = secrets.token_hex(16)
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
         try:
-            run(program, seconds, memory, write)
+            run(program, seconds, memory, write, seal)
         finally:
             os._exit(1)
     os.close(write)
@@ -193,7 +198,7 @@ def judge(program: str, seconds: float, memory: int) -> dict[str, Any]:
         piece = os.read(read, OUTPUT_BYTES)
         content += piece
         if not piece:
-            found = _parsed(content)
+            found = _parsed(content, seal)
             break
     os.close(read)
     os.kill(child, signal.SIGKILL)
@@ -203,13 +208,13 @@ def judge(program: str, seconds: float, memory: int) -> dict[str, Any]:
     return found
 
 
-def _parsed(content: bytes) -> dict[str, Any]:
-    """What the child said; a child that ended before its program did said nothing, which is to fail."""
-    try:
-        said = json.loads(content)
-        return {key: said[key] for key in ("outcome", "reason", "enforced")}
-    except (ValueError, KeyError, TypeError):
-        return {"outcome": "failed", "reason": "it ended before its tests did"}
+def _parsed(content: bytes, seal: str) -> dict[str, Any]:
+    """What the child said; a child that ended before its program did said nothing, which is to fail, and so does what
+    the program itself said in our place."""
+    sealed, *said = content.decode("utf-8", "replace").split("\n", 3)
+    if sealed == seal and len(said) == 3:
+        return {"outcome": said[0], "enforced": bool(said[1]), "reason": said[2]}
+    return {"outcome": "failed", "reason": "it ended before its tests did"}
 
 
 def main() -> None:

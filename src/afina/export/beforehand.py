@@ -24,8 +24,8 @@ def why_no_gguf(recipe: Recipe, folder: Path) -> ModelError | None:
     if not set(recipe.export.formats) - {"merged", "nf4"}:
         return None
     base = words_of(model_source(recipe.model.base, folder), recipe.model.revision)
-    if base is None:
-        return None
+    if base is None or not (base / "config.json").is_file():
+        return None  # loading the model will say what it is that has none
     try:
         check_exportable(base)
     except ModelError as error:

@@ -5,11 +5,7 @@ the same prompts to a GGUF file in real llama.cpp and compares: the ids of the p
 tokenizer make them, the ends of an answer, the distribution over the next token at each position of the answer, and
 the answer itself. What differs more than its format may (`LIMITS`) raises ProofError.
 
-The divergence is KL(model || file), in nats a token. llama.cpp tells the likeliest TOP tokens with their
-log-probabilities over the whole vocabulary; the model's distribution is whole. Tokens that llama.cpp does not tell
-count as one token, whose probability is what is left to one on each side. Joining tokens can only lower a divergence
-(the data-processing inequality), so the figure is a lower bound, and exact where TOP is the whole vocabulary. Knows
-nothing of how the file was made.
+Knows nothing of how the file was made.
 """
 
 import math
@@ -19,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from afina.data.conversation import Sample
 from afina.data.template import Renderer
-from afina.errors import ProofError
+from afina.errors import ProofError, ResourceError
+from afina.export.divergence import distributions, divergence
 from afina.language import _
 from afina.model.generate import generate
 from afina.model.llamacpp import LlamaCpp
@@ -33,10 +29,6 @@ ANSWER_TOKENS = 32
 """How far the answers are compared."""
 TOP = 128
 """How many of the next tokens llama.cpp is asked for."""
-LOGITS = 2**27
-"""How many a reading of the model may make at once: 512 MB."""
-LEFT = 1e-9
-"""The least that counts as left to the tokens that were not told; below it are roundings of a sum of floats."""
 
 
 SIGMAS = 3.0
@@ -140,43 +132,6 @@ def pose(
     ]
 
 
-def distributions(model: nn.Module, asked: Sequence[tuple[list[int], list[int]]]) -> list[np.ndarray]:
-    """For each prompt and answer: (len(answer) + 1, vocab) natural log-probabilities, in F32.
-
-    Rows are read together, as each reading goes through all weights once. They are filled up on the right, where a
-    causal model never looks from what is left of it.
-    """
-    found: list[np.ndarray] = []
-    longest = max(len(prompt) + len(answer) for prompt, answer in asked)
-    step = max(1, LOGITS // longest // model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
-    for start in range(0, len(asked), step):
-        found += _together(model, asked[start : start + step])
-    return found
-
-
-@torch.inference_mode()
-def _together(model: nn.Module, asked: Sequence[tuple[list[int], list[int]]]) -> list[np.ndarray]:
-    rows = [[*prompt, *answer] for prompt, answer in asked]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=next(model.parameters()).device)
-    logits = model(input_ids=ids, use_cache=False).logits
-    return [
-        torch.log_softmax(some[len(prompt) - 1 : len(row)].float(), -1).cpu().numpy()
-        for some, row, (prompt, _answer) in zip(logits, rows, asked, strict=True)
-    ]
-
-
-def divergence(ours: np.ndarray, theirs: dict[int, float]) -> float:
-    """KL(ours || theirs) in nats, the tokens that `theirs` lacks joined to one."""
-    index = np.fromiter(theirs, np.int64)
-    ours_told, theirs_told = ours[index].astype(np.float64), np.fromiter(theirs.values(), np.float64)
-    told = float(np.sum(np.exp(ours_told) * (ours_told - theirs_told)))
-    left, left_there = (max(1.0 - float(np.exp(values).sum()), LEFT) for values in (ours_told, theirs_told))
-    if len(theirs) >= len(ours):
-        return max(told, 0.0)
-    return max(told + left * math.log(left / left_there), 0.0)
-
-
 def certify(
     file: Path,
     kind: str,
@@ -189,15 +144,28 @@ def certify(
     """Compare a GGUF file with the model; returns its part of the certificate, `checks` with each answer. `right` says
     whether an answer is as good as the sample's own, `exact` whether llama.cpp computes such a model as it is.
 
+    Prompts for which the file's context has no room are left out.
+
     Raises ProofError when it is not the model (NotTheModel where figures say so), ResourceError when there is no
-    llama.cpp to ask.
+    llama.cpp to ask, or nothing that it could be asked.
     """
-    longest = max(len(question.ids) for question in questions)
+    longest = max(len(question.prompt) for question in questions) + ANSWER_TOKENS
     divergences: list[float] = []
     agreed: list[bool] = []
     margins: list[float] = []
     checks: list[dict[str, Any]] = []
-    with LlamaCpp(file, context=max(512, longest + ANSWER_TOKENS), cache="f32") as witness:
+    with LlamaCpp(file, context=max(512, longest + 1), cache="f32") as witness:
+        room = witness.context
+        fitting = [question for question in questions if len(question.prompt) + ANSWER_TOKENS < room]
+        if on_progress is not None:
+            on_progress(len(questions) - len(fitting))
+        if not fitting:
+            raise ResourceError(
+                _("no prompt leaves room for {tokens} tokens of an answer in its context of {room}").format(
+                    tokens=ANSWER_TOKENS, room=room
+                )
+            )
+        questions = fitting
         _check_ends(witness, questions[0], renderer, file)
         for question in questions:
             _check_prompt(witness, question, renderer, file)

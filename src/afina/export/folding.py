@@ -21,7 +21,7 @@ from afina.errors import ModelError, ProofError
 from afina.export.gguf_vocab import read_json
 from afina.export.weights import FLOATS, NAMES, Tensors, tensors_of
 from afina.language import _
-from afina.model.attach import only_adds
+from afina.model.saved import only_adds
 
 CHUNK_BYTES = 64 * 2**20
 """How much of a tensor, in F32, is read, added to and written at once. Some four such chunks are in memory."""

@@ -18,8 +18,9 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.splits import DIGITS_SPLIT, GPT2_SPLIT, PRE_TOKENIZERS
-from afina.data.tokenizer import Tokenizer, load_tokenizer
+from afina.data.tokenizer import Tokenizer
 from afina.errors import ModelError
 from afina.language import _
 

@@ -15,7 +15,8 @@ from afina import durable
 from afina.console import Console, size
 from afina.data.read import read
 from afina.errors import ProofError, ResourceError
-from afina.export.certificate import LIMITS, LOGITS, Question, distributions
+from afina.export.certificate import LIMITS, Question
+from afina.export.divergence import LOGITS, distributions
 from afina.export.folding import can_fold, fold, read_adapter
 from afina.export.gguf import planned_bytes
 from afina.export.gguf_vocab import read_json
@@ -24,9 +25,10 @@ from afina.export.merging import expected_changes, prove_merge
 from afina.export.mixes import FORMATS
 from afina.export.weights import Held, Source
 from afina.language import _
-from afina.model.attach import merged, only_adds, save_configuration, save_whole, settings_of
+from afina.model.attach import merged
 from afina.model.load import DTYPES, Hardware, load_model
 from afina.model.quantize import is_quantised
+from afina.model.saved import only_adds, save_configuration, save_whole, settings_of
 from afina.recipe.schema import Recipe
 from afina.train.reopen import Tuned
 

@@ -18,9 +18,9 @@ from afina.export.certificate import certify_folder
 from afina.export.folding import can_fold, fold, read_adapter
 from afina.export.weights import Source
 from afina.language import _
-from afina.model.attach import save_whole
 from afina.model.hub import weights_of
 from afina.model.load import Hardware, load_model
+from afina.model.saved import save_whole
 from afina.recipe.place import model_source
 from afina.recipe.schema import Model
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from afina.console import Console, size
 from afina.data.conversation import Message, Sample
 from afina.data.read import read
 from afina.errors import ProofError, RecipeError, ResourceError
-from afina.export.certificate import NotTheModel, Question, Right, certify, pose, the_same
+from afina.export.certificate import ANSWER_TOKENS, NotTheModel, Question, Right, certify, pose, the_same
 from afina.export.gguf import write_gguf
 from afina.export.lora import write_lora
 from afina.export.merge import check_room, merge
@@ -28,7 +29,7 @@ from afina.export.ollama import modelfile
 from afina.export.page import certificate_of, page
 from afina.language import _
 from afina.model.hub import weights_of
-from afina.model.load import DTYPES
+from afina.model.load import DTYPES, limit_of
 from afina.model.quantize import bitsandbytes
 from afina.recipe.place import model_source
 from afina.recipe.schema import PrefixTuning, PromptTuning, Recipe
@@ -120,7 +121,7 @@ def export_run(run: Path, out: Path, formats: Sequence[str], console: Console, r
     tuned = reopen(run, "fp32")
     settings = [recipe.export.precision, recipe.export.imatrix, QUESTIONS, versions().get("afina")]
     with durable.taken_up(out, f"{record.digest} {settings}") as folder:
-        export = Export(tuned, folder, console, pose(tuned.model, tuned.renderer, held_out(tuned)[:QUESTIONS]), right)
+        export = Export(tuned, folder, console, pose(tuned.model, tuned.renderer, to_ask(tuned)), right)
         export.take_up()
         try:
             merge(export, run, base)
@@ -203,12 +204,24 @@ def held_out(tuned: Tuned) -> list[Sample]:
     return list(asked.values())
 
 
+def to_ask(tuned: Tuned) -> list[Sample]:
+    """The first samples held out whose prompts leave room for an answer; where none does, the beginnings of some."""
+    limit, samples = limit_of(tuned.model), held_out(tuned)
+    if limit is None:
+        return samples[:QUESTIONS]
+    fitting = (one for one in samples if len(tuned.renderer.prompt(one.prompt)) + ANSWER_TOKENS <= limit)
+    return list(islice(fitting, QUESTIONS)) or [
+        _beginning(one, one.prompt[-1].content, min(BEGINNING, limit // 2)) for one in samples[:QUESTIONS]
+    ]
+
+
 def _asked(sample: Sample) -> Sample:
     """Of plain text, which asks nothing, the beginning as a question."""
-    if not sample.is_text:
-        return sample
-    start = sample.messages[-1].content[:BEGINNING]
-    return replace(sample, messages=(Message("user", start), Message("assistant", "")))
+    return _beginning(sample, sample.messages[-1].content) if sample.is_text else sample
+
+
+def _beginning(sample: Sample, text: str, characters: int = BEGINNING) -> Sample:
+    return replace(sample, messages=(Message("user", text[:characters]), Message("assistant", "")))
 
 
 def _add_gguf(export: Export, kind: str) -> None:

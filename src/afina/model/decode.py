@@ -19,7 +19,7 @@ from afina.language import _
 from afina.model.fixed import READ_AT_ONCE, can_be_fixed, write_fixed
 from afina.model.generate import generate
 from afina.model.load import cache_bytes, limit_of
-from afina.model.rows import Grammar, Row, Settings, device_of, next_logits, padded
+from afina.model.rows import Grammar, Row, Settings, device_of, next_logits, note_broken, padded
 
 CACHE_AT_ONCE = {"cpu": 2**28, "cuda": 2**33}
 """Bytes that keys and values of the answers being written may take together, where the free memory is not known."""
@@ -36,11 +36,12 @@ LEAVING = 0.125
 @dataclass(frozen=True)
 class Continuation:
     """`ids` end before the end-of-turn token; `ended` says whether it came. `seconds`: this answer's share of the
-    time of those written with it."""
+    time of those written with it. `broken`: the model computed what is no number, so this is no answer of its own."""
 
     ids: list[int]
     ended: bool
     seconds: float
+    broken: bool = False
 
 
 @torch.inference_mode()
@@ -90,7 +91,7 @@ def write_all(
             continue
         share = (time.perf_counter() - began) / len(rows)
         for row in rows:
-            on_answer(row.place, Continuation(row.ids, row.ended, share))
+            on_answer(row.place, Continuation(row.ids, row.ended, share, row.broken))
         order = order[len(group) :]
 
 
@@ -128,6 +129,7 @@ def _write_growing(model: nn.Module, rows: list[Row], settings: Settings) -> Non
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     logits = next_logits(model, ids, mask.long(), positions, cache)
+    note_broken(rows, logits)
     alive, position = list(range(len(rows))), positions[:, -1:]
     idle: set[int] = set()
     while True:
@@ -180,7 +182,7 @@ def _write_plain(model: nn.Module, rows: list[Row], settings: Settings, new: int
     if settings.temperature > 0 or any(row.grammar for row in rows):
         raise ModelError(
             _("Learnt prompts can be asked neither with a grammar nor with a temperature."),
-            hint=_("Set constrained to false and temperature to 0, or tune with lora."),
+            hint=_("Write constrained: false, decide: likelihood and temperature: 0 in the task, or tune with lora."),
         )
     prompts, ends = [row.prompt for row in rows], sorted(settings.end_ids)
     found = generate(model, prompts, end_ids=ends, pad_id=settings.pad_id, max_new_tokens=new)

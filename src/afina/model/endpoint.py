@@ -34,6 +34,17 @@ class EndpointError(ModelError):
     """This question got no answer."""
 
 
+@dataclass(frozen=True)
+class Completion:
+    """What came back. `asked`, `answered`: tokens of question and answer, 0 where the endpoint does not tell or what it
+    tells cannot be. `ended`: the answer was not cut off."""
+
+    text: str
+    asked: int
+    answered: int
+    ended: bool
+
+
 @dataclass
 class Endpoint:
     """`url` is what the API's documentation calls the base URL, such as http://127.0.0.1:8000/v1."""
@@ -53,8 +64,8 @@ class Endpoint:
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float = 0.0, **options: Any
-    ) -> dict[str, Any]:
-        """One completion, as the API gives it. Raises EndpointError."""
+    ) -> Completion:
+        """One completion. Raises EndpointError."""
         body = {
             "model": self.model,
             "messages": [dict(message) for message in messages],
@@ -110,11 +121,14 @@ class Endpoint:
             )
         return {"Authorization": f"Bearer {key}"}
 
-    def _parsed(self, content: bytes) -> dict[str, Any]:
+    def _parsed(self, content: bytes) -> Completion:
         try:
             answer = json.loads(content)
-            if isinstance(answer["choices"][0]["message"], dict):
-                return dict(answer)
+            choice, usage = answer["choices"][0], answer.get("usage")
+            if isinstance(choice["message"], dict):
+                text = whole(str(choice["message"].get("content") or ""))
+                asked, answered = (_tokens(usage, name) for name in ("prompt_tokens", "completion_tokens"))
+                return Completion(text, asked, answered, choice.get("finish_reason") != "length")
         except (ValueError, LookupError, TypeError, RecursionError):
             pass
         raise EndpointError(
@@ -129,4 +143,14 @@ def _said(content: bytes) -> str:
         said = error.get("message") if isinstance(error, dict) else error
     except (ValueError, AttributeError, RecursionError):
         said = None
-    return " ".join(str(said or content.decode("utf-8", "replace")).split())[:200]
+    return whole(" ".join(str(said or content.decode("utf-8", "replace")).split())[:200])
+
+
+def _tokens(usage: Any, name: str) -> int:
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and 0 < count <= ANSWER_BYTES else 0
+
+
+def whole(text: str) -> str:
+    """The text with a question mark for each half of a character: JSON may escape one, and no file can hold it."""
+    return text.encode("utf-8", "replace").decode()

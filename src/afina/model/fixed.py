@@ -16,7 +16,7 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from afina.model.attention import attending
-from afina.model.rows import Row, Settings, device_of, next_logits, padded
+from afina.model.rows import Row, Settings, device_of, next_logits, note_broken, padded
 
 READ_AT_ONCE = {"cpu": 2**9, "cuda": 2**14}
 """Tokens of prompts, padding included, that are read at once into fixed memory: enough for the products to be quick,
@@ -78,7 +78,9 @@ def _read(model: nn.Module, rows: Sequence[Row], settings: Settings) -> "_Steps"
         ids, mask = (tensor.to(device) for tensor in padded(rows[start:stop], settings.pad_id))
         read, here = DynamicCache(config=model.config), slice(width - ids.shape[1], width)
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        first[start:stop, 0] = next_logits(model, ids, mask.long(), positions, read).argmax(-1)
+        logits = next_logits(model, ids, mask.long(), positions, read)
+        note_broken(rows[start:stop], logits)
+        first[start:stop, 0] = logits.argmax(-1)
         for fixed, layer in zip(cache.layers, read.layers, strict=True):
             if not fixed.is_initialized:
                 kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

@@ -5,7 +5,8 @@ which a third is learnt pays for a third of the head.
 """
 
 from collections.abc import Iterator
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -85,3 +86,17 @@ def summed_loss(model: nn.Module, batch: Targeted, noise: float = 0.0) -> torch.
     """Sum of `token_losses`, each times its weight; the loop divides by what all targets of the step count."""
     losses = token_losses(model, batch, noise)
     return (losses if batch.weights is None else losses * batch.weights).sum()
+
+
+def saved_elsewhere(model: nn.Module) -> AbstractContextManager[None]:
+    """Within, what autograd saves waits in the computer's memory, weights excepted, which are there anyway."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+    def pack(tensor: torch.Tensor) -> Any:
+        return tensor if tensor.untyped_storage().data_ptr() in own else (tensor.device, tensor.cpu())
+
+    def unpack(kept: Any) -> torch.Tensor:
+        found: torch.Tensor = kept if isinstance(kept, torch.Tensor) else kept[1].to(kept[0])
+        return found
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

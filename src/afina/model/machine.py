@@ -88,7 +88,7 @@ def show(machine: Machine, console: Console) -> dict[str, float | None]:
     if not machine.gpus:
         console.line(_("GPU       none that torch can use: small models train on the processor"))
     for part, version in machine.parts.items():
-        console.line(f"{part}: {version or purpose_of(part)}")
+        console.line(f"{part:<13} {version or purpose_of(part)}")
     there = bool(machine.gpus)
     fits = {method: largest(machine.device_memory, method, gpu=there) for method in needs(1e9, gpu=there)}
     rows = [(method, f"{billions:g} B" if billions else _("none")) for method, billions in fits.items()]

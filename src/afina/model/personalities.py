@@ -16,10 +16,10 @@ from torch import nn
 
 from afina.errors import ModelError
 from afina.language import _
-from afina.model.attach import load_adapter
 from afina.model.foreign import read_object
 from afina.model.generate import generate
 from afina.model.mixed import BASE, mixable, mixed
+from afina.model.saved import load_adapter
 
 MAX_SETTINGS_BYTES = 2**20
 

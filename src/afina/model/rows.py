@@ -22,7 +22,8 @@ class Grammar(Protocol):
 
 @dataclass
 class Row:
-    """A prompt and its answer so far. `room`: tokens it may still get; `ended`: the end of turn came."""
+    """A prompt and its answer so far. `room`: tokens it may still get; `ended`: the end of turn came; `broken`: the
+    model computed what is no number."""
 
     place: int
     prompt: list[int]
@@ -30,6 +31,7 @@ class Row:
     room: int = 0
     grammar: Grammar | None = None
     ended: bool = False
+    broken: bool = False
 
     def __post_init__(self) -> None:
         self.ids: list[int] = []
@@ -80,6 +82,12 @@ def next_logits(
     )
     logits: torch.Tensor = output.logits[:, -1]
     return logits
+
+
+def note_broken(rows: Sequence[Row], logits: torch.Tensor) -> None:
+    """Which of `rows` begin with what is no number: the largest of (rows, vocabulary) logits shows it."""
+    for row, whole in zip(rows, torch.isfinite(logits.amax(-1)).tolist(), strict=True):
+        row.broken = not whole
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -25,7 +25,7 @@ def make_room(model: nn.Module, tokens: Pieces) -> None:
     if not tokens:
         return
     whole: Any = model
-    _grow(whole, max(tokens) + 1)
+    grow(whole, max(tokens) + 1)
     for layer in _ends(whole).values():
         for index, pieces in tokens.items():
             if pieces:
@@ -64,11 +64,14 @@ def fit_vocabulary(model: nn.Module, adapter: Path) -> None:
     except (OSError, ValueError, AttributeError, TypeError):
         return  # loading the adapter will say what is wrong with it
     if rows and all(type(index) is int and 0 <= index < 2**22 for index in rows):
-        _grow(model, max(rows) + 1)
+        grow(model, max(rows) + 1)
 
 
-def _grow(model: Any, rows: int) -> None:
-    """At least so many rows; those that are new begin as the mean of all others."""
+def grow(model: Any, rows: int) -> None:
+    """Give the embedding and the head at least so many rows; those that are new begin as the mean of all others.
+
+    Raises ModelError where the embedding is quantised.
+    """
     embedding = model.get_input_embeddings()
     before = embedding.weight.shape[0]
     if rows <= before:

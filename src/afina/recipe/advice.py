@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from afina.console import size
 from afina.errors import RecipeError
 from afina.language import _
 
@@ -24,6 +25,8 @@ FEW, MANY = 100, 50_000
 """Rows below which virtual tokens may do, and from which every weight may learn."""
 SIZES = (0.135, 0.5, 1.0, 3.0, 8.0, 14.0, 20.0, 32.0, 70.0, 120.0)
 """Billions of parameters of the models people tune."""
+SMALL = 5e7
+"""Parameters below which the bundled recipes' learning rate of 1e-3 is right."""
 EIGHT_BIT_FROM, EIGHT_BIT_GAIN = 1e9, 1.5
 """Parameters of a base from which products in eight bits pay, and W2 over W1 of docs/speed.md."""
 KNOWN = {"afina/tiny": 3.9e6, "phi-2": 2.78e9, "phi-1_5": 1.42e9, "gpt2": 1.24e8}
@@ -83,32 +86,31 @@ def advise(base: str, rows: int | None, memory: float, *, gpu: bool) -> Advice:
 def choose(parameters: float, rows: int | None, memory: float, *, gpu: bool) -> Advice:
     """The method for so many parameters."""
     wanted, room = needs(parameters, gpu=gpu), USABLE * memory
-    fits = [method for method, size in wanted.items() if size <= room]
-    facts = {"billions": parameters / 1e9, "memory": memory / 2**30, "rows": rows or 0}
-    facts |= {method: size / 2**30 for method, size in wanted.items()}
+    fits = [method for method, bytes_wanted in wanted.items() if bytes_wanted <= room]
+    facts = {"billions": parameters / 1e9, "memory": size(memory), "rows": rows or 0}
+    facts |= {method: size(bytes_wanted) for method, bytes_wanted in wanted.items()}
     if not fits:
-        least = min(wanted.values()) / 2**30
         why = _(
-            "A base of {billions:.1f} billion parameters needs {least:.1f} GiB at least; there are {memory:.1f}. "
+            "A base of {billions:.1f} billion parameters needs {least} at least, and there are {memory}. "
             "Take a smaller base, or a machine with more memory."
-        ).format(least=least, **facts)
+        ).format(least=size(min(wanted.values())), **facts)
         return Advice(None, why, wanted, {})
     if "full" in fits and rows is not None and rows >= MANY:
-        why = _(
-            "full: {rows} rows are enough to move every weight, and its {full:.1f} GiB fit into {memory:.1f}."
-        ).format(**facts)
+        why = _("full: {rows} rows are enough to move every weight, and the {full} it needs fit into {memory}.").format(
+            **facts
+        )
         return Advice("full", why, wanted, {"method": {"name": "full"}, "training": {"learning_rate": 1e-5}})
     if "lora" in fits:
         why = _(
-            "lora: its {lora:.1f} GiB fit into {memory:.1f}; from fewer than tens of thousands of rows it learns "
+            "lora: the {lora} it needs fit into {memory}; from fewer than tens of thousands of rows it learns "
             "as well as full fine-tuning does, forgets less, and leaves a small file."
         ).format(**facts)
-        return Advice("lora", why + _offer(parameters, gpu=gpu), wanted, _adapter(rows))
+        return Advice("lora", why + _offer(parameters, gpu=gpu), wanted, _adapter(parameters, rows))
     why = _(
-        "qlora: a base of {billions:.1f} billion parameters in bf16 needs {lora:.1f} GiB, more than the {memory:.1f} "
-        "there are; held in four bits it needs {qlora:.1f}."
+        "qlora: a base of {billions:.1f} billion parameters in bf16 needs {lora}, more than the {memory} "
+        "there are; held in four bits it needs {qlora}."
     ).format(**facts)
-    overrides = {"model": {"quantization": "nf4"}, **_adapter(rows)}
+    overrides = {"model": {"quantization": "nf4"}, **_adapter(parameters, rows)}
     return Advice("qlora", why + _offer(parameters, gpu=gpu), wanted, overrides)
 
 
@@ -122,10 +124,10 @@ def _offer(parameters: float, *, gpu: bool) -> str:
     ).format(gain=EIGHT_BIT_GAIN)
 
 
-def _adapter(rows: int | None) -> dict[str, Any]:
-    """Few rows bear a narrow adapter, or they are learnt by heart."""
+def _adapter(parameters: float, rows: int | None) -> dict[str, Any]:
+    """Few rows bear a narrow adapter, or they are learnt by heart; a very small base wants larger steps."""
     few = rows is not None and rows < FEW
     return {
         "method": {"name": "lora", "rank": 8 if few else 16, "alpha": 16.0 if few else 32.0},
-        "training": {"learning_rate": 2e-4},
+        "training": {"learning_rate": 1e-3 if parameters < SMALL else 2e-4},
     }

@@ -222,6 +222,24 @@ def virtual_tokens_stay_outside_the_weights(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(("training", "gradient_checkpointing"), message, (("method", "name"),))
 
 
+def learnt_prompts_are_asked_plainly(recipe: Recipe) -> Iterator[Fault]:
+    """Behind learnt prompts PEFT's own generate writes, which knows no grammar, and the likeliest tokens alone."""
+    if not isinstance(recipe.method, PromptTuning | PrefixTuning):
+        return
+    for number, task in enumerate(recipe.tasks):
+        if "tuned" not in recipe.evaluation.systems and task.name not in recipe.training.evaluate:
+            continue
+        asked = [("decide", task.decide == "constrained"), ("constrained", task.constrained)]
+        for key, there in [*asked, ("temperature", task.temperature > 0)]:
+            if there:
+                message = _(
+                    "What {method} learnt can be asked neither with a grammar nor with a temperature. Leave {key} out."
+                )
+                yield Fault(
+                    ("tasks", number, key), message.format(method=recipe.method.name, key=key), (("method", "name"),)
+                )
+
+
 def an_adapter_alone_is_pairs_of_matrices(recipe: Recipe) -> Iterator[Fault]:
     """The format lora: llama.cpp adds low-rank pairs to a base, and nothing else."""
     method, path = recipe.method, ("export", "formats")
@@ -296,6 +314,7 @@ RULES: tuple[Rule, ...] = (
     targets_are_named,
     the_base_suits_the_method,
     virtual_tokens_stay_outside_the_weights,
+    learnt_prompts_are_asked_plainly,
     an_adapter_alone_is_pairs_of_matrices,
     adapters_of_parameters_are_plain,
     the_optimizer_suits_the_method,

@@ -350,6 +350,8 @@ def _complaint(problem: str) -> str:
         return _("A key needs a colon and a space after it: write key: value.")
     if "block end" in problem:
         return _("The indentation does not fit the lines above, or something stands after a closed value.")
+    if "document start" in problem:
+        return _("Something follows after the end of the recipe. A data file is no recipe: name it under data.train.")
     if "unknown escape" in problem or "escape sequence" in problem:
         return _("This is no escape of YAML. Put the text between single quotes.")
     return _("This is not YAML: {reason}.").format(reason=problem)

@@ -41,8 +41,8 @@ def speakers_of(
         if beside_base:
             speakers.insert(0, ModelSpeaker("base", tuned.model, tuned.renderer, adapted=False))
         return speakers, tuned.recipe.chat, tuned.recipe.model.max_length
+    from afina.data.load_tokenizer import load_tokenizer
     from afina.data.template import Renderer
-    from afina.data.tokenizer import load_tokenizer
     from afina.model.load import choose_hardware, limit_of, load_model
 
     name = model_source(source, Path())

@@ -56,8 +56,8 @@ class Cast:
         Raises ModelError where there is none, it is of another base, or the name is taken; RecipeError for a name that
         cannot be one.
         """
+        from afina.data.load_tokenizer import load_tokenizer
         from afina.data.template import Renderer
-        from afina.data.tokenizer import load_tokenizer
         from afina.train.reopen import recipe_of
 
         if not NAME.fullmatch(name):
@@ -112,8 +112,8 @@ def open_cast(source: str, adapters: Sequence[str]) -> tuple[Cast, Chat, int | N
 
     Returns them with the chat settings of the first one's run, and the context in tokens. Raises AfinaError.
     """
+    from afina.data.load_tokenizer import load_tokenizer
     from afina.data.template import Renderer
-    from afina.data.tokenizer import load_tokenizer
     from afina.model.load import choose_hardware, limit_of, load_model
     from afina.model.personalities import Personalities
 

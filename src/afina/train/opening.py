@@ -11,9 +11,10 @@ from afina.console import Console
 from afina.data.tokenizer import Tokenizer
 from afina.errors import ModelError, RecipeError
 from afina.language import _
-from afina.model.attach import attach, learning, recompute, start_from
+from afina.model.attach import attach, learning, recompute
 from afina.model.load import Hardware, limit_of, load_model, without_dropout
 from afina.model.quantize import quantisation, weights_in
+from afina.model.saved import start_from
 from afina.model.virtual import is_prefix, virtual_tokens
 from afina.recipe.schema import PromptTuning, Recipe
 

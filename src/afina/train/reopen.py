@@ -9,12 +9,12 @@ from typing import Literal
 from torch import nn
 
 from afina.artifact import MANIFEST, Artifact, open_artifact, sha256, source_digest
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.errors import AfinaError, ModelError
 from afina.language import _
-from afina.model.attach import load_adapter, only_adds, settings_of
 from afina.model.load import Hardware, choose_hardware, load_model
+from afina.model.saved import load_adapter, only_adds, settings_of
 from afina.model.virtual import without
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe

@@ -21,21 +21,20 @@ from afina.beside import begun
 from afina.console import Console
 from afina.data.batch import Batch, micro_batches
 from afina.data.cache import FOLDER
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.order import order_of
 from afina.data.template import Rendered, Renderer
-from afina.data.tokenizer import load_tokenizer
-from afina.engine.eight_gate import try_eight_bits
+from afina.engine.eight_gate import room_for_eight, try_eight_bits
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
-from afina.engine.plan import room_for_eight
 from afina.engine.proof import prove
 from afina.errors import Interrupted, ResourceError
 from afina.language import _
-from afina.model.attach import save_adapter
 from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.loss import summed_loss
 from afina.model.packed import covers, packed_attention
 from afina.model.repeatable import same_bits
+from afina.model.saved import save_adapter
 from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe, Training

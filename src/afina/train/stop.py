@@ -10,17 +10,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any, TypeVar
 
+from afina.beside import next_of
 from afina.errors import Interrupted
 from afina.language import _
 
 T = TypeVar("T")
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-LISTEN_S = 0.1
-"""A signal that comes between the last line of Python and the wait does not end the wait: so it ends by itself."""
 
 
 class Stop:
@@ -98,7 +97,7 @@ class Aside:
         """What `work` returns or raises, in the other thread."""
         self._busy = True
         self._asked.put(work)
-        value, error = self._wait()
+        value, error = next_of(self._found)  # a signal's handler may raise here
         self._busy = False
         if error is not None:
             try:
@@ -107,12 +106,6 @@ class Aside:
                 del error  # its traceback holds this frame, and through it tensors
         found: T = value
         return found
-
-    def _wait(self) -> tuple[Any, BaseException | None]:
-        """What the other thread found; a signal's handler may raise here."""
-        while True:
-            with suppress(Empty):
-                return self._found.get(timeout=LISTEN_S)
 
     def close(self) -> None:
         """Let the thread end: at once, or at the next line of Python where it is in the middle of something."""

@@ -7,14 +7,16 @@ from afina.data.audit.finding import Finding, Report
 from afina.recipe.schema import Data
 
 
-def audit_bytes(folder: Path, content: bytes, *, plain: bool = False, **keys: object) -> tuple[list[Finding], Report]:
-    """Every finding in a JSON Lines file of this content, and the report."""
-    file = folder / "rows.jsonl"
+def audit_bytes(
+    folder: Path, content: bytes, *, plain: bool = False, form: str = "jsonl", **keys: object
+) -> tuple[list[Finding], Report]:
+    """Every finding in a file of this content and form, and the report."""
+    file = folder / f"rows.{form}"
     file.write_bytes(content)
     found: list[Finding] = []
     report = Report(found.append)
     work = Pass(Data(train=str(file), **keys), report, plain=plain)
-    work.file(file, "jsonl", "utf-8")
+    work.file(file, form, "utf-8")
     work.finish()
     return found, report
 

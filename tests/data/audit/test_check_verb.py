@@ -1,20 +1,30 @@
 """`afina data check` as it is used: exit statuses, JSON lines, the page, the repaired copy, the labels of a recipe."""
 
 import json
+import math
 import random
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from data.audit.auditing import audit_bytes, told
 from data.audit.faulty import FAULTY, row, sound
+from data.byte_level import build
 
 from afina import dataset
 from afina.artifact import open_artifact, sha256
-from afina.console import console
-from afina.data.audit.finding import Report
+from afina.console import Console, console
+from afina.data.audit.finding import Finding, Report
+from afina.data.audit.kind import Severity
+from afina.data.audit.kinds import kinds
+from afina.data.audit.labels import Labels, audit
 from afina.data.audit.page import page
+from afina.data.audit.run import Audit
 from afina.data.problem import BadRows
 from afina.data.read import read
+from afina.data.template import Renderer
+from afina.data.tokenizer import Tokenizer
 from afina.errors import DataError
 from afina.recipe.schema import Data
 
@@ -129,8 +139,8 @@ def test_rows_of_a_document_on_one_line_are_told_apart(
     file.write_text(json.dumps(rows), "utf-8")
     dataset.check(str(file), fix=tmp_path / "mended", html=str(tmp_path / "page.html"))
     said, page_said = capsys.readouterr().out, (tmp_path / "page.html").read_text("utf-8")
-    for told in (said, page_said):
-        assert "rows.json:1, row 3" in told and "rows.json:1, row 2" in told and "rows.json:1, row 6" in told
+    for shown in (said, page_said):
+        assert "rows.json:1, row 3" in shown and "rows.json:1, row 2" in shown and "rows.json:1, row 6" in shown
     assert "@@ rows.json:1, row 6 invisible" in (tmp_path / "mended" / "changes.diff").read_text("utf-8")
     monkeypatch.setattr(console, "json", True)
     dataset.check(str(file))
@@ -221,3 +231,92 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_said_before_training(tmp_pa
         report = dataset.check(str(recipe))
         assert ("unknown-splitter" in report.counts) is said
     assert "{1,3}" in capsys.readouterr().out
+
+
+def test_rows_that_training_refuses_for_their_tools_are_found(tmp_path: Path):
+    talk = {"messages": [{"role": "user", "content": "Is it warm?"}, {"role": "assistant", "content": "Yes."}]}
+    beside = [{}, {"tools": "not json"}, {"reasoning_effort": "most"}, {"tools": [{"name": "f"}]}, {"tools": None}]
+    content = b"\n".join(json.dumps({**talk, "id": at, **more}).encode() for at, more in enumerate(beside))
+    found, report = audit_bytes(tmp_path, content)
+    assert [one for one in told(found) if one[0] != "duplicate"] == [("row-refused", 2), ("row-refused", 3)]
+    with pytest.raises(BadRows) as raised:
+        read("rows.jsonl", Data(train="rows.jsonl"), tmp_path)
+    assert [(problem.kind, problem.line) for problem in raised.value.problems] == [
+        ("row-refused", 2),
+        ("row-refused", 3),
+    ]
+    assert report.kept == 3
+
+
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_labels_are_those_that_training_makes(tmp_path: Path):
+    """Calls of tools, weights, the recipe's system message, and answers that a template writes otherwise later."""
+    call = [{"type": "function", "function": {"name": "f", "arguments": {"city": "Málaga " * 40}}}]
+    rows = [
+        {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "x", "weight": 0}]},
+        {
+            "messages": [
+                {"role": "user", "content": "two"},
+                {"role": "assistant", "content": "", "tool_calls": call},
+                {"role": "tool", "content": "31"},
+                {"role": "assistant", "content": "Warm."},
+            ],
+            "tools": [{"name": "f"}],
+        },
+        {"messages": [{"role": "user", "content": "three"}, {"role": "assistant", "content": "y"}]},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    renderer = Renderer(Tokenizer(build(eos="<|im_end|>", special=["<|im_start|>"]), WITH_TOOLS))
+    for system in (None, "Be kind. " * 20):
+        data = Data(train=str(file), system=system)
+        samples = read(str(file), data, tmp_path).samples
+        for length in (100, 10_000):
+            wanted = audit(samples, renderer.samples(samples), renderer.tokenizer, length)
+            found: list[Finding] = []
+            labels = Labels(renderer, length)
+            Audit(data, tmp_path, labels=labels, tell=found.append).run(Console())
+            made = [(one.line, one.reason) for one in found if kinds()[one.kind].severity is Severity.ERROR]
+            assert sorted(made) == sorted((sample.line, reason) for sample, reason in wanted)
+            assert labels.tokens == sum(row.ids.size for row in renderer.samples(samples))
+
+
+def test_answers_are_held_to_the_schema_of_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "schema.json").write_text('{"type": "object", "required": ["intent"]}', "utf-8")
+    answers = ['{"intent": "greet"}', '{"intention": "greet"}', "Hello!", '{"intent": 1}']
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(row(f"q {at}", answer) for at, answer in enumerate(answers)))
+    (tmp_path / "task.jsonl").write_bytes(row("q", "no JSON at all"))
+    (tmp_path / "recipe.yaml").write_text(
+        "name: x\ndata: {train: rows.jsonl, validation: 0, schema_file: schema.json}\n"
+        "tasks: [{name: t, kind: exact, data: task.jsonl}]\n",
+        "utf-8",
+    )
+    with pytest.raises(DataError, match="2 of 5 rows"):
+        dataset.check(str(tmp_path / "recipe.yaml"))
+    said = capsys.readouterr().out
+    assert "schema-misfit" in said and "rows.jsonl:2" in said and "'intent' is a required property" in said
+
+
+def test_values_that_only_parquet_has_survive_a_copy_and_a_split(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow", reason='install "afina[parquet]" to read Parquet files')
+    from pyarrow import parquet
+
+    when = [datetime(2024, 1, day, tzinfo=UTC) for day in (1, 2, 3)]
+    columns = {"question": ["a", "b", "c"], "answer": ["d", "e", "f"], "when": when, "score": [math.nan, 0.5, math.inf]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    dataset.check(str(tmp_path / "rows.parquet"), fix=tmp_path / "copy")
+    dataset.split(str(tmp_path / "rows.parquet"), "train,one=1", tmp_path / "split")
+    for files in (["copy/rows.jsonl"], ["split/train.jsonl", "split/one.jsonl"]):
+        found = read([str(tmp_path / file) for file in files], Data(train="x"), tmp_path, with_rows=True)
+        beside = [(row.value["when"], row.value["score"]) for row in found.rows]
+        assert sorted(beside, key=str) == [
+            ("2024-01-01 00:00:00+00:00", None),
+            ("2024-01-02 00:00:00+00:00", 0.5),
+            ("2024-01-03 00:00:00+00:00", None),
+        ]

@@ -1,5 +1,7 @@
 """Every class of faults, wherever its row stands and however lines end; and sound rows, of which nothing is said."""
 
+import csv
+import io
 import random
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from afina.data.audit.syntax import quotes, quotes_of
 from afina.data.problem import BadRows
 from afina.data.read import read
 from afina.errors import DataError
-from afina.recipe.schema import Data
+from afina.recipe.schema import Data, Mapping
 
 quietly = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 ENDS = {"LF": [b"\n"], "CRLF": [b"\r\n"], "mixed": [b"\n", b"\r\n"]}
@@ -230,6 +232,13 @@ MORE = st.sampled_from(
         *[
             b', "tags": ["a"]',
             b', "meta": {"a": 1}',
+            b', "meta": {"a": [{"b": "\\"", "c\\\\": null}, -1.5e3, "\xc3\xb1"]}',
+            b', "meta": {"a": "x", "a": "x"}',
+            b', "meta": {"a": [{"b": -0}]}',
+            b', "meta": {"a": [18446744073709551617]}',
+            b', "meta": {"a": [9223372036854775808]}',
+            b', "meta": ' + b"[" * 9 + b"]" * 9,
+            b', "meta": ["\\ud800"]',
             b', "input": "there"',
             b', "input": null',
             b', "system": "Be kind."',
@@ -237,6 +246,12 @@ MORE = st.sampled_from(
         *[b', "chosen": "a", "rejected": "a"', b', "history": []', b', "text": "so"', b",", b' "', b'}, {"a": 1'],
     ]
 )
+MAPPINGS = {
+    "alpaca": Mapping(system="{{ row['system'] }}", user="{{ row.instruction }}", assistant="{{ row.output }}\n"),
+    "question-answer": Mapping(user="Q: {{ row.question }}{# why #}", assistant="{{ row['answer'] | upper }}"),
+    "text": Mapping(user="{{ row.meta.a[0] }}", assistant="{{ row.meta['a'] }}: {{ row.text }}"),
+    "prompt-completion": Mapping(user="Say it.", assistant="{{ row.completion }} {{ row.tags }}"),
+}
 
 
 @quietly
@@ -254,4 +269,31 @@ def test_rows_of_every_dialect_are_judged_at_once_as_each_by_itself(
         json.dumps(FORMS[form](f"question {number}", text)).encode()[:-1] + more + b"}"
         for number, (more, text) in enumerate([(first, "so"), *rows])
     ]
-    assert audit_bytes(tmp_path, b"\n".join(lines))[0] == audit_bytes(tmp_path, b"\n".join(lines), plain=True)[0]
+    for written, content in (("jsonl", b"\n".join(lines)), ("json", b"[" + b",\n".join(lines) + b"]")):
+        for mapping in (None, MAPPINGS.get(form)):
+            quick, plain = (
+                audit_bytes(tmp_path, content, plain=plain, form=written, mapping=mapping) for plain in (False, True)
+            )
+            assert quick[0] == plain[0]
+            assert quick[1].reasons == plain[1].reasons and quick[1].rows == plain[1].rows
+
+
+@quietly
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from(["how", '{"a": 1', " ", "ñ\u2028", 'say "a"']), st.sampled_from(["so", "-0", ""])),
+        max_size=60,
+    )
+)
+def test_rows_of_a_table_are_judged_at_once_as_each_by_itself(rows: list[tuple[str, str]], tmp_path: Path):
+    text = io.StringIO()
+    csv.writer(text).writerows([("question", "answer", "id"), *((*row, number) for number, row in enumerate(rows))])
+    quick, plain = (audit_bytes(tmp_path, text.getvalue().encode(), plain=plain, form="csv") for plain in (False, True))
+    assert quick[0] == plain[0] and quick[1].reasons == plain[1].reasons
+
+
+def test_a_line_of_a_table_is_no_json(tmp_path: Path):
+    content = b'question,answer\n{x} is a set?,-0\n"{""a"": 1} is an object?",yes\nhow cold,-0,\n'
+    found, report = audit_bytes(tmp_path, content, form="csv")
+    assert told(found) == [("row-refused", 4)] and report.kept == 2
+    assert "3 cells where there are 2 columns" in found[0].reason

@@ -36,7 +36,12 @@ class Block:
     returns: int = 0
     """Lines that end in CR LF."""
     text: bytes = b""
-    """Of JSON Lines, all of them."""
+    """Of rows that are JSON, all of them, each with a line end."""
+
+    @property
+    def edges(self) -> np.ndarray:
+        """(rows,) int64: where each begins in `text`."""
+        return np.asarray(np.cumsum(self.sizes + 1) - self.sizes - 1)
 
 
 def line_blocks(path: Path, encoding: str) -> Iterator[Block]:
@@ -94,5 +99,6 @@ def row_blocks(path: Path, shape: Shape, form: str) -> Iterator[Block]:
         sizes = np.fromiter(map(len, raws), np.int64, len(raws))
         lines = np.array([row.line for row in taken], np.int64)
         numbers = np.array([row.number for row in taken], np.int64)
-        yield Block(raws, lines, begins, sizes, numbers, taken, size=end - at)
+        text = b"\n".join([*raws, b""]) if taken[0].is_json else b""
+        yield Block(raws, lines, begins, sizes, numbers, taken, size=end - at, text=text)
         at = end

@@ -7,6 +7,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+from afina.data.audit.letters import Fault
 from afina.data.audit.syntax import unreadable
 from afina.data.conversation import ROLES
 from afina.data.dialects import PAIRS, SHAREGPT
@@ -62,11 +63,16 @@ def refused(value: Any, dialect: str) -> tuple[str, str | None]:
     return ("mapping-misfit" if dialect == "mapping" else "unknown-shape"), None
 
 
+def unread_row(row: Row) -> list[Fault]:
+    """What is wrong with a row that could not be read to a value, in bytes of it."""
+    wrong = unreadable(row.raw)[1] if row.raw and row.is_json else []
+    return wrong or [Fault("not-json" if row.is_json else "row-refused", 0, len(row.raw), row.fault)]
+
+
 def class_of(row: Row, dialects: Collection[str]) -> str:
     """The class of a row that the reader refuses, among files of these dialects."""
     if row.fault:
-        wrong = unreadable(row.raw)[1] if row.raw else []
-        return wrong[0].kind if wrong else "not-json"
+        return unread_row(row)[0].kind
     return refused(row.value, next(iter(dialects)) if len(dialects) == 1 else "")[0]
 
 

@@ -9,7 +9,7 @@ need, has no fault of syntax or shape; its texts are looked at by scan.py togeth
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import compress, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ from afina.data.audit.finding import Finding, Report
 from afina.data.audit.kind import Severity
 from afina.data.audit.kinds import kinds
 from afina.data.audit.letters import Fault
-from afina.data.audit.quick import NOT_PLAIN, Look, Plain, exact, loose
+from afina.data.audit.quick import KEYS, NOT_PLAIN, Look, look_of, look_through
 from afina.data.audit.scan import join, suspects
 from afina.data.audit.syntax import MINUS_ZERO, quotes, quotes_in, quotes_of
+from afina.data.audit.taken import Taken
 from afina.data.audit.text import ALL, faults
 from afina.data.audit.tongue import languages
 from afina.data.conversation import ROLES, Message, Sample
-from afina.data.dialects import Make, Mapped, checked, dialect_of, maker
+from afina.data.dialects import Make, beside_of, checked, dialect_of, maker, with_system
+from afina.data.mapping import Mapped
 from afina.data.near import Near
 from afina.data.rows import BadRow, Row, Shape, uncollected
 from afina.recipe.schema import Data
@@ -38,68 +40,18 @@ KEYS_TOLD = 20
 """Names of keys that are told, at most."""
 KEPT = 2**24
 """Bytes of freed memory, twice which are kept for the next block."""
-NONE = np.zeros(0, np.int64)
-ENOUGH = 50
-"""Rows of a block to judge by whether the quick look is worth its while."""
-
-
-@dataclass
-class Taken:
-    """The conversations of a block, some at a time: of each its place there, its roles, and how many texts it has;
-    all texts, end to end, and the hash of each."""
-
-    roles: list[tuple[str, ...]] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    _rows: list[np.ndarray] = field(default_factory=list)
-    _counts: list[np.ndarray] = field(default_factory=list)
-    _hashed: list[np.ndarray] = field(default_factory=list)
-
-    def add(self, rows: np.ndarray, plain: Plain, hashed: np.ndarray, good: np.ndarray) -> None:
-        """Take up those of some conversations that are good. rows: their places; good: (conversations,) bool."""
-        if good.all():
-            self.roles += plain.roles
-            self.texts += plain.texts
-        else:
-            each = np.repeat(good, plain.counts)
-            self.roles += compress(plain.roles, good.tobytes())
-            self.texts += compress(plain.texts, each.tobytes())
-            rows, hashed, plain = rows[good], hashed[each], plain._replace(counts=plain.counts[good])
-        self._rows.append(rows)
-        self._counts.append(plain.counts)
-        self._hashed.append(hashed)
-
-    def add_one(self, row: int, roles: tuple[str, ...], texts: list[str]) -> None:
-        """Take up a conversation."""
-        self.roles.append(roles)
-        self.texts += texts
-        self._rows.append(np.array([row]))
-        self._counts.append(np.array([len(texts)]))
-        self._hashed.append(np.array(list(map(hash, texts))))
-
-    @property
-    def rows(self) -> np.ndarray:
-        """(conversations,) int64."""
-        return np.concatenate([NONE, *self._rows])
-
-    @property
-    def counts(self) -> np.ndarray:
-        """(conversations,) int64."""
-        return np.concatenate([NONE, *self._counts])
-
-    @property
-    def hashed(self) -> np.ndarray:
-        """(texts,) int64."""
-        return np.concatenate([NONE, *self._hashed])
+SLOW = 20
+"""A quick look is made anew for keys it did not know where these keep more than one row in so many from it."""
 
 
 @dataclass
 class Pass:
-    """One pass. `labels` is given the samples of every block and yields what is wrong with their labels."""
+    """One pass. `judges` are given the samples of every block and yield what is wrong with each as a sample."""
 
     data: Data
     report: Report
     across: Across = field(default_factory=Across)
-    labels: Callable[[Sequence[Sample]], Iterator[tuple[int, Fault]]] | None = None
+    judges: Sequence[Callable[[Sequence[Sample]], Iterator[tuple[int, Fault]]]] = ()
     plain: bool = False
     """Look at every row by itself and every text in full: slow, and what the tests hold the fast way against."""
     markup: bool = True
@@ -113,13 +65,16 @@ class Pass:
         quick_lines = form == "jsonl" and not shape.path
         reader = _Reader(self.data, form == "text", plain=self.plain)
         self.across.start(path)
-        before = self.report.rows, self.report.rejected
+        before, size = (self.report.rows, self.report.rejected), self.report.size
         lines = returns = 0
         for block in line_blocks(path, encoding) if quick_lines else row_blocks(path, shape, form):
             uncollected(self._block, path, block, reader)
             self.report.size += block.size
             lines, returns = lines + len(block.raws), returns + block.returns
             advance(block.size)
+        if self.report.size == size:  # Parquet has no bytes of its own for a row
+            self.report.size += path.stat().st_size
+            advance(path.stat().st_size)
         if 0 < returns < lines - 1:
             self.report.add(Finding("mixed-line-ends", path, 0, 0, 0, f"CR LF {returns} : {lines - returns} LF"))
         if reader.blank:
@@ -158,8 +113,9 @@ class Pass:
             for fault in faults(taken.texts[number], looks[number], plain_markup=self.markup):
                 begin, end = syntax.place(block.raws[row], taken.texts[number], fault.begin, fault.end)
                 found.setdefault(row, []).append(fault._replace(begin=begin, end=end))
-        if self.labels is not None:
-            for at, fault in self.labels(_samples(path, block, taken)):
+        samples = self._samples(path, block, taken) if self.judges else []
+        for judge in self.judges:
+            for at, fault in judge(samples):
                 row = int(rows[at])
                 found.setdefault(row, []).append(fault._replace(begin=0, end=len(block.raws[row])))
         self._tell(path, block, found)
@@ -185,6 +141,18 @@ class Pass:
         )
         self.across.add(Columns(*(column[order] for column in columns)), (taken.texts[at] for at in last))
 
+    def _samples(self, path: Path, block: Block, taken: Taken) -> list[Sample]:
+        """What training makes of the conversations of a block."""
+        made, at = [], 0
+        for row, roles, count in zip(taken.rows.tolist(), taken.roles, taken.counts.tolist(), strict=True):
+            plain = tuple(map(Message, roles, taken.texts[at : at + count])), ("", "")
+            messages, beside = taken.whole.get(row, plain) if taken.whole else plain
+            if self.data.system is not None:
+                messages = with_system(messages, self.data.system)
+            made.append(Sample(messages, path, int(block.lines[row]), *beside))
+            at += count
+        return made
+
     def _tell(self, path: Path, block: Block, found: dict[int, list[Fault]]) -> None:
         table = kinds()
         for row in sorted(found):
@@ -204,15 +172,6 @@ def _keep_freed_memory() -> None:
     np.empty(KEPT, np.uint8)
 
 
-def _samples(path: Path, block: Block, taken: Taken) -> list[Sample]:
-    made, at = [], 0
-    for row, roles, count in zip(taken.rows.tolist(), taken.roles, taken.counts.tolist(), strict=True):
-        texts = taken.texts[at : at + count]
-        made.append(Sample(tuple(map(Message, roles, texts)), path, int(block.lines[row])))
-        at += count
-    return made
-
-
 @dataclass
 class _Reader:
     """Rows of one file to conversations, as data/read.py makes them; the quick way where a row allows it."""
@@ -227,11 +186,16 @@ class _Reader:
     """Rows of the last block."""
     _make: Make | None = None
     _look: Look | None = None
+    _keys: set[str] = field(default_factory=set)
+    """Of rows that came by themselves."""
+    _known: int = 0
+    """How many of them the quick look was made for."""
     _decode: Callable[[bytes], Any] = field(default_factory=lambda: msgspec.json.Decoder().decode)
 
     def __post_init__(self) -> None:
         if self.data.mapping is not None:
-            self.dialect, self._make = "mapping", Mapped(self.data.mapping)
+            self.dialect, self._make = "mapping", (mapped := Mapped(self.data.mapping))
+            self._look = None if self.plain else look_through(mapped)
 
     def read(self, block: Block, taken: Taken) -> dict[int, list[Fault]]:
         """Take up the conversations of a block; returns what is wrong with its rows, in bytes of each."""
@@ -239,13 +203,7 @@ class _Reader:
         if block.cut:
             found[len(block.raws) - 1] = [Fault("huge-row", 0, len(block.raws[-1]))]
             self.seen = 1
-        elif block.rows is None:
-            self._lines(block, taken, found)
-        else:
-            self._rows(block.rows, taken, found)
-        return found
-
-    def _lines(self, block: Block, taken: Taken, found: dict[int, list[Fault]]) -> None:
+            return found
         blank, at, count = self.blank, 0, len(block.raws)
         while self._look is None and at < count:  # until a row says what they are
             end = count if isinstance(self._make, Mapped) else at + 1
@@ -254,71 +212,66 @@ class _Reader:
         if at < count and self._look is not None:
             rest = self._plain(block, at, self._look, taken)
             self._slowly(rest, block, taken, found)
-            if len(rest) * 2 > count > ENOUGH:
-                self._look = loose(self.dialect)
+            if len(self._keys) > self._known and len(rest) * SLOW > count:
+                self._look, self._known = look_of(self.dialect, self._keys), len(self._keys)
         self.seen = count - (self.blank - blank)
+        return found
 
     def _plain(self, block: Block, start: int, look: Look, taken: Taken) -> list[int]:
         """Take up the plain rows of a block from `start` on; returns the places of the others."""
-        raws = block.raws[start:] if start else block.raws
         decoded: list[Any] = []
         rest: list[int] = []
-        decoding = map(look.decode, raws)
+        decoding = map(look.take, block.rows[start:]) if block.rows else map(look.decode, block.raws[start:])
         for _stop in repeat(None):
             try:
                 decoded.extend(decoding)  # what came before a row that is not plain is kept
                 break
             except NOT_PLAIN:
-                rest.append(len(decoded) + len(rest))
+                rest.append(start + len(decoded) + len(rest))
         plain = look.spread(decoded)
-        places = np.delete(np.arange(start, len(block.raws)), rest)
+        places = np.delete(np.arange(len(block.raws)), [*range(start), *rest])
         good = np.ones(places.size, np.bool_)
-        others = sum(quotes(raw) for raw in [*block.raws[:start], *(raws[at] for at in rest)])
-        if quotes_in(block.text) != plain.marks.sum() + others:  # no row has too few, as it has been parsed
-            good &= quotes_of(block.text, block.begins - block.begins[0])[places] == plain.marks
-        if look.numbers:  # a minus zero is looked for where it may be one, in a row by itself
-            zeros = [found.start() for found in MINUS_ZERO.finditer(block.text)]
-            good &= ~np.isin(places, np.searchsorted(block.begins - block.begins[0], zeros, side="right") - 1)
+        if block.text:
+            others = sum(quotes(block.raws[at]) for at in [*range(start), *rest])
+            if quotes_in(block.text) != plain.marks.sum() + others:  # no row has too few, as it has been parsed
+                good &= quotes_of(block.text, block.edges)[places] == plain.marks
+            if look.numbers:  # a minus zero is looked for where it may be one, in a row by itself
+                zeros = [found.start() for found in MINUS_ZERO.finditer(block.text)]
+                good &= ~np.isin(places, np.searchsorted(block.edges, zeros, side="right") - 1)
         sound = {roles: self.dialect == "text" or _is_sound(roles) for roles in set(plain.roles)}
         if not all(sound.values()):
             good &= [sound[roles] for roles in plain.roles]
         hashed = np.fromiter(map(hash, plain.texts), np.int64, len(plain.texts))
         if good.size:
             good &= _spoken(plain.texts, hashed, plain.counts)
-        if len(self.unread) < KEYS_TOLD and good.any():
-            keys = set(look.beside).union(*compress(plain.keys, good))
-            self.unread |= chat.unread(dict.fromkeys(keys), self.dialect)
         taken.add(places, plain, hashed, good)
-        return sorted([*(start + at for at in rest), *places[~good].tolist()])
+        return sorted([*rest, *places[~good].tolist()])
 
     def _slowly(self, places: Iterable[int], block: Block, taken: Taken, found: dict[int, list[Fault]]) -> None:
-        """The lines at these places, each by itself."""
-        for row in self._ahead(self._parsed(places, block, found)):
-            self._careful(row.line - int(block.lines[0]), row, taken, found)
+        """The rows at these places, each by itself."""
+        rows = {at: row for at in places if (row := self._row(at, block, found)) is not None}
+        for at, row in zip(rows, self._ahead(rows.values()), strict=True):
+            self._careful(at, row, taken, found)
 
-    def _parsed(self, places: Iterable[int], block: Block, found: dict[int, list[Fault]]) -> Iterator[Row]:
-        for at in places:
-            raw = block.raws[at]
-            try:
-                value = self._decode(raw)
-            except NOT_PLAIN:
-                if not raw.strip(b" \t\r\n"):
-                    self.blank += 1
-                    continue
-                value, wrong = syntax.unreadable(raw)
-                if wrong:
-                    found[at] = wrong
-                    continue
-            yield Row(value, int(block.lines[at]), int(block.begins[at]), raw)
-
-    def _rows(self, rows: list[Row], taken: Taken, found: dict[int, list[Fault]]) -> None:
-        for at, row in enumerate(self._ahead(rows)):
+    def _row(self, at: int, block: Block, found: dict[int, list[Fault]]) -> Row | None:
+        """A row read; None where that cannot be, or nothing stands there."""
+        if block.rows is not None:
+            row = block.rows[at]
             if row.fault:
-                wrong = syntax.unreadable(row.raw)[1] if row.raw else []
-                found[at] = wrong or [Fault("not-json", 0, len(row.raw), row.fault)]
-            else:
-                self._careful(at, row, taken, found)
-        self.seen = len(rows)
+                found[at] = chat.unread_row(row)
+            return None if row.fault else row
+        raw = block.raws[at]
+        try:
+            value = self._decode(raw)
+        except NOT_PLAIN:
+            if not raw.strip(b" \t\r\n"):
+                self.blank += 1
+                return None
+            value, wrong = syntax.unreadable(raw)
+            if wrong:
+                found[at] = wrong
+                return None
+        return Row(value, int(block.lines[at]), int(block.begins[at]), raw, is_json=True)
 
     def _ahead(self, rows: Iterable[Row]) -> Iterable[Row]:
         return self._make.over(rows) if isinstance(self._make, Mapped) else rows
@@ -326,17 +279,17 @@ class _Reader:
     def _careful(self, at: int, row: Row, taken: Taken, found: dict[int, list[Fault]]) -> None:
         """The slow way of one row: as the reader reads it, and everything that is odd about it."""
         notes: list[Fault] = []
-        if row.raw.lstrip()[:1] == b"{" and syntax.quotes(row.raw) != 2 * syntax.strings(row.value):
-            _value, notes = syntax.unreadable(row.raw)
+        if row.is_json:
+            if row.raw.lstrip()[:1] == b"{" and syntax.quotes(row.raw) != 2 * syntax.strings(row.value):
+                _value, notes = syntax.unreadable(row.raw)
+            notes += syntax.minus_zero(row.raw)
         notes += [_about(row.raw, kind, shown) for kind, shown in syntax.strange_numbers(row.value)]
-        notes += syntax.minus_zero(row.raw)
         try:
             if self._make is None:
                 self.dialect = dialect_of(row.value, self.data)
                 self._make = maker(self.dialect, passages=self.passages)
-                if not self.plain and isinstance(row.value, dict):
-                    self._look = exact(self.dialect, row.value) or loose(self.dialect)
             messages = checked(self._make(row), None)
+            beside = beside_of(row.value, self.dialect)
         except BadRow as reason:
             kind, text = chat.refused(row.value, self.dialect)
             found[at] = [*notes, _blame(row.raw, kind, text, str(reason))]
@@ -346,11 +299,17 @@ class _Reader:
             return
         if len(self.unread) < KEYS_TOLD:
             self.unread |= chat.unread(row.value, self.dialect)
+        if self.dialect != "mapping" and len(self._keys) < KEYS:
+            self._keys |= row.value.keys()
+            if self._look is None and not (self.plain or self.passages):
+                self._look, self._known = look_of(self.dialect, self._keys), len(self._keys)
         roles, texts = tuple(message.role for message in messages), [message.content for message in messages]
         odd = [_blame(row.raw, kind, text, "") for kind, text in chat.oddities(roles, texts, row.value)]
         if notes or odd:
             found[at] = notes + odd
         taken.add_one(at, roles, texts)
+        if any(beside) or any(message.more or message.weight != 1 for message in messages):
+            taken.whole[at] = messages, beside
 
 
 @cache

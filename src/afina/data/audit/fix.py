@@ -20,7 +20,7 @@ from afina.data.audit.kinds import kinds
 from afina.data.audit.letters import letters
 from afina.data.audit.mojibake import repair
 from afina.data.problem import place
-from afina.data.rows import Shape
+from afina.data.rows import Shape, line_of
 from afina.errors import OutputError, ProofError
 from afina.language import _
 from afina.recipe.schema import Data
@@ -162,7 +162,7 @@ class Mend:
             for old, text in differences(value, repaired):
                 changes.append(Change(file, line, min(wrong & TEXTUAL), old, text, number))
             self.repaired += len(changes) > before
-            yield json.dumps(repaired, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            yield line_of(repaired).encode("utf-8", "surrogatepass")
 
 
 def _shown(raw: bytes) -> str:

@@ -177,6 +177,12 @@ def _across() -> list[Kind]:
 
 def _labels() -> list[Kind]:
     return [
+        Kind(
+            "schema-misfit",
+            ERROR,
+            _("an answer breaks the recipe's schema"),
+            _("Mend these answers, or the schema (data.schema_file)."),
+        ),
         Kind("nothing-learnt", ERROR, _("nothing is learnt"), _("Give the row an answer, or take it out.")),
         Kind(
             "end-not-learnt",

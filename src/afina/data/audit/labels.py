@@ -35,18 +35,26 @@ class Labels:
                 if found := controls.search(message.content):
                     yield at, Fault("control-token", 0, 0, found.group())
                     break
-        for at, rendered in enumerate(self._rendered(samples)):
-            if isinstance(rendered, Fault):
-                yield at, rendered
-                continue
-            ends = samples[at].messages[0].role != PASSAGE
-            for kind, detail in faults(rendered, self.renderer.tokenizer, self.max_length, ends=ends):
-                yield at, Fault(kind, 0, 0, detail)
-            if (unknown := self._unknown(rendered)) is not None:
-                yield at, unknown
-            self.tokens += rendered.ids.size
-            self.learnt += int(rendered.learnt.sum())
-            self.longest = max(self.longest, rendered.ids.size)
+        parts = [(at, part) for at, sample in enumerate(samples) for part in self.renderer.apart([sample])]
+        told: set[tuple[int, str]] = set()
+        for (at, part), rendered in zip(parts, self._rendered([part for _at, part in parts]), strict=True):
+            for fault in self._faults(part, rendered):
+                if (at, fault.kind) not in told:
+                    told.add((at, fault.kind))
+                    yield at, fault
+
+    def _faults(self, sample: Sample, rendered: Rendered | Fault) -> Iterator[Fault]:
+        if isinstance(rendered, Fault):
+            yield rendered
+            return
+        ends = sample.messages[0].role != PASSAGE
+        for kind, detail in faults(rendered, self.renderer.tokenizer, self.max_length, ends=ends):
+            yield Fault(kind, 0, 0, detail)
+        if (unknown := self._unknown(rendered)) is not None:
+            yield unknown
+        self.tokens += rendered.ids.size
+        self.learnt += int(rendered.learnt.sum())
+        self.longest = max(self.longest, rendered.ids.size)
 
     def _rendered(self, samples: Sequence[Sample]) -> list[Rendered | Fault]:
         """All at once, which uses all cores; one by one where some are refused."""

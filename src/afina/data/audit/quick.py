@@ -4,15 +4,18 @@ A row that is not so plain raises one of NOT_PLAIN. One whose JSON text has more
 has a key given twice, which no fast parser tells.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable, Collection
+from itertools import chain
+from typing import Annotated, Any, Literal, NamedTuple, Union
 
 import msgspec
 import numpy as np
 
-from afina.data.audit.syntax import strings
+from afina.data.audit.syntax import quotes_of
 from afina.data.conversation import DOCUMENT
 from afina.data.dialects import SHAREGPT
+from afina.data.mapping import Mapped
+from afina.data.rows import BadRow, Row
 
 NOT_PLAIN = (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError)
 """What a look raises; msgspec's and Unicode's errors are ValueErrors."""
@@ -55,28 +58,27 @@ class _QuestionAnswer(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 class _Alpaca(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     instruction: Some
     output: str
-    input: str | None = msgspec.field(default=None)
+    input: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class Plain(NamedTuple):
     """Rows taken apart: of each its roles, how many texts it has and how many quotation marks its JSON text must have;
-    the texts of all, end to end; of each its keys, where these may differ."""
+    the texts of all, end to end."""
 
     roles: list[tuple[str, ...]]
     texts: list[str]
     counts: np.ndarray
     marks: np.ndarray
-    keys: Sequence[Iterable[str]] = ()
 
 
 class Look(NamedTuple):
-    """`decode`: a line to what `spread` takes apart, many at once; raises one of NOT_PLAIN. `numbers`: rows may hold
-    some, and a minus zero among them is to be looked for. `beside`: keys that all rows have beside the dialect's."""
+    """`decode`, `take`: a line, or a row that has been read, to what `spread` takes apart, many at once; they raise one
+    of NOT_PLAIN. `numbers`: rows may hold some, and a minus zero among them is to be looked for."""
 
     decode: Callable[[bytes], Any]
+    take: Callable[[Row], Any]
     spread: Callable[[list[Any]], Plain]
     numbers: bool = False
-    beside: Sequence[str] = ()
 
 
 ASKED = ("user", "assistant")
@@ -115,7 +117,7 @@ def _alpaca(rows: list[Any]) -> Plain:
     texts = []
     for row in rows:
         texts += [f"{row.instruction}\n\n{row.input}" if row.input else row.instruction, row.output]
-    marks = np.array([8 if row.input is None else 12 for row in rows], np.int64)
+    marks = np.array([8 if row.input is msgspec.UNSET else 10 if row.input is None else 12 for row in rows], np.int64)
     return Plain([ASKED] * len(rows), texts, np.full(len(rows), 2), marks)
 
 
@@ -129,104 +131,83 @@ TYPED: dict[str, tuple[type[msgspec.Struct], Callable[[list[Any]], Plain]]] = {
 }
 """Rows that have the keys of their dialect and no other, by dialect, and how they are taken apart."""
 NUMBER = Annotated[int, msgspec.Meta(ge=-WIDE, le=WIDE - 1)] | float
-BESIDE = {str: str, bool: bool, int: NUMBER, float: NUMBER, type(None): None}
-"""What a row may hold beside the keys of its dialect."""
-MEANT = frozenset({"chosen", "rejected", "system", "history"})
-"""Keys that mean something in some dialect."""
+PLAIN = Union[str, bool, None, NUMBER]  # noqa: UP007 - made anew below
+DEPTH = 6
+"""Lists and objects in one another that a quick look takes: the parameters of tools are so deep."""
+VALUE: Any = PLAIN
+"""What every program reads alike: no number beyond 64 bits."""
+for _depth in range(DEPTH):
+    VALUE = Union[PLAIN, list[VALUE], dict[str, VALUE]]  # noqa: UP007
+MEANT = frozenset({"chosen", "rejected", "system", "history", "tools", "reasoning_effort", "effort"})
+"""Keys that mean something in some dialect: such rows are looked at one by one."""
+KEYS = 64
+"""Keys beside those of a dialect that a look is made for, at most."""
 
 
-def exact(dialect: str, row: dict[str, Any]) -> Look | None:
-    """The quick look at rows with the very keys of this one; None where there is none."""
-    if dialect not in TYPED:
-        return None
+def look_of(dialect: str, keys: Collection[str]) -> Look:
+    """The quick look at rows of a dialect which may have these keys, with any value, beside the dialect's own."""
     shape, spread = TYPED[dialect]
-    beside = {key: type(value) for key, value in row.items() if key not in shape.__struct_encode_fields__}
+    beside = sorted(set(keys) - MEANT - set(shape.__struct_encode_fields__))[:KEYS]
     if not beside:
-        return Look(msgspec.json.Decoder(shape).decode, spread)
-    if MEANT & beside.keys() or not set(beside.values()) <= BESIDE.keys():
-        return None
+        return Look(msgspec.json.Decoder(shape).decode, _taker(shape), spread)
     names = {f"beside_{number}": key for number, key in enumerate(beside)}
     wider = msgspec.defstruct(
         "_Wider",
-        [(name, BESIDE[beside[key]]) for name, key in names.items()],
+        [(name, VALUE | msgspec.UnsetType, msgspec.UNSET) for name in names],
         bases=(shape,),
         rename=names,
         kw_only=True,
         forbid_unknown_fields=True,
         gc=False,
     )
-    more = 2 * len(beside) + 2 * list(beside.values()).count(str)
 
     def spread_wider(rows: list[Any]) -> Plain:
-        plain = spread(rows)
-        return plain._replace(marks=plain.marks + more)
+        return spread(rows)._replace(marks=_marks(rows))
 
-    numbers = bool({int, float} & set(beside.values()))
-    return Look(msgspec.json.Decoder(wider).decode, spread_wider, numbers, tuple(beside))
+    return Look(msgspec.json.Decoder(wider).decode, _taker(wider), spread_wider, numbers=True)
 
 
-Loose = tuple[tuple[str, ...], list[str], int, dict[str, Any]]
-"""A row taken apart: its roles, texts and quotation marks, and the row."""
+def _taker(shape: Any) -> Callable[[Row], Any]:
+    """What makes a value of this shape of a row that has been read. Raises one of NOT_PLAIN."""
+    encode = msgspec.json.Encoder().encode
+
+    def take(row: Row) -> Any:
+        if row.fault:
+            raise ValueError
+        encode(row.value)  # Python's own parser takes half a character for one
+        return msgspec.convert(row.value, shape)
+
+    return take
 
 
-def loose(dialect: str) -> Look | None:
-    """The quick look at rows with keys beside those of their dialect; None where there is none."""
-    decode = msgspec.json.Decoder().decode
+def look_through(mapped: Mapped) -> Look:
+    """The quick look at rows that a data.mapping reads."""
+    decoded, taken = msgspec.json.Decoder(VALUE).decode, _taker(VALUE)
 
-    def messages(raw: bytes) -> Loose:
-        value = decode(raw)
-        turns = value["messages"]
-        if type(turns) is not list or not turns or sum(map(len, turns)) != 2 * len(turns) or "chosen" in value:
+    def decode(raw: bytes) -> Any:
+        return ordinary(decoded(raw)), ()
+
+    def take(row: Row) -> Any:
+        return ordinary(taken(row)), row.keys
+
+    def ordinary(value: Any) -> Any:
+        if type(value) is dict and "chosen" in value:
             raise KeyError
-        _ordinary(value, raw)
-        return tuple([turn["role"] for turn in turns]), [turn["content"] for turn in turns], 2 * strings(value), value
+        return value
 
-    def pair(asked: str, answered: str) -> Callable[[bytes], Loose]:
-        def look(raw: bytes) -> Loose:
-            value = decode(raw)
-            if "system" in value or "chosen" in value:
-                raise KeyError
-            _ordinary(value, raw)
-            return ASKED, [value[asked], value[answered]], 2 * strings(value), value
+    def spread(rows: list[Any]) -> Plain:
+        said = mapped.said(rows)
+        talks = [(("",), [""]) if isinstance(talk, BadRow) else talk for talk in said]  # which no row may say
+        texts = [talk[1] for talk in talks]
+        counts = np.fromiter(map(len, texts), np.int64, len(texts))
+        marks = _marks([value for value, _keys in rows])
+        return Plain([talk[0] for talk in talks], list(chain.from_iterable(texts)), counts, marks)
 
-        return look
-
-    if dialect == "messages":
-        return Look(_texts_alone(messages), _spread)
-    pairs = {"prompt-completion": ("prompt", "completion"), "question-answer": ("question", "answer")}
-    return Look(_texts_alone(pair(*pairs[dialect])), _spread) if dialect in pairs else None
+    return Look(decode, take, spread, numbers=True)
 
 
-def _texts_alone(look: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """A look that does not take a number, or nothing, for a text."""
-
-    def only(raw: bytes) -> Any:
-        found = look(raw)
-        "".join(found[1])
-        return found
-
-    return only
-
-
-def _spread(rows: list[Loose]) -> Plain:
-    counts = np.array([len(texts) for _roles, texts, _marks, _row in rows], np.int64)
-    marks = np.array([marks for _roles, _texts, marks, _row in rows], np.int64)
-    return Plain(
-        [roles for roles, _texts, _marks, _row in rows],
-        [text for _roles, texts, _marks, _row in rows for text in texts],
-        counts,
-        marks,
-        [row for _roles, _texts, _marks, row in rows],
-    )
-
-
-def _ordinary(value: dict[str, Any], raw: bytes) -> None:
-    """Raises KeyError for a number that others read differently; a container of numbers is left to the slow way."""
-    if b"-0" in raw:
-        raise KeyError
-    for one in value.values():
-        kind = type(one)
-        if kind is int and not -WIDE <= one < WIDE:
-            raise KeyError
-        if kind is dict or (kind is list and one and type(one[0]) in (int, list)):
-            raise KeyError
+def _marks(rows: list[Any]) -> np.ndarray:
+    """(rows,) int64: the quotation marks that the JSON text of each must have."""
+    text = msgspec.json.Encoder().encode_lines(rows)
+    ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n"))
+    return quotes_of(text, np.append(0, ends[:-1] + 1)[: ends.size])

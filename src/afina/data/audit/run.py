@@ -14,6 +14,7 @@ from afina.data.files import find
 from afina.data.lines import GZIP, ZSTD
 from afina.data.near import Near
 from afina.data.rows import Shape, encoding_of, format_of
+from afina.data.targets import Targets
 from afina.errors import DataError
 from afina.language import _
 from afina.recipe.schema import Data, Recipe
@@ -35,6 +36,7 @@ class Audit:
     folder: Path
     held_out: Sequence[str] = ()
     labels: Labels | None = None
+    targets: Targets | None = None
     tell: Callable[[Finding], None] = lambda _finding: None
     near: bool = False
 
@@ -44,7 +46,8 @@ class Audit:
         learnt = _files([self.data.train], self.data, self.folder)
         held = [file for file in _files(self.held_out, self.data, self.folder) if file not in learnt]
         report = Report(self.tell)
-        work = Pass(self.data, report, labels=self.labels, markup=self.labels is None)
+        judges = [judge for judge in (self.targets, self.labels) if judge is not None]
+        work = Pass(self.data, report, judges=judges, markup=self.labels is None)
         work.near = Near() if self.near else None
         work.across.held_out = frozenset(held)
         total = sum(file.stat().st_size for file in learnt + held)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from afina.data.conversation import Message
+from afina.language import _
 
 FORMAT = 1
 """Part of every key of the store of answers: raised when an answer would come out differently."""
@@ -127,6 +128,11 @@ class System:
 def by_kind(requests: Sequence[Request], kind: type) -> Iterator[tuple[int, Any]]:
     """The requests of one kind with their places."""
     return ((place, request) for place, request in enumerate(requests) if isinstance(request, kind))
+
+
+def no_number() -> str:
+    """Why there is no answer of a model whose weights are broken, or too large for its precision."""
+    return _("What the model computes is no number.")
 
 
 def until_first(text: str, ends: Sequence[str]) -> str:

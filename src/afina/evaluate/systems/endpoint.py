@@ -4,18 +4,17 @@ It tells no likelihoods, so a label is what it writes, and one that is none of t
 """
 
 import json
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from afina.beside import each
 from afina.data.conversation import Message
 from afina.evaluate.systems.asking import Answer, Choose, Constraint, Continue, Request, Sink, Write
 from afina.evaluate.tasks.text import normalised
 from afina.language import _
-from afina.model.endpoint import Endpoint, EndpointError
+from afina.model.endpoint import Endpoint, EndpointError, whole
 
 AT_ONCE = 8
 LABEL_TOKENS = 64
@@ -29,20 +28,17 @@ class EndpointAnswering:
 
     def answer(self, requests: Sequence[Request], sink: Sink) -> None:
         """See `Answering`."""
-        lock = threading.Lock()
 
-        def one(place: int) -> None:
+        def one(place: int) -> Answer:
             began = time.perf_counter()
             try:
                 found = self._one(requests[place])
             except EndpointError as error:
                 found = Answer(error=error.message)
-            with lock:
-                sink(place, Answer(**{**found.dump(), "seconds": time.perf_counter() - began}))
+            return replace(found, seconds=time.perf_counter() - began)
 
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            for _done in pool.map(one, range(len(requests))):
-                pass
+        for place, found in each(one, range(len(requests)), AT_ONCE):
+            sink(place, found)
 
     def _one(self, request: Request) -> Answer:
         match request:
@@ -69,12 +65,10 @@ class EndpointAnswering:
             seed=request.seed,
             **options,
         )
-        choice, usage = answer["choices"][0], answer.get("usage")
-        text = str(choice["message"].get("content") or "").strip()
+        text = answer.text.strip()
         if request.constraint is not None and request.constraint.choices:
             text = _unquoted(text)
-        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        return Answer(text, int(tokens) if isinstance(tokens, int) else 0, choice.get("finish_reason") != "length")
+        return Answer(text, answer.answered, answer.ended)
 
 
 def _row(message: Message) -> dict[str, str]:
@@ -97,4 +91,4 @@ def _unquoted(text: str) -> str:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    return value if isinstance(value, str) else text
+    return whole(value) if isinstance(value, str) else text

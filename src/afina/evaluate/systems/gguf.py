@@ -19,6 +19,7 @@ from afina.evaluate.systems.asking import (
     Sink,
     Weigh,
     Write,
+    no_number,
     until_first,
 )
 from afina.model.llamacpp import LlamaCpp, completion_request
@@ -46,6 +47,8 @@ class Tree:
 class Weighing(LlamaCpp):
     """A GGUF file that can be asked how likely a text is as the answer."""
 
+    _proved = False
+
     def sums(self, prompt: list[int], paths: list[list[int]]) -> list[float]:
         """The log-probability of each path after the prompt."""
         return [total for total, _greedy in self.weigh(prompt, paths)]
@@ -63,7 +66,11 @@ class Weighing(LlamaCpp):
         return found
 
     def write(self, prompt: list[int], request: Write) -> dict[str, Any]:
-        """llama.cpp's answer to one request."""
+        """llama.cpp's answer to one request. Raises ModelError where what it computes is no number: it would write on,
+        and say nothing of it."""
+        if not self._proved:
+            self._next(prompt, set(), 1)
+            self._proved = True
         body = completion_request(
             prompt, request.max_new_tokens, request.temperature, 1.0, request.seed % 2**31, (), False
         )
@@ -84,6 +91,8 @@ class Weighing(LlamaCpp):
         body = completion_request(ids, 1, 0.0, 1.0, 0, (), True)
         body |= {"stream": False, "n_probs": top, "logit_bias": [[self._harmless, 1e9]]}
         entries = self._call("POST", "/completion", body)["completion_probabilities"][0]["top_logprobs"]
+        if any(entry["logprob"] is None for entry in entries):
+            raise ModelError(no_number(), file=self.path)
         found = {int(entry["id"]): float(entry["logprob"]) for entry in entries}
         if wanted <= found.keys():
             return found

@@ -16,17 +16,18 @@ from typing import Any
 from torch import nn
 
 from afina.artifact import MANIFEST, folder_digest, open_artifact, sha256
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
-from afina.data.tokenizer import load_tokenizer
 from afina.errors import ModelError, RecipeError
 from afina.evaluate.systems.asking import Answering, System
 from afina.evaluate.systems.endpoint import EndpointAnswering
 from afina.evaluate.systems.gguf import GgufAnswering, PromptOf, Weighing
 from afina.evaluate.systems.transformer import ModelAnswering, as_it_is
 from afina.language import _
-from afina.model.attach import load_adapter
 from afina.model.endpoint import Endpoint
 from afina.model.load import choose_hardware, load_model
+from afina.model.saved import load_adapter
+from afina.model.vocabulary import grow
 from afina.recipe.place import model_source
 from afina.recipe.schema import Model
 from afina.train.reopen import Tuned, recipe_of, reopen
@@ -139,10 +140,12 @@ class _Run:
 
     @cached_property
     def whole_base(self) -> nn.Module:
-        """The base of a fully tuned model, which is a model of its own."""
+        """The base of a fully tuned model, which is a model of its own, with room for turn tokens that were added."""
         recipe = self.tuned.recipe
         source = model_source(recipe.model.base, self.tuned.folder)
-        return load_model(source, self.tuned.hardware, recipe.model)
+        model = load_model(source, self.tuned.hardware, recipe.model)
+        grow(model, 1 + max(self.tuned.renderer.tokenizer.control_tokens.values(), default=0))
+        return model
 
     def system(self, name: str) -> System:
         """`base` or `tuned`, by the hashes that the manifest states."""

@@ -1,9 +1,10 @@
 """A model of transformers, asked: with its adapters, or as its base with the adapters switched off."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from afina.evaluate.systems.asking import (
     Weigh,
     Write,
     by_kind,
+    no_number,
     until_first,
 )
 from afina.evaluate.systems.grammar import grammars
@@ -35,6 +37,17 @@ from afina.model.loss import judged
 from afina.model.packed import covers, packed_attention
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
+BATCHES = 4
+"""So many are filled before answers are handed on: the fuller, the more are laid out together."""
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Rows that were read; of each the log-probability of its learnt tokens, and how many were not the likeliest."""
+
+    rows: list[Rendered]
+    sums: list[float]
+    missed: list[int]
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,9 @@ class ModelAnswering:
 
         def note(number: int, found: Continuation) -> None:
             place, request, _prompt = fit[number]
+            if found.broken:
+                sink(place, Answer(error=no_number()))
+                return
             text = tokenizer.decode(found.ids)
             text = text.strip() if isinstance(request, Write) else until_first(text, request.until)
             sink(place, Answer(text, len(found.ids) + found.ended, found.ended, found.seconds))
@@ -96,59 +112,62 @@ class ModelAnswering:
         )
 
     def _choose(self, asked: list[tuple[int, Choose]], sink: Sink) -> None:
-        rows: list[Rendered] = []
-        owners: list[tuple[int, Choose, int]] = []
-        for place, request in asked:
-            found = self._guarded(place, sink, partial(self._labelled, request))
-            if found is not None and self._fits(place, found, sink):
-                owners.append((place, request, len(rows)))
-                rows += found
-        for (place, request, start), (means, seconds) in zip(owners, self._likelihoods(rows, owners), strict=True):
+        """By the mean log-probability a token: a sum prefers labels that happen to be cut into fewer tokens."""
+
+        def rows_of(request: Choose) -> list[Rendered]:
+            return [self.renderer.answer(request.messages, label) for label in request.labels]
+
+        def chosen(request: Choose, read: _Sums) -> Answer:
+            means = [total / max(1, int(row.learnt[1:].sum())) for total, row in zip(read.sums, read.rows, strict=True)]
             best = max(range(len(means)), key=means.__getitem__)
-            tokens = sum(int(row.learnt.sum()) for row in rows[start : start + len(request.labels)])
-            sink(place, Answer(request.labels[best], tokens, True, seconds, means))
+            return Answer(request.labels[best], sum(int(row.learnt.sum()) for row in read.rows), True, scores=means)
 
-    def _likelihoods(
-        self, rows: list[Rendered], owners: list[tuple[int, Choose, int]]
-    ) -> Iterator[tuple[list[float], float]]:
-        """For each request the mean log-probability of its labels, and its share of the time.
-
-        On average, because a sum prefers labels that the tokenizer happens to cut into fewer tokens.
-        """
-        began = time.perf_counter()
-        sums = self._sums(rows)
-        share = (time.perf_counter() - began) / max(1, len(owners))
-        means = [total / max(1, int(row.learnt[1:].sum())) for total, row in zip(sums, rows, strict=True)]
-        for _place, request, start in owners:
-            yield means[start : start + len(request.labels)], share
+        self._score(asked, rows_of, chosen, sink)
 
     def _read(self, asked: list[tuple[int, Read]], sink: Sink) -> None:
-        rows: list[Rendered] = []
-        places: list[int] = []
-        for place, request in asked:
-            row = self._guarded(place, sink, partial(self.renderer.answer, request.messages, request.answer))
-            if row is not None and self._fits(place, [row], sink):
-                rows.append(row)
-                places.append(place)
-        began = time.perf_counter()
-        sums = self._sums(rows)
-        share = (time.perf_counter() - began) / max(1, len(rows))
-        for place, row, total in zip(places, rows, sums, strict=True):
-            sink(place, Answer("", int(row.learnt[1:].sum()), True, share, [total]))
+        def rows_of(request: Read) -> list[Rendered]:
+            return [self.renderer.answer(request.messages, request.answer)]
+
+        def heard(_request: Read, read: _Sums) -> Answer:
+            return Answer("", int(read.rows[0].learnt[1:].sum()), True, scores=read.sums)
+
+        self._score(asked, rows_of, heard, sink)
 
     def _weigh(self, asked: list[tuple[int, Weigh]], sink: Sink) -> None:
-        rows: list[Rendered] = []
-        places: list[int] = []
-        for place, request in asked:
-            row = self._weighed(request)
-            if self._fits(place, [row], sink):
-                rows.append(row)
-                places.append(place)
-        began = time.perf_counter()
-        sums, wrong = self._sums_and_surprises(rows)
-        share = (time.perf_counter() - began) / max(1, len(rows))
-        for place, row, total, count in zip(places, rows, sums, wrong, strict=True):
-            sink(place, Answer("", int(row.learnt.sum()), True, share, [total, float(count == 0)]))
+        def weighed(_request: Weigh, read: _Sums) -> Answer:
+            scores = [read.sums[0], float(read.missed[0] == 0)]
+            return Answer("", int(read.rows[0].learnt.sum()), True, scores=scores)
+
+        self._score(asked, lambda request: [self._weighed(request)], weighed, sink)
+
+    def _score(
+        self,
+        asked: list[tuple[int, Any]],
+        rows_of: Callable[[Any], list[Rendered]],
+        answer_of: Callable[[Any, "_Sums"], Answer],
+        sink: Sink,
+    ) -> None:
+        """Answer from how likely rows are, some requests at a time, so that what was answered is not lost when this is
+        ended. Numbers that are none are no answer."""
+        enough = BATCHES * TOKENS_AT_ONCE.get(self.hardware.device.type, TOKENS_AT_ONCE["cpu"])
+        part: list[tuple[int, Any, list[Rendered]]] = []
+        tokens = 0
+        for number, (place, request) in enumerate(asked, 1):
+            rows = self._guarded(place, sink, partial(rows_of, request))
+            if rows is not None and self._fits(place, rows, sink):
+                part.append((place, request, rows))
+                tokens += sum(int(row.ids.size) for row in rows)
+            if tokens < enough and number < len(asked):
+                continue
+            began, start = time.perf_counter(), 0
+            sums, missed = self._sums_and_surprises([row for _place, _request, rows in part for row in rows])
+            share = (time.perf_counter() - began) / max(1, len(part))
+            for place, request, rows in part:
+                own = slice(start, start := start + len(rows))
+                whole = all(map(math.isfinite, sums[own]))
+                found = answer_of(request, _Sums(rows, sums[own], missed[own])) if whole else Answer(error=no_number())
+                sink(place, replace(found, seconds=share))
+            part, tokens = [], 0
 
     def _weighed(self, request: Weigh) -> Rendered:
         """Context and continuation as lm-eval cuts them: tokens of both together, blanks at the seam to the latter."""
@@ -161,9 +180,6 @@ class ModelAnswering:
             whole, known = [_first_id(tokenizer), *bare_ids(tokenizer, continuation, start=False)], 1
         ids = np.array(whole, dtype=np.int32)
         return Rendered(ids, np.arange(ids.size) >= known)
-
-    def _sums(self, rows: list[Rendered]) -> list[float]:
-        return self._sums_and_surprises(rows)[0]
 
     def _sums_and_surprises(self, rows: list[Rendered]) -> tuple[list[float], list[int]]:
         """Of each row the sum of log-probabilities of its learnt tokens, and how many of these were not the likeliest;
@@ -187,9 +203,6 @@ class ModelAnswering:
                 for place, index in enumerate(batch.samples):
                     sums[index], surprises[index] = float(found[0, place]), int(found[1, place])
         return sums, surprises
-
-    def _labelled(self, request: Choose) -> list[Rendered]:
-        return [self.renderer.answer(request.messages, label) for label in request.labels]
 
     def _fits(self, place: int, rows: Sequence[Rendered], sink: Sink) -> bool:
         limit, longest = limit_of(self.model), max(int(row.ids.size) for row in rows)
