@@ -13,6 +13,7 @@ from typing import Any
 
 from afina.errors import ModelError
 from afina.export.gguf_vocab import read_json
+from afina.export.yarn import turned_otherwise, yarn_note
 from afina.language import _
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -216,9 +217,9 @@ def read_shape(model_folder: Path) -> Shape:
         notes += (_longrope_note(rope["original"]),)
     head_dim = _count(config, "head_dim", path, hidden // heads)
     theta = _number(rope, "rope_theta", path, 10000.0)
-    turned = _turned_otherwise(rope, theta, head_dim)
+    turned = turned_otherwise(rope, theta, head_dim)
     if turned:
-        notes += (_yarn_note(turned),)
+        notes += (yarn_note(turned),)
     shape = Shape(
         family=family,
         layers=_count(config, "num_hidden_layers", path),
@@ -326,34 +327,6 @@ def _longrope_note(original: int) -> str:
         "llama.cpp turns positions as for long texts whenever its context (num_ctx, -c) exceeds {original} tokens; "
         "give it no more for short ones."
     ).format(original=original)
-
-
-def _turned_otherwise(rope: dict[str, Any], theta: float, head_dim: int) -> float:
-    """By how many radians a token llama.cpp turns the dimension that it turns most otherwise than a YaRN which leaves
-    the ends of its ramp as they are (arXiv:2309.00071, section 3.2): llama.cpp rounds them down and up."""
-    if rope["rope_type"] != "yarn" or rope.get("truncate") is not False or theta == 1:
-        return 0.0
-    ends = [
-        head_dim * math.log(rope["original"] / (rope[turns] * 2 * math.pi)) / (2 * math.log(theta))
-        for turns in ("beta_fast", "beta_slow")
-    ]
-
-    def share(at: int, low: float, high: float) -> float:
-        low, high = max(low, 0.0), min(high, head_dim - 1.0)
-        return min(max((at - low) / max(high - low, 1e-3), 0.0), 1.0)
-
-    moved = [
-        theta ** (-2 * at / head_dim) * abs(share(at, *ends) - share(at, math.floor(ends[0]), math.ceil(ends[1])))
-        for at in range(head_dim // 2)
-    ]
-    return max(moved) * abs(1 - 1 / float(rope["factor"]))
-
-
-def _yarn_note(turned: float) -> str:
-    return _(
-        "llama.cpp rounds where the scaling of positions (YaRN) begins and ends; this model does not: two tokens that "
-        "are 100 apart are turned by up to {angle:.2g} radians more or less."
-    ).format(angle=100 * turned)
 
 
 def _rope(config: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
