@@ -193,9 +193,12 @@ def test_gpt_oss_from_training_to_files_with_its_experts_packed(tmp_path):
         "method: {targets: [q_proj, o_proj]}\ntraining: {steps: 3, batch_size: 4}\n"
     )
     run = afina.train(tmp_path / "recipe.yaml", tmp_path / "run")
-    export_run(run, tmp_path / "export", ["q8_0", "merged"], quiet())
+    export_run(run, tmp_path / "export", ["q8_0", "merged", "f32"], quiet())
     said = json.loads((tmp_path / "export" / "certificate.json").read_text())
     assert said["merge"]["streamed"] and said["files"][0]["passed"]
+    exact = next(file for file in said["files"] if file["format"] == "f32")
+    assert exact["passed"] and exact["certificate"]["limits"]["divergence"] == certificate.EIGHT.divergence
+    assert any("8 bits" in note for note in exact["notes"])
     file = GgufFile(tmp_path / "export" / "oss-q8_0.gguf")
     for name, stored in blocks.items():
         assert file.raw(name).tobytes() == np.ascontiguousarray(stored).tobytes()

@@ -17,7 +17,7 @@ TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.role == 'assistant' %}<|fin|>{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-IN_LLAMA_CPP = set(NAMED) - {"smollm3", "gpt-oss"}  # random sinks and YaRN are not quite llama.cpp's: see docs/log.md
+IN_LLAMA_CPP = set(NAMED) - {"smollm3"}
 
 
 def drawn(dice: random.Random, family: str) -> dict[str, Any]:

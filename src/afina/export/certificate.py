@@ -79,6 +79,12 @@ LIMITS: dict[str, Limits] = {
 faults of docs/export.md are all far beyond those of q8_0."""
 
 
+def limits_of(kind: str, exact: bool = True) -> Limits:
+    """What a file in a format may differ by: at least what q8_0 may where llama.cpp's own arithmetic of such a model is
+    not the model's (`exact` of write_gguf), in whatever format."""
+    return LIMITS[kind] if exact else max(LIMITS[kind], EIGHT, key=lambda limits: limits.divergence)
+
+
 Right = Callable[[Sample, str], bool]
 """Of a sample and an answer that was given: is it as good as the sample's own?"""
 
@@ -133,9 +139,10 @@ def certify(
     renderer: Renderer,
     on_progress: Callable[[float], None] | None = None,
     right: Right = the_same,
+    exact: bool = True,
 ) -> dict[str, Any]:
     """Compare a GGUF file with the model; returns its part of the certificate, `checks` with each answer. `right` says
-    whether an answer is as good as the sample's own.
+    whether an answer is as good as the sample's own, `exact` whether llama.cpp computes such a model as it is.
 
     Prompts for which the file's context has no room are left out.
 
@@ -173,7 +180,7 @@ def certify(
             checks.append(_answered(witness, question, renderer, right))
             if on_progress is not None:
                 on_progress(1)
-    return _judged(kind, file, divergences, agreed, margins, checks)
+    return _judged(limits_of(kind, exact), file, divergences, agreed, margins, checks)
 
 
 def certify_folder(
@@ -207,11 +214,11 @@ def certify_folder(
         agreed += (ours.argmax(-1) == theirs.argmax(-1)).tolist()
         margins += _margins(ours)
         checks.append(_check(question, ids, tokenizer.decode(ids), renderer, right))
-    return _judged(kind, folder, divergences, agreed, margins, checks)
+    return _judged(limits_of(kind), folder, divergences, agreed, margins, checks)
 
 
 def _judged(
-    kind: str,
+    limits: Limits,
     file: Path,
     divergences: Sequence[float],
     agreed: Sequence[bool],
@@ -225,14 +232,14 @@ def _judged(
         "divergence_p99": float(np.quantile(divergences, 0.99)),
         "divergence_max": float(np.max(divergences)),
         "agreement": float(np.mean(agreed)),
-        **_clear(agreed, margins, SIGMAS * noise(min(float(np.mean(divergences)), LIMITS[kind].divergence))),
+        **_clear(agreed, margins, SIGMAS * noise(min(float(np.mean(divergences)), limits.divergence))),
         "equal_answers": sum(check["equal"] for check in checks),
         "right_answers": {side: sum(check[f"{side}_right"] for check in checks) for side in ("model", "gguf")},
-        "limits": vars(LIMITS[kind]) | {"tie": LIMITS[kind].tie},
+        "limits": vars(limits) | {"tie": limits.tie},
         "each": [round(value, 5) for value in divergences],
         "checks": checks,
     }
-    _judge(found, kind, file)
+    _judge(found, limits, file)
     return found
 
 
@@ -320,8 +327,8 @@ def _gap(question: Question, theirs: list[int]) -> float:
     return float(row.max() - row[theirs[same]])
 
 
-def _judge(found: dict[str, Any], kind: str, file: Path) -> None:
-    limits, checks = LIMITS[kind], found["checks"]
+def _judge(found: dict[str, Any], limits: Limits, file: Path) -> None:
+    checks = found["checks"]
     hint = _("Nothing was kept. Please report this with the model's name.")
     if limits.divergence >= FOUR.divergence:
         hint = _("Export with more bits, or with export.imatrix: true.")

@@ -13,6 +13,7 @@ from typing import Any
 
 from afina.errors import ModelError
 from afina.export.gguf_vocab import read_json
+from afina.export.yarn import turned_otherwise, yarn_note
 from afina.language import _
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -136,6 +137,7 @@ class Shape:
     softcaps: tuple[float | None, float | None]
     experts: tuple[int, int]
     notes: tuple[str, ...]
+    turned_otherwise: bool = False
 
     def expected(self, present: set[str]) -> Iterator[str]:
         """The names of every tensor that the architecture has, in the order in which they are written."""
@@ -213,9 +215,11 @@ def read_shape(model_folder: Path) -> Shape:
     rope = _rope(config, family, path)
     if rope["rope_type"] == "longrope":
         notes += (_longrope_note(rope["original"]),)
-    if rope["rope_type"] == "yarn" and rope.get("truncate") is False:
-        notes += (_("llama.cpp rounds where the scaling of positions (YaRN) begins and ends; this model does not."),)
     head_dim = _count(config, "head_dim", path, hidden // heads)
+    theta = _number(rope, "rope_theta", path, 10000.0)
+    turned = turned_otherwise(rope, theta, head_dim)
+    if turned:
+        notes += (yarn_note(turned),)
     shape = Shape(
         family=family,
         layers=_count(config, "num_hidden_layers", path),
@@ -226,7 +230,7 @@ def read_shape(model_folder: Path) -> Shape:
         head_dim=head_dim,
         context=context,
         epsilon=_number(config, family.epsilon, path, 1e-6),
-        theta=_number(rope, "rope_theta", path, 10000.0),
+        theta=theta,
         rope=rope,
         rotated=int(head_dim * _number(rope | config, "partial_rotary_factor", path, 1.0)),
         tied=bool(config.get("tie_word_embeddings", family.norms_from_one)),
@@ -234,6 +238,7 @@ def read_shape(model_folder: Path) -> Shape:
         softcaps=(config.get("attn_logit_softcapping"), config.get("final_logit_softcapping")),
         experts=_experts(config, path) if family.architecture == "gpt-oss" else (0, 0),
         notes=notes,
+        turned_otherwise=turned > 0,
     )
     if family.architecture == "gpt-oss":
         _refuse_other_gpt_oss(shape, config, path)
@@ -346,6 +351,8 @@ def _rope(config: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
         if low >= high:
             raise ModelError(_("low_freq_factor must be less than high_freq_factor."), file=path)
     if kind == "yarn":
+        for key, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+            rope[key] = _number({key: rope.get(key) or usual}, key, path)
         _refuse_other_yarn(rope, family, path)
     return rope
 

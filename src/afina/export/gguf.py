@@ -94,9 +94,9 @@ def write_gguf(
 
     Returns the facts: `bytes`, `tensors`, `architecture`, `kind`, `name`, `parameters`, `tokenizer`, `types` (tensors
     of each type), `not_quantised` (names of matrices left in 16 bits although the format quantises), `fallbacks` (name:
-    "meant as q4_k, stored as q5_0"), `bits_per_weight` and `notes` (sentences on what llama.cpp does otherwise). Raises
-    ModelError when llama.cpp could not run the model as it was trained, OutputError when `out` exists or cannot be
-    written.
+    "meant as q4_k, stored as q5_0"), `bits_per_weight`, `notes` (sentences on what llama.cpp does otherwise) and
+    `exact` (whether its arithmetic is the model's but for what the format rounds). Raises ModelError when llama.cpp
+    could not run the model as it was trained, OutputError when `out` exists or cannot be written.
     """
     shape = read_shape(model_folder)
     vocabulary = read_vocabulary(model_folder)
@@ -131,6 +131,9 @@ def write_gguf(
                     on_progress(job.weights)
             _align(file)
     parameters = sum(math.prod(plan.shape) for plan in plans)
+    types = _counted(plan.kind for plan in plans)
+    in_eight_bits = kind in PLAIN and "mxfp4" in types
+    eight = [_("llama.cpp rounds what experts in MXFP4 are multiplied with to 8 bits, in this format too.")]
     return {
         "bytes": out.stat().st_size,
         "tensors": len(plans) + len(tables),
@@ -139,7 +142,7 @@ def write_gguf(
         "name": title,
         "parameters": parameters,
         "tokenizer": {"model": vocabulary.model, "pre": vocabulary.pre},
-        "types": _counted(plan.kind for plan in plans),
+        "types": types,
         "not_quantised": [
             plan.name for plan in plans if kind not in PLAIN and len(plan.shape) > 1 and plan.kind in PLAIN
         ],
@@ -147,7 +150,8 @@ def write_gguf(
             plan.name: f"meant as {plan.meant}, stored as {plan.kind}" for plan in plans if plan.kind != plan.meant
         },
         "bits_per_weight": round(8 * sum(plan.bytes for plan in plans) / parameters, 3),
-        "notes": [*shape.notes, *vocabulary.notes],
+        "notes": [*shape.notes, *(eight if in_eight_bits else []), *vocabulary.notes],
+        "exact": not (in_eight_bits or shape.turned_otherwise),
     }
 
 

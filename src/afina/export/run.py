@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -242,11 +243,8 @@ def _add_gguf(export: Export, kind: str) -> None:
     entry |= {key: facts[key] for key in keys}
     with export.console.progress(_("Asking {file}").format(file=file.name), len(export.questions)) as progress:
         try:
-            _prove(
-                entry,
-                export,
-                lambda: certify(file, kind, export.questions, export.tuned.renderer, progress.advance, export.right),
-            )
+            ask = partial(certify, file, kind, export.questions, export.tuned.renderer, progress.advance, export.right)
+            _prove(entry, export, partial(ask, exact=facts["exact"]))
         except ResourceError as error:
             export.console.warn(_("{file} was not run: {reason}").format(file=file.name, reason=error.message))
     _keep(export, entry)
