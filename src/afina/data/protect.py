@@ -25,8 +25,9 @@ _INLINE = re.compile(
     r"|(?P<tag></?[A-Za-z][^<>\n]{0,400}>)"
     r"|(?P<sum>\$(?=[^\s$])[^$\n]{0,400}(?<=[^\s\\])\$(?!\d))"
     r"|(?P<slot>\{[A-Za-z_][\w.]{0,60}\}|%\([A-Za-z_]\w{0,60}\)[sd])"
-    r"|(?P<mark>[⟦⟧])"
 )
+_SIGN = re.compile("[⟦⟧]")
+"""Half a mark that the text itself holds: looked for apart, as a piece that is not kept in the end may swallow it."""
 _MARK = re.compile("⟦([0-9]{1,6})⟧")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"(\s*:)?')
 _TEXT = re.compile(r"[^\W\d_]")
@@ -150,7 +151,8 @@ def _unit(text: str, *, quoted: bool = False) -> Unit:
 
 def _spans(text: str) -> list[tuple[int, int]]:
     """What stays inside a paragraph, in order, none inside another."""
-    found = [*_code(text), *_paired(text), *((match.start(), match.end()) for match in _INLINE.finditer(text))]
+    found = [*_code(text), *_paired(text)]
+    found += [match.span() for pattern in (_INLINE, _SIGN) for match in pattern.finditer(text)]
     chosen: list[tuple[int, int]] = []
     for begin, end in sorted(found, key=lambda span: (span[0], -span[1])):
         if not chosen or begin >= chosen[-1][1]:
