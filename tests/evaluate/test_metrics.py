@@ -1,6 +1,7 @@
 """Figures against scikit-learn and SciPy, which count in other ways than we do."""
 
 import math
+import tracemalloc
 from itertools import combinations
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.stats import binomtest, permutation_test
 from scipy.stats import bootstrap as scipy_bootstrap
 from sklearn import metrics as sklearn
 
+from afina.evaluate import metrics
 from afina.evaluate.metrics import bootstrap, mcnemar, per_label, shares, sign_flips, wilson
 
 LABELS = ["negativa", "neutra", "positiva", "no sé"]
@@ -122,6 +124,18 @@ def test_sign_flips_are_the_exact_permutation_test_to_the_noise_of_their_draws(p
     gaps = np.array(after) - np.array(before)
     exact = permutation_test((gaps,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
     assert sign_flips(before, after) == pytest.approx(min(1.0, exact), abs=0.03)
+
+
+def test_signs_of_many_samples_are_drawn_in_parts(monkeypatch):
+    before = np.random.default_rng(1).normal(size=5000)
+    after = before + np.random.default_rng(2).normal(size=5000) + 0.02
+    tracemalloc.start()
+    found = sign_flips(before, after)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e8  # all together 8e8, of 50,000 samples ten times that
+    monkeypatch.setattr(metrics, "AT_ONCE", 12_345)
+    assert sign_flips(before, after) == found
 
 
 def test_equal_scores_differ_by_nothing_but_chance():

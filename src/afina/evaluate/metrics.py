@@ -18,6 +18,9 @@ DRAWS = 2000
 FLIPS = 9999
 """Random signs of a paired test: a p-value of 0.05 is then known to 0.004."""
 
+AT_ONCE = 2**22
+"""Signs that are drawn at once: of 50,000 samples all together would take 8 GB."""
+
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
     """The 95% interval of a share (Wilson, 1927); sensible at 0% and 100% and for few samples."""
@@ -69,9 +72,12 @@ def sign_flips(before: Sequence[float], after: Sequence[float]) -> float:
     apart = np.asarray(after, float) - np.asarray(before, float)
     if not apart.any():
         return 1.0
-    signs = np.random.default_rng(0).integers(0, 2, (FLIPS, len(apart))) * 2 - 1
-    reached = np.abs(signs @ apart) >= abs(apart.sum()) * (1 - 1e-12)
-    return float((reached.sum() + 1) / (FLIPS + 1))
+    dice, reached, least = np.random.default_rng(0), 0, abs(apart.sum()) * (1 - 1e-12)
+    step = max(1, AT_ONCE // len(apart))
+    for start in range(0, FLIPS, step):
+        signs = dice.integers(0, 2, (min(step, FLIPS - start), len(apart))) * 2 - 1
+        reached += int((np.abs(signs @ apart) >= least).sum())
+    return (reached + 1) / (FLIPS + 1)
 
 
 def per_label(expected: Sequence[str], answered: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
