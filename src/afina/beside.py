@@ -17,11 +17,11 @@ LISTEN_S = 0.1
 def begun(work: Callable[[], T]) -> Future[T]:
     """`work`, begun in a thread; `result()` waits for what it returns, or raises what it raised.
 
-    A program that ends before, because of an error or a signal, does not wait for it.
+    A program that ends before waits for it: Python, taking itself down, would end a thread in the middle of C++, and
+    with it the process. The command line does not wait, as it leaves without taking anything down.
     """
     found: Future[T] = Future()
-
-    Thread(target=_do, args=(work, found), daemon=True).start()
+    Thread(target=_do, args=(work, found)).start()
     return found
 
 

@@ -113,7 +113,7 @@ def _leave(status: int) -> NoReturn:
     an interpreter that is half taken down, and in the middle of C++ that ends the process with another status.
     """
     gc.freeze()
-    if status and any(thread.daemon for thread in threading.enumerate()):
+    if status and threading.active_count() > 1:
         _end(status)
     sys.exit(status)
 

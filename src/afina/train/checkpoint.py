@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from afina import durable
 from afina.artifact import sha256
+from afina.errors import OutputError
 from afina.language import _
 from afina.train.memory import within_memory
 from afina.train.state import State
@@ -206,7 +207,7 @@ def write(folder: Path, run: str, step: int, tensors: dict[str, torch.Tensor], f
 
 
 def read(place: Path, run: str) -> Checkpoint:
-    """Verify one checkpoint of `run`. Raises Damaged."""
+    """Verify one checkpoint of `run`. Raises Damaged, and OutputError for one of a newer version."""
     if not (match := NAME.fullmatch(place.name)) or not stat.S_ISDIR(place.lstat().st_mode):
         raise Damaged(_("it is no folder of ours"))
     for name in (FACTS, TENSORS):
@@ -223,6 +224,11 @@ def read(place: Path, run: str) -> Checkpoint:
         raise Damaged(_("{file} cannot be read").format(file=FACTS)) from error
     if not whole or not isinstance(body, dict):
         raise Damaged(_("{file} does not match its hash").format(file=FACTS))
+    if isinstance(body.get("format"), int) and body["format"] > FORMAT:
+        raise OutputError(
+            _("{place} was written by a newer version of afina.").format(place=place),
+            hint=_("Go on with that version, or remove the run folder to begin anew."),
+        )
     if body.get("format") != FORMAT:
         raise Damaged(_("it was written by another version of afina"))
     if body.get("run") != run:

@@ -172,7 +172,5 @@ class Keeper:
 
     def _tell_damage(self, place: Path, reason: str) -> None:
         self._tell(
-            _("The checkpoint {name} is damaged ({reason}); the one before it is taken.").format(
-                name=place.name, reason=reason
-            )
+            _("The checkpoint {name} is damaged ({reason}), and is not used.").format(name=place.name, reason=reason)
         )

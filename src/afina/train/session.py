@@ -13,7 +13,7 @@ from afina.data.batch import Batch
 from afina.errors import Interrupted, OutputError, ResourceError
 from afina.language import _
 from afina.train.best import BEYOND, VALIDATION, Measured, Weights, figure_of, put_back, weights_of, why_last
-from afina.train.checkpoint import Checkpoint, Damaged, restore
+from afina.train.checkpoint import Checkpoint, Damaged, listed, restore
 from afina.train.keeper import Keeper
 from afina.train.looking import figures_or_none, tell
 from afina.train.memory import Room, peak_memory, probe, within_memory
@@ -52,15 +52,14 @@ class Session(Follower):
         """Take up the newest good checkpoint where there is one. Raises OutputError when it is of other weights."""
         checkpoint = self.keeper.newest()
         if checkpoint is None:
+            if listed(self.keeper.folder):
+                self.console.warn(_("None of the checkpoints can be used: the run begins anew."))
             self.record.cut({"bytes": 0, "sha256": ""})
             return
         self._restore(state, checkpoint)
         self.tally.resumed_after.append(state.step)
-        self.console.line(
-            _("Resumed   after step {step} of {steps}, saved {when}").format(
-                step=state.step, steps=self.plan.steps, when=checkpoint.facts["saved"]
-            )
-        )
+        resumed, saved = _("Resumed   after step {step} of {steps}, saved {when}"), checkpoint.facts["saved"]
+        self.console.line(resumed.format(step=state.step, steps=self.plan.steps, when=saved))
         self.console.event("resumed", step=state.step, steps=self.plan.steps)
         self._advance(range(state.step))
         self.progress.advance(self._looked())
