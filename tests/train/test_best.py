@@ -144,6 +144,16 @@ def test_a_best_that_was_damaged_is_told_and_the_last_weights_are_held(tmp_path)
     assert any("step 6" in line and "last ones are kept" in line for line in said)
 
 
+def test_where_every_checkpoint_is_damaged_it_is_said_that_the_run_begins_anew(tmp_path, until_six):
+    with pytest.raises(Killed):
+        best_of(tmp_path, kill_at=9, save_after=(0, 7))
+    for place in (tmp_path / "c").glob("0*"):
+        (place / "state.safetensors").write_bytes(b"torn")
+    said: list[str] = []
+    assert best_of(tmp_path, said=said)["held"] == until_six["held"]
+    assert any("None of the checkpoints can be used: the run begins anew." in line for line in said)
+
+
 def sit_last(place):
     (place / "again").mkdir()
     return sit(place / "again", measured=MEASURED)
