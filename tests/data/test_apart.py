@@ -12,7 +12,7 @@ from afina.data.audit.labels import audit, faults
 from afina.data.conversation import Message, Sample, packed
 from afina.data.messages import effort_from, message_from, tools_from
 from afina.data.problem import BadRows
-from afina.data.rows import BadRow
+from afina.data.row import BadRow
 from afina.data.template import Renderer
 from afina.data.tokenizer import Tokenizer
 

@@ -16,7 +16,8 @@ from afina.data.conversation import DOCUMENT, PASSAGE, Message
 from afina.data.hub import hub_files
 from afina.data.problem import BadRows
 from afina.data.read import Reading, read
-from afina.data.rows import Row, Shape, format_of, rows
+from afina.data.row import Row, Shape
+from afina.data.rows import format_of, rows
 from afina.errors import DataError
 from afina.recipe.schema import Data
 

@@ -13,7 +13,8 @@ import pytest
 
 from afina.data.lines import FREE_BYTES, ROW_BYTES
 from afina.data.read import read
-from afina.data.rows import Shape, rows
+from afina.data.row import Shape
+from afina.data.rows import rows
 from afina.errors import DataError
 from afina.recipe.schema import Data, Mapping
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afina.data.mapping import Mapped, copied
-from afina.data.rows import BadRow
+from afina.data.row import BadRow
 from afina.data.worker import WORKER
 from afina.recipe.schema import Mapping
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from afina.data.conversation import DOCUMENT, PASSAGE, Message
 from afina.data.messages import effort_from, message_from, tools_from
-from afina.data.rows import BadRow, Row
+from afina.data.row import BadRow, Row
 from afina.errors import DataError
 from afina.language import _
 from afina.recipe.schema import Data

@@ -8,8 +8,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from afina.data.encoding import open_text, undecodable
 from afina.data.lines import CHUNK, ROW_BYTES
-from afina.data.rows import SPACE, BadRow, Decoder, Row, Shape, open_text, too_long, undecodable
+from afina.data.row import SPACE, BadRow, Decoder, Row, Shape, too_long
 from afina.language import _
 
 _NEAR = 16

@@ -4,7 +4,7 @@ from glob import has_magic
 from pathlib import Path
 
 from afina.data.hub import HUB, hub_files
-from afina.data.rows import ending_of
+from afina.data.lines import ending_of
 from afina.errors import DataError
 from afina.language import _
 from afina.recipe.place import BUNDLED

@@ -6,7 +6,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from afina.data.rows import ending_of
+from afina.data.lines import ending_of
 from afina.errors import DataError
 from afina.hub import look_for_hub
 from afina.language import _

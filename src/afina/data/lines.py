@@ -24,6 +24,7 @@ RATIO = 250
 FREE_BYTES = 2**21
 """So much may come out of a compressed file before its ratio is looked at."""
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+COMPRESSED = (".gz", ".zst", ".zstd")
 ARCHIVES = {b"PK\x03\x04": "ZIP", b"\xfd7zX": "xz", b"BZh9": "bzip2", b"7z\xbc\xaf": "7z"}
 """What else is told by its first bytes."""
 PACKED = 2**11
@@ -163,3 +164,9 @@ class _Inflated(io.RawIOBase):
     def close(self) -> None:
         self.file.close()
         super().close()
+
+
+def ending_of(path: Path) -> str:
+    """The ending of a name that says what is inside, that of the compression left out."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSED), "")

@@ -10,7 +10,7 @@ from typing import Any
 
 from afina.data.conversation import Message
 from afina.data.lines import CHUNK
-from afina.data.rows import BadRow, Row
+from afina.data.row import BadRow, Row
 from afina.data.worker import AT_ONCE, WORKER, Overrun
 from afina.errors import DataError
 from afina.language import _

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from afina.data.conversation import EFFORTS, ROLES, Message, packed
-from afina.data.rows import BadRow
+from afina.data.row import BadRow
 from afina.language import _
 
 THOUGHTS = ("thinking", "reasoning", "reasoning_content")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.data.lines import FREE_BYTES, RATIO
-from afina.data.rows import Row
+from afina.data.row import Row
 from afina.data.worker import READER, Act, Overrun
 from afina.errors import DataError, ResourceError
 from afina.language import _

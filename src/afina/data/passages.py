@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from afina.data.encoding import decoded, open_text
 from afina.data.lines import lines
-from afina.data.rows import Row, Shape, decoded, open_text, too_long
+from afina.data.row import Row, Shape, too_long
 
 PASSAGE = 2000
 """Characters after which a passage ends at the next paragraph, about 500 tokens."""

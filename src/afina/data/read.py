@@ -11,10 +11,12 @@ from pathlib import Path
 from afina.data.audit.chat import class_of
 from afina.data.conversation import Sample
 from afina.data.dialects import Make, beside_of, checked, dialect_of, maker
+from afina.data.encoding import encoding_of
 from afina.data.files import find
 from afina.data.mapping import Mapped
 from afina.data.problem import BadRows, Problem
-from afina.data.rows import BadRow, Row, Shape, encoding_of, format_of, rows
+from afina.data.row import BadRow, Row, Shape
+from afina.data.rows import format_of, rows
 from afina.errors import DataError
 from afina.language import _
 from afina.recipe.schema import Data, Sources

@@ -13,7 +13,7 @@ from afina.data.audit.chat import KEYS, unread
 from afina.data.classes import classes_of
 from afina.data.conversation import Sample, row_of
 from afina.data.near import groups
-from afina.data.rows import line_of
+from afina.data.row import line_of
 from afina.errors import DataError, RecipeError
 from afina.language import _
 

@@ -4,8 +4,9 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from afina.data.lines import ROW_BYTES, lines
-from afina.data.rows import BadRow, Row, Shape, decoded, ending_of, open_text, too_long
+from afina.data.encoding import decoded, open_text
+from afina.data.lines import ROW_BYTES, ending_of, lines
+from afina.data.row import BadRow, Row, Shape, too_long
 from afina.language import _
 
 DELIMITERS = ",;\t|"

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from afina.data.encoding import open_text
 from afina.data.lines import ROW_BYTES
-from afina.data.rows import Row, Shape, open_text, rows
+from afina.data.row import Row, Shape
+from afina.data.rows import rows
 
 CHUNK = 2**20
 """Bytes read at once: a few hundred calls of numpy cost as much for a small block as for a large one."""

@@ -12,7 +12,7 @@ from afina.data.audit.syntax import unreadable
 from afina.data.conversation import ROLES
 from afina.data.dialects import PAIRS, SHAREGPT
 from afina.data.messages import REFUSED
-from afina.data.rows import Row
+from afina.data.row import Row
 
 CALLED = ("tool_calls", "function_call")
 TOOL_ROLES = ("tool", "function", "ipython", "observation", "environment")

@@ -33,7 +33,7 @@ from afina.data.conversation import ROLES, Message, Sample
 from afina.data.dialects import Make, beside_of, checked, dialect_of, maker, with_system
 from afina.data.mapping import Mapped
 from afina.data.near import Near
-from afina.data.rows import BadRow, Row, Shape, uncollected
+from afina.data.row import BadRow, Row, Shape, uncollected
 from afina.recipe.schema import Data
 
 KEYS_TOLD = 20

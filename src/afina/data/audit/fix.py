@@ -20,7 +20,7 @@ from afina.data.audit.kinds import kinds
 from afina.data.audit.letters import letters
 from afina.data.audit.mojibake import repair
 from afina.data.problem import place
-from afina.data.rows import Shape, line_of
+from afina.data.row import Shape, line_of
 from afina.errors import OutputError, ProofError
 from afina.language import _
 from afina.recipe.schema import Data

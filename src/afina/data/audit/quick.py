@@ -15,7 +15,7 @@ from afina.data.audit.syntax import quotes_of
 from afina.data.conversation import DOCUMENT
 from afina.data.dialects import SHAREGPT
 from afina.data.mapping import Mapped
-from afina.data.rows import BadRow, Row
+from afina.data.row import BadRow, Row
 
 NOT_PLAIN = (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError)
 """What a look raises; msgspec's and Unicode's errors are ValueErrors."""

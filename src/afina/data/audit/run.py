@@ -10,10 +10,12 @@ from afina.console import Console, size
 from afina.data.audit.check import Pass
 from afina.data.audit.finding import Finding, Report
 from afina.data.audit.labels import Labels
+from afina.data.encoding import encoding_of
 from afina.data.files import find
 from afina.data.lines import GZIP, ZSTD
 from afina.data.near import Near
-from afina.data.rows import Shape, encoding_of, format_of
+from afina.data.row import Shape
+from afina.data.rows import format_of
 from afina.data.targets import Targets
 from afina.errors import DataError
 from afina.language import _
