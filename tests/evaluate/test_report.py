@@ -435,7 +435,7 @@ def test_everyone_who_was_asked_is_shown(tmp_path):
     task, rows = sentiment()
     base = task["systems"]["base"]
     made = {**base, **shares([True] * 99 + [False] * 21), "value": 99 / 120, "file_bytes": 4_321_000}
-    made |= {"problems": {"empty": 3, "cut off": 2}, "unanswered": 1, "reasons": ["it <went> away"], "unasked": 0}
+    made |= {"problems": {"empty": 3, "cut off": 2}, "unanswered": 1, "reasons": ["it <went> away"], "unasked": 4}
     task["systems"] |= {"q8_0": made, "q4_k_m": {**made, "areas": {"facts (en)": {"right": 7, "of": 12}}}}
     verdict = "No difference between tuned and q8_0 that chance would not explain (p = 1)."
     task["comparisons"] = [{"before": "tuned", "after": "q8_0", "verdict": verdict, "p_value": 1.0}]
@@ -454,6 +454,7 @@ def test_everyone_who_was_asked_is_shown(tmp_path):
         assert shown in words, shown
     plain = (run / "report.md").read_text("utf-8")
     assert verdict in plain and "| q8_0 | 82.5% |" in plain and "12.50" in plain
+    assert "3 empty, 2 cut off; 1 without an answer: it <went> away; 4 not asked, the time was up" in plain
     numbers = json.loads((run / "report.json").read_text("utf-8"))
     assert numbers["tasks"][0]["systems"]["q8_0"]["accuracy"] == 99 / 120
     assert numbers["tasks"][1]["systems"]["base"]["value"] is None and numbers["ratings"]["raters"] == 2
