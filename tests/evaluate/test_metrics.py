@@ -117,6 +117,14 @@ def test_the_bootstrap_is_scipys_to_the_noise_of_its_draws(seed):
     assert bootstrap(list(values)) == pytest.approx(tuple(wanted), abs=0.006)
 
 
+def test_a_bootstrap_drawn_in_parts_is_the_same(monkeypatch):
+    values = list(np.random.default_rng(5).beta(2, 1, 61))
+    whole = bootstrap(values)
+    for at_once in (1, 61 * 7, 61 * 1999):
+        monkeypatch.setattr(metrics, "AT_ONCE", at_once)
+        assert bootstrap(values) == whole
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=9))
 def test_sign_flips_are_the_exact_permutation_test_to_the_noise_of_their_draws(pairs):

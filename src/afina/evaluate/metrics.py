@@ -1,8 +1,7 @@
 """From what was expected and answered to figures with intervals. Knows no model."""
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ FLIPS = 9999
 """Random signs of a paired test: a p-value of 0.05 is then known to 0.004."""
 
 AT_ONCE = 2**22
-"""Signs that are drawn at once: of 50,000 samples all together would take 8 GB."""
+"""Signs or places that are drawn at once: of 50,000 samples all together would take 8 GB."""
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
@@ -51,17 +50,19 @@ def shares(correct: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=8)
-def resampled(count: int) -> np.ndarray:
-    """(DRAWS, count) places drawn with replacement, always the same ones."""
-    return np.random.default_rng(0).integers(0, max(1, count), (DRAWS, count))
+def resamples(count: int) -> Iterator[np.ndarray]:
+    """(some, count) places drawn with replacement, DRAWS times in all; always the same ones."""
+    dice, step = np.random.default_rng(0), max(1, AT_ONCE // count)
+    for start in range(0, DRAWS, step):
+        yield dice.integers(0, count, (min(step, DRAWS - start), count))
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:
     """The 95% interval of a mean, from percentiles of resampled means (Efron, 1979)."""
     if not values:
         return 0.0, 0.0
-    means = np.asarray(values, float)[resampled(len(values))].mean(1)
+    scores = np.asarray(values, float)
+    means = np.concatenate([scores[places].mean(1) for places in resamples(len(scores))])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

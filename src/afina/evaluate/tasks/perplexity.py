@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from afina.data.conversation import Sample
-from afina.evaluate.metrics import resampled
+from afina.evaluate.metrics import resamples
 from afina.evaluate.systems.asking import Answer, Read, Request
 from afina.evaluate.tasks.kind import Asked, Mark
 from afina.recipe.schema import Task
@@ -41,8 +41,7 @@ class Perplexity:
         if not marks:
             return {}
         sums, tokens = (np.array([mark.more[key] for mark in marks]) for key in ("sum", "tokens"))
-        draws = resampled(len(marks))
-        means = -sums[draws].sum(1) / tokens[draws].sum(1)
+        means = np.concatenate([-sums[draw].sum(1) / tokens[draw].sum(1) for draw in resamples(len(marks))])
         low, high = np.exp(np.minimum(np.quantile(means, [0.025, 0.975]), 700))
         value = math.exp(min(700.0, -float(sums.sum() / tokens.sum())))
         return {"value": value, "interval": [float(low), float(high)], "tokens_read": int(tokens.sum())}
