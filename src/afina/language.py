@@ -38,3 +38,11 @@ def _catalogue(language: str) -> gettext.NullTranslations:
 def _(message: str) -> str:
     """Translate one message. Placeholders stay as `{name}`: format after translating, never before."""
     return _catalogue(chosen()).gettext(message)
+
+
+def lend() -> None:
+    """Packages that ask gettext, as typer does, find our catalogue, in the language of this process."""
+    gettext.bindtextdomain("afina", str(CATALOGUES))
+    gettext.textdomain("afina")
+    if os.environ.get("AFINA_LANG"):  # else gettext reads the same variables
+        os.environ["LANGUAGE"] = chosen()

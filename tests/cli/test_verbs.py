@@ -1,5 +1,7 @@
 """The command line as a user meets it: a real process, its exit status, and what it says. No traceback unless asked."""
 
+import ast
+import inspect
 import json
 import os
 import signal
@@ -8,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from afina.cli.phrases import phrases
 
 ROOT = Path(__file__).parents[2]
 SENTIMENT = ROOT / "recipes" / "sentiment.yaml"
@@ -199,6 +203,28 @@ class TestSpanish:
         done = afina("--help", LANG="es_MX.UTF-8")
         assert "De un archivo de ejemplos a un modelo de lenguaje que responde" in done.stdout
         assert "Prepara una carpeta de proyecto" in done.stdout
+
+    def test_what_typer_says_too(self):
+        """Its headings and its own refusals, of the catalogue that we lend it."""
+        shown = afina("data", "split", "--help", AFINA_LANG="es").stdout
+        for phrase in ("Argumentos", "Opciones", "[obligatorio]"):
+            assert phrase in shown, shown
+        assert "Verbos" in afina("--help", LANG="es_ES.UTF-8").stdout
+        refused = afina("traim", LANG="es_ES.UTF-8")
+        assert refused.returncode == 2 and "No hay ningún verbo 'traim'." in refused.stderr
+        assert "Arguments" in afina("train", "--help", LANG="es_ES.UTF-8", AFINA_LANG="en").stdout
+
+    def test_what_is_lent_is_what_typer_asks_for(self):
+        """Else the catalogue holds what nobody says any more."""
+        from typer import core, rich_utils
+
+        asked = {
+            node.args[0].value
+            for module in (core, rich_utils)
+            for node in ast.walk(ast.parse(inspect.getsource(module)))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_" and node.args
+        }
+        assert set(phrases()) <= asked
 
 
 class TestProcess:

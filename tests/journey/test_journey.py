@@ -248,7 +248,7 @@ def test_full_fine_tuning_goes_the_same_way(world, tmp_path):
 
 def test_spanish_where_the_locale_is(world, afina, monkeypatch, tmp_path):
     monkeypatch.delenv("AFINA_LANG", raising=False)
-    for variable in ("LC_ALL", "LC_MESSAGES", "LANG"):
+    for variable in ("LC_ALL", "LC_MESSAGES", "LANG", "LANGUAGE"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("LANG", "es_ES.UTF-8")
     finished = afina("train", world / "recipe.yaml", "training.steps=2", "--out", tmp_path / "es")
