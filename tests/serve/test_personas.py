@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from small import loud_llama, perturb_adapters
 
@@ -33,6 +34,7 @@ def place(tmp_path_factory, tokenizer) -> Path:
     tokenizer.save(place / "base")
     config = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     for seed, name in enumerate(("pirate", "poet")):
+        torch.manual_seed(seed)  # PEFT draws A from the one state that all tests share
         model = perturb_adapters(get_peft_model(loud_llama(), config), seed + 5)
         save_adapter(model, place / name, base="x")
     tokenizer.save(place / "poet")
@@ -111,7 +113,7 @@ def test_the_commands_of_a_talk(place, alone, monkeypatch, capsys):
     chat(session, Console())
     shown = capsys.readouterr().out
     for name in ("pirate", "base", "poet"):
-        assert "".join(letter for letter in alone[name] if letter.isprintable()).strip() in shown
+        assert "".join(letter for letter in alone[name] if letter.isprintable() or letter == "\n").strip() in shown
     assert "[base], pirate, poet" not in shown and "base, pirate, [poet]" in shown and "[base], pirate" in shown
 
 
