@@ -301,9 +301,6 @@ def chat(
     """
     from contextlib import ExitStack
 
-    from afina.model.load import spare_imports
-
-    spare_imports()
     from afina.serve.opening import speakers_of
     from afina.serve.session import Session
     from afina.serve.terminal import answer_once

@@ -167,6 +167,18 @@ def test_a_real_model_never_leaves_its_context(base: nn.Module, renderer: Render
     assert len(session.history()) < 12
 
 
+def test_talking_to_a_gguf_file_needs_no_torch() -> None:
+    script = """
+import sys
+from afina import pipeline
+from afina.errors import ModelError
+try: pipeline.chat("missing.gguf", prompt="Hello")
+except ModelError: sys.exit("torch" in sys.modules or "transformers" in sys.modules)
+sys.exit("it was opened")
+"""
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2] / "src").returncode == 0
+
+
 def test_talking_needs_no_torch() -> None:
     script = "import afina.serve.terminal, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2] / "src").returncode == 0

@@ -19,9 +19,7 @@ from afina.language import _
 from afina.model.foreign import read_object
 from afina.model.generate import generate
 from afina.model.mixed import BASE, mixable, mixed
-from afina.model.saved import load_adapter
-
-MAX_SETTINGS_BYTES = 2**20
+from afina.model.saved import SETTINGS_BYTES, load_adapter
 
 
 @dataclass
@@ -56,7 +54,7 @@ class Personalities:
             )
         file = folder / "adapter_config.json"
         if file.is_file():  # else load_adapter says what is missing
-            said = read_object(file, MAX_SETTINGS_BYTES)
+            said = read_object(file, SETTINGS_BYTES)
             _refuse_selfish(said, file)
             self._refuse_other_parameters(said, file)
         key = f"p{self._made}"  # a user's name may hold what a module's cannot

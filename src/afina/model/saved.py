@@ -67,11 +67,7 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Mo
 
     Raises ModelError when it does not fit or holds no safetensors.
     """
-    if not (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            _("{folder} holds no adapter.").format(folder=folder),
-            hint=_("It needs adapter_config.json and adapter_model.safetensors."),
-        )
+    _check_is_there(folder)
     fit_vocabulary(model, folder)
     try:
         biases = _biases_before(model, folder)
@@ -96,6 +92,14 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Mo
         setattr(adapted, BIASES, biases)
     keep_bias(adapted)
     return adapted.eval()
+
+
+def _check_is_there(folder: Path) -> None:
+    if not (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            _("{folder} holds no adapter.").format(folder=folder),
+            hint=_("It needs adapter_config.json and adapter_model.safetensors."),
+        )
 
 
 def _tied_head(model: nn.Module) -> set[str]:
@@ -129,12 +133,8 @@ def start_from(model: nn.Module, folder: Path) -> None:
 
     Raises ModelError when it is of another shape or scale, or holds no safetensors.
     """
-    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if not weights.is_file() or not settings.is_file():
-        raise ModelError(
-            _("{folder} holds no adapter.").format(folder=folder),
-            hint=_("It needs adapter_config.json and adapter_model.safetensors."),
-        )
+    _check_is_there(folder)
+    settings = folder / "adapter_config.json"
     ours = model.peft_config["default"]  # type: ignore[index, union-attr, operator]
     try:
         if settings.stat().st_size > SETTINGS_BYTES:

@@ -21,14 +21,17 @@ def speakers_of(
     `adapters` are personalities on a base, NAME=FOLDER each.
     """
     place = Path(source)
-    if adapters:
-        cast, settings, limit = open_cast(source, adapters)
-        return [cast], settings, limit
-    if place.suffix == ".gguf":
+    if place.suffix == ".gguf" and not adapters:
         from afina.model.llamacpp import LlamaCpp
 
         llama = stack.enter_context(LlamaCpp(place))
         return [GgufSpeaker(place.stem, llama)], _settings_beside(place), llama.context
+    from afina.model.load import spare_imports  # loads torch, which a GGUF file does not need
+
+    spare_imports()
+    if adapters:
+        cast, settings, limit = open_cast(source, adapters)
+        return [cast], settings, limit
     if (place / MANIFEST).is_file():
         from afina.train.reopen import reopen
 
