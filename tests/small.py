@@ -5,27 +5,27 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from afina.model.load import Hardware
+from afina.model.mxfp4 import MATRICES, pack_experts, packed_experts, quantise
 
 CPU = Hardware(torch.device("cpu"), torch.float32)
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Of two layers with grouped queries, as most families' configurations call it."""
 
 
 def llama(seed: int = 0, **changes: object) -> nn.Module:
     """A Llama of two layers with grouped queries."""
-    config = LlamaConfig(
-        **{
-            "vocab_size": 97,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            **changes,
-        }
-    )
+    config = LlamaConfig(**{**SHAPE, **changes})
     return spread(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), seed)
 
 
@@ -47,6 +47,18 @@ def spread(model: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
             if parameter.ndim > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return model.eval()
+
+
+def pack_like_a_checkpoint(model: nn.Module) -> nn.Module:
+    """gpt-oss with the experts that it has in MXFP4, as load_model leaves a checkpoint's."""
+    plain = {name: module for name, module in model.named_modules() if name.endswith(".experts")}
+    pack_experts(model)
+    for name, module in packed_experts(model):
+        for matrix in MATRICES:
+            blocks, scales = quantise(getattr(plain[name], matrix).detach().transpose(1, 2))
+            getattr(module, f"{matrix}_blocks").copy_(blocks)
+            getattr(module, f"{matrix}_scales").copy_(scales)
+    return model
 
 
 def perturb_adapters(model: nn.Module, seed: int = 1) -> nn.Module:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from families import YARN
-from small import CPU, perturb_adapters, spread
+from small import CPU, pack_like_a_checkpoint, perturb_adapters, spread
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 from afina.data.batch import micro_batches
@@ -25,7 +25,7 @@ from afina.errors import ModelError
 from afina.model.attach import attach, learning
 from afina.model.load import unpack
 from afina.model.loss import summed_loss
-from afina.model.mxfp4 import MATRICES, dequantise, pack_experts, packed_experts, quantise
+from afina.model.mxfp4 import MATRICES, dequantise, quantise
 from afina.model.packed import packed_attention
 from afina.recipe.schema import Full, Lora
 
@@ -88,15 +88,7 @@ def built(family, packed=False):
                 parameter.add_(torch.randn(parameter.shape) * 0.3)
             if "experts" in name and name.rpartition(".")[2] in MATRICES and config.model_type == "gpt_oss":
                 parameter.mul_(4)  # so that gates and ups reach the limit of 7
-    if packed:
-        plain = {name: module for name, module in model.named_modules() if name.endswith(".experts")}
-        pack_experts(model)
-        for name, module in packed_experts(model):
-            for matrix in MATRICES:
-                blocks, scales = quantise(getattr(plain[name], matrix).detach().transpose(1, 2))
-                getattr(module, f"{matrix}_blocks").copy_(blocks)
-                getattr(module, f"{matrix}_scales").copy_(scales)
-    return model
+    return pack_like_a_checkpoint(model) if packed else model
 
 
 def learning_model(family, packed=False, **method):

@@ -3,48 +3,23 @@
 from typing import Any
 
 import pytest
+import small
 import torch
 from families import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import llama, perturb_adapters, spread
+from small import llama, pack_like_a_checkpoint, perturb_adapters, spread
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from afina.model.attach import attach
 from afina.model.generate import generate
 from afina.model.mixed import mixable, mixed
-from afina.model.mxfp4 import MATRICES, pack_experts, packed_experts, quantise
 from afina.model.personalities import Personalities
 from afina.model.saved import load_adapter, save_adapter
 from afina.recipe.schema import Lora
 
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def packed_gpt_oss() -> nn.Module:
-    """gpt-oss with its experts in MXFP4, as load_model leaves a checkpoint's."""
-    model = build("gpt-oss")
-    plain = {name: module for name, module in model.named_modules() if name.endswith(".experts")}
-    pack_experts(model)
-    for name, module in packed_experts(model):
-        for matrix in MATRICES:
-            blocks, scales = quantise(getattr(plain[name], matrix).detach().transpose(1, 2))
-            getattr(module, f"{matrix}_blocks").copy_(blocks)
-            getattr(module, f"{matrix}_scales").copy_(scales)
-    return model
+SHAPE = {**small.SHAPE, "head_dim": 8}
 
 
 def mixture(config: Any) -> nn.Module:
@@ -62,7 +37,7 @@ BASES = {
     "biases": lambda: build("phi2"),
     "conv1d": lambda: build("gpt2"),
     "gpt-oss": lambda: build("gpt-oss"),
-    "gpt-oss, packed": packed_gpt_oss,
+    "gpt-oss, packed": lambda: pack_like_a_checkpoint(build("gpt-oss")),
     "qwen3-moe": lambda: mixture(
         Qwen3MoeConfig(**SHAPE, moe_intermediate_size=24, num_experts=7, num_experts_per_tok=3, norm_topk_prob=True)
     ),
