@@ -70,6 +70,8 @@ adapters on every expert and router too. short: the tokens are samples of GSM8K'
 """
 STEPS = 3, 6
 """To warm up, and timed."""
+WARM = 6.0
+"""Seconds after which a card draws what its limit lets it."""
 
 
 def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
@@ -299,7 +301,10 @@ def like_gsm8k(tokens: int) -> tuple[int, ...]:
 
 
 def floor(workload: str, work: dict[str, Any]) -> dict[str, Any]:
-    """What no implementation avoids: the products of base and head, forward and backward, in bf16, and attention."""
+    """What no implementation avoids: the products of base and head, forward and backward, in bf16, and attention.
+
+    Each alone and cool; and `warm`, one after the other as in a step, for as long as a card needs to come to its limit.
+    """
     import torch
     from torch.nn import functional as F
 
@@ -311,23 +316,15 @@ def floor(workload: str, work: dict[str, Any]) -> dict[str, Any]:
     mlp = [(columns + wide, hidden), (hidden, wide)] if shape is PHI_2 else [(2 * wide, hidden), (hidden, wide)]
     products = [*([] if shape is PHI_2 else [(columns, hidden)]), (hidden, heads * width)]
     each = shape.get("num_experts_per_tok", 1)  # a mixture's rows, as if all went to one expert
+    layers = shape["num_hidden_layers"]
+    attending = layers // 2 if shape is GPT_OSS_20B else layers  # half of gpt-oss's have short windows
 
-    def seconds(call: Any) -> float:
-        for _turn in range(3):
-            call()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _turn in range(10):
-            call()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - started) / 10
-
-    def of(n: int, k: int, rows: int = rows) -> float:
+    def of(n: int, k: int, rows: int = rows) -> list[Any]:
         weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
         x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
         dy = torch.randn(rows, n, device="cuda", dtype=torch.bfloat16)
-        spent = seconds(lambda: torch.mm(x, weight.t())) + seconds(lambda: torch.mm(dy, weight))
-        return spent + (seconds(lambda: torch.mm(dy.t(), x)) if work.get("full") else 0)
+        calls = [lambda: torch.mm(x, weight.t()), lambda: torch.mm(dy, weight)]
+        return [*calls, lambda: torch.mm(dy.t(), x)] if work.get("full") else calls
 
     q, k, v = (
         torch.randn(work["samples"], count, work["length"], width, device="cuda", dtype=torch.bfloat16).requires_grad_()
@@ -338,14 +335,36 @@ def floor(workload: str, work: dict[str, Any]) -> dict[str, Any]:
         with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.CUDNN_ATTENTION]):
             F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).backward(torch.ones_like(q))
 
-    layers = shape["num_hidden_layers"]
-    of_layer = sum(of(*product) for product in products) + sum(of(*product, each * rows) for product in mlp)
-    of_products = layers * of_layer + of(shape["vocab_size"], hidden)
-    attending = layers // 2 if shape is GPT_OSS_20B else layers  # half of gpt-oss's have short windows
-    of_attention = attending * seconds(attend)
+    def seconds(calls: list[Any], lasting: float = 0.0) -> float:
+        """Of all the calls one after the other, ten times, once they have gone on for so long."""
+        began = time.perf_counter()
+        for turn in range(1_000_000):
+            if turn >= 3 and time.perf_counter() - began > lasting:
+                break
+            for call in calls:
+                call()
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _turn in range(10):
+            for call in calls:
+                call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - began) / 10
+
+    layer = [call for product in products for call in of(*product)]
+    layer += [call for product in mlp for call in of(*product, each * rows)]
+    head = of(shape["vocab_size"], hidden)
+    of_products = layers * sum(seconds([call]) for call in layer) + sum(seconds([call]) for call in head)
+    of_attention = attending * seconds([attend])
+    query = ["nvidia-smi", "--query-gpu=power.draw,clocks.sm", "--format=csv,noheader", "-lms", "500"]
+    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as watching:
+        warm = seconds([*layer * layers, *[attend] * attending, *head], lasting=WARM)
+        watching.terminate()
+        drawn = watching.communicate()[0].split("\n")[-2:][0]  # the last whole line
     result = dict(
         workload=workload, tool="floor", engine="floor", tokens_per_second=round(rows / (of_products + of_attention)),
         products_ms=round(1000 * of_products, 1), attention_ms=round(1000 * of_attention, 1),
+        warm_tokens_per_second=round(rows / warm), warm_ms=round(1000 * warm, 1), drawn=drawn,
     )  # fmt: skip
     return result | dict(peak_gib=0.0, first_step_s=0.0, losses=[], gpu=torch.cuda.get_device_name())
 
