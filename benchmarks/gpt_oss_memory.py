@@ -32,7 +32,7 @@ from afina.model.loss import summed_loss
 from afina.model.mxfp4 import pack_experts
 from afina.model.packed import packed_attention
 from afina.recipe.schema import Lora
-from afina.train.run import USABLE
+from afina.train.memory import USABLE
 
 SHAPES = {"20b": {"num_hidden_layers": 24, "num_local_experts": 32}, "120b": {}, "tiny": {"num_hidden_layers": 2}}
 SHAPES["tiny"] |= {"num_local_experts": 4, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 199}

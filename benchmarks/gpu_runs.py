@@ -112,7 +112,7 @@ def train(folder: Path, out: Path, overrides: list[str], fraction: float | None 
     if fraction is not None:
         torch.cuda.set_per_process_memory_fraction(fraction)
     if free is not None:
-        runs._free_bytes = lambda _engine, _hardware: free  # type: ignore[assignment]
+        runs._free_bytes = lambda *_of: free  # type: ignore[assignment]
     try:
         pipeline.train(folder / "recipe.yaml", out, overrides)
     except AfinaError as error:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from afina import __version__
-from afina.cli import chat, data, doctor, evaluate, export, init, push, rate, run, train
+from afina.cli import chat, data, doctor, evaluate, export, init, plan, push, rate, run, train
 from afina.cli.options import Debug, Json
 from afina.console import console
 from afina.errors import AfinaError, Interrupted, RecipeError
@@ -31,6 +31,9 @@ app = typer.Typer(
 app.command("run", help=_("Train, evaluate and export as a recipe says, skipping what is done."))(run.command)
 app.command("init", help=_("Lay out a project folder with a commented recipe."))(init.command)
 app.command("doctor", help=_("Say what this machine is, and what it can train."))(doctor.command)
+app.command("plan", help=_("Say whether a recipe fits the GPU, how long it takes, and what else it could be."))(
+    plan.command
+)
 app.command("train", help=_("Fine-tune as a recipe says; leaves a run folder."))(train.command)
 app.command("eval", help=_("Put a recipe's tasks to base, tuned, exported files, and anyone else."))(evaluate.command)
 app.command("rate", help=_("Rate the answers of a run by hand, blind: 1 to 5, or which of two is better."))(

@@ -126,6 +126,12 @@ def room_for_eight(engine: Engine, tokens: int, free_bytes: int, *, hold: bool, 
     return count_up(engine, Plan(tokens, [HERE] * len(engine.blocks)), Rates()).bytes + added <= free_bytes
 
 
+def held_in_eight(engine: Engine, tokens: int, free_bytes: int) -> tuple[bool, bool]:
+    """Whether there is room for four-bit weights held in eight, and for the head's too."""
+    hold = room_for_eight(engine, tokens, free_bytes, hold=True, head=False)
+    return hold, room_for_eight(engine, tokens, free_bytes, hold=hold, head=True)
+
+
 def head_goes_along(engine: Engine, form: Format, exact: Collection[str]) -> bool:
     """Whether the head's backward is in eight bits too where the layers are: e4m3 alone has the range for it."""
     return form is FP8 and HEAD not in exact and not engine.ends.passes_by and not engine.ends.learnt

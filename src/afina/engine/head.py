@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from afina.engine.block import added
-from afina.engine.elementwise import Norm, cross_entropy, norm, norm_backward, wide_product
+from afina.engine.elementwise import Norm, cross_entropy, norm, norm_backward, one_place, wide_product
 from afina.engine.offload import brought
 from afina.model.loss import Targeted
 
@@ -61,7 +61,7 @@ class Ends:
     @property
     def tied(self) -> bool:
         """Whether embedding and head are one."""
-        return self.embedding.data_ptr() == self.weight.data_ptr()
+        return self.embedding is self.weight
 
     def leave(self, which: Host) -> None:
         """Move an end, or both, into the computer's memory for good; they are frozen then.
@@ -84,7 +84,7 @@ class Ends:
         """Take over what has learnt in another precision."""
         places = [self.embedding, *([] if self.tied else [self.weight]), *([] if self.bias is None else [self.bias])]
         for place, parameter in zip(places, self.learnt, strict=False):
-            if place.data_ptr() != parameter.data_ptr():
+            if not one_place(place, parameter):
                 place.copy_(parameter.detach())
 
     def parameters(self) -> list[nn.Parameter]:

@@ -8,6 +8,7 @@ computer's memory and of reading and writing the GPU's own.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations, product
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,8 @@ PASSES = 9
 angles, sums, low-rank terms. Steps of an 8B on an H200 were 9.3 in bf16 and 9.0 in e4m3."""
 ATTENTION = 3.5 / 0.47
 """How often a forward's scores and sums are multiplied in all, over the share of a product's rate they are done at."""
+PLACES = ("cuda", "meta")
+"""Where tensors may wait in the computer's memory instead. Those without memory stand for a GPU's, see forecast/."""
 WORKSPACE = 96 * 2**20
 """Bytes that cuBLAS and cuDNN take for themselves."""
 
@@ -64,7 +67,8 @@ def ladder(names: frozenset[str]) -> list[Placement]:
 class Plan:
     """How a micro-batch of `tokens` is run, the `bytes` it takes beside the weights and the time it should take.
 
-    held: so many of the last layers keep their four-bit weights unpacked.
+    held: so many of the last layers keep their four-bit weights unpacked. Of the bytes, `saved` wait for the backward
+    on the GPU and `head` are the loss's own; `away` more wait in the computer's memory.
     """
 
     tokens: int
@@ -74,6 +78,9 @@ class Plan:
     bytes: int = 0
     microseconds: float = 0.0
     held: int = 0
+    saved: int = 0
+    head: int = 0
+    away: int = 0
 
     @property
     def arithmetic(self) -> str:
@@ -117,7 +124,7 @@ def choose(
 
 def _candidates(engine: "Engine", tokens: int, least: int, longest: int, rates: Rates) -> Iterator[Plan]:
     layers, rungs = len(engine.blocks), ladder(frozenset(engine.blocks[0].saves(1)))
-    on_gpu = engine.device.type == "cuda"
+    on_gpu = engine.device.type in PLACES
     usable = [number for number, rung in enumerate(rungs) if on_gpu or not rung.away]
     mixes = {mix for low, high in combinations(usable, 2) for mix in _mixes((low, high), layers, len(rungs))}
     if on_gpu:  # some layers wait, as many as copies have time for; some are made again
@@ -126,9 +133,10 @@ def _candidates(engine: "Engine", tokens: int, least: int, longest: int, rates: 
     if on_gpu and not engine.ends.learnt:
         hosts = ["neither", "both"] if engine.ends.tied else ["neither", "embedding", "both"]
     while True:
+        same = _Same(engine, tokens, rates, longest)
         for host in hosts:
             for mix in mixes:
-                yield count_up(engine, Plan(tokens, spread(rungs, mix), host=host), rates, longest)
+                yield count_up(engine, Plan(tokens, spread(rungs, mix), host=host), rates, longest, same)
         if tokens // 2 < least:
             return
         tokens //= 2
@@ -154,22 +162,53 @@ def spread(rungs: Sequence[Placement], counts: Sequence[int]) -> list[Placement]
     return [rungs[-rung] for _place, rung in places][:layers] + [rungs[lowest]] * end
 
 
-def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = None) -> Plan:
+@dataclass(frozen=True)
+class _Same:
+    """What all plans of an engine have in common that compute so many tokens at once."""
+
+    engine: "Engine"
+    tokens: int
+    rates: Rates
+    longest: int | None
+
+    @cached_property
+    def between(self) -> float:
+        """See _between."""
+        return _between(self.engine, self.tokens, self.longest, self.rates)
+
+    @cached_property
+    def gradients(self) -> int:
+        """Bytes of those of a layer."""
+        return sum(by.numel() * by.element_size() for by in self.engine.blocks[0].parameters())
+
+    @cached_property
+    def weights(self) -> dict[tuple[Placement, int], "_Weight"]:
+        """Of each rung that was asked for, and how many rows go through the widest products at once."""
+        return {}
+
+    def weight(self, rung: Placement, rows: int) -> "_Weight":
+        """See _weigh."""
+        if (found := self.weights.get((rung, rows))) is None:
+            found = self.weights[rung, rows] = _weigh(self.engine.blocks[0], rung, self.tokens, rows)
+        return found
+
+
+def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = None, same: _Same | None = None) -> Plan:
     """The plan with its bytes and microseconds: what lies on the GPU at the head and in each layer's backward.
 
     longest: tokens of a sample, unset all; rows of shorter ones take less time.
     """
+    same = same or _Same(engine, plan.tokens, rates, longest)
     tokens, element, layers = plan.tokens, engine.dtype.itemsize, len(engine.blocks)
     block, ends = engine.blocks[0], engine.ends
     cut = all(placement.again for placement in plan.placements) and tokens > ROWS_AT_ONCE
     cut = cut and "gate_up" in block.saves(1)
     hidden, vocabulary = block.products[0].k, ends.weight.shape[0]
-    weighed = {rung: _weigh(block, rung, tokens, ROWS_AT_ONCE if cut else tokens) for rung in set(plan.placements)}
-    rungs = [weighed[placement] for placement in plan.placements]
-    gradients = sum(by.numel() * by.element_size() for by in block.parameters())
+    rungs = [same.weight(placement, ROWS_AT_ONCE if cut else tokens) for placement in plan.placements]
     of_head = 4 * vocabulary * hidden if ends.learnt else 0
-    standing = sum(rung.kept for rung in rungs) * element
-    needed = standing + of_head + ends.at_work(tokens, plan.host) + 4 * tokens * hidden * element
+    saved = standing = sum(rung.kept for rung in rungs) * element
+    at_head = of_head + ends.at_work(tokens, plan.host) + 4 * tokens * hidden * element
+    needed = saved + at_head
     behind = 0
     for number, rung in enumerate(rungs):
         settled = number == layers - 1 and not rung.away  # else what two layers send is still leaving
@@ -178,13 +217,13 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
         behind += rung.kept
     for number in range(layers - 1, -1, -1):
         here = rungs[number].away + (rungs[number - 1].away if number else 0) + rungs[number].work
-        needed = max(needed, standing + here * element + of_head + gradients * (layers - number))
+        needed = max(needed, standing + here * element + of_head + same.gradients * (layers - number))
         standing -= rungs[number].kept * element
     needed += WORKSPACE + engine.to_come - ends.spared(plan.host)
     copying = sum(rung.away for rung in rungs) * element / rates.copies
     passes = 3 if ends.learnt else 2
     base = (block.multiply_adds() * layers / rates.products + vocabulary * hidden / rates.exact) * tokens
-    again, between = sum(rung.again for rung in rungs) / rates.products, _between(engine, tokens, longest, rates)
+    again, between = sum(rung.again for rung in rungs) / rates.products, same.between
     forward, backward = base + between / 3, (passes - 1) * base + again + between * 2 / 3
     microseconds = max(forward, copying) + max(backward, copying) + MEANWHILE * 2 * copying
     if plan.host == "both":
@@ -192,7 +231,9 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
         microseconds += vocabulary * hidden * (2 * times * element / rates.copies + tokens / rates.exact)
     launching = LAYER_US * layers + AWAY_US * sum(len(placement.away) for placement in plan.placements)
     microseconds = max(microseconds, launching) + OVERHEAD * launching
-    return replace(plan, rows_at_once=ROWS_AT_ONCE if cut else 0, bytes=int(needed), microseconds=microseconds)
+    parts = {"saved": saved, "head": at_head, "away": sum(rung.away for rung in rungs) * element}
+    rows_at_once = ROWS_AT_ONCE if cut else 0
+    return replace(plan, rows_at_once=rows_at_once, bytes=int(needed), microseconds=microseconds, **parts)
 
 
 def _between(engine: "Engine", tokens: int, longest: int | None, rates: Rates) -> float:

@@ -59,12 +59,7 @@ def check_room(
         return
     with closing(Source(base)) as source:
         shapes = [source.stored_shape(name) for name in source.names()]
-    weights = sum(map(math.prod, shapes))
-    width = DTYPES[recipe.export.precision].itemsize
-    needed = weights * width
-    if "nf4" in formats:  # a byte a weight is more than it takes; and for a while there is the sum with a plain base
-        needed += weights * (1 + width * (recipe.model.quantization != "none"))
-    needed += sum(planned_bytes(base, kind) for kind in formats if kind in FORMATS)
+    needed = needed_on_disk(base, sum(map(math.prod, shapes)), formats, recipe)
     free = durable.free_bytes(out)
     console.line(
         _("Takes {needed} of the disk, of which {free} are free, and {memory} of memory, pages of files apart.").format(
@@ -78,6 +73,15 @@ def check_room(
             ),
             hint=_("Free some space, name fewer formats with --to, or set export.precision to bf16."),
         )
+
+
+def needed_on_disk(base: Path, weights: int, formats: Sequence[str], recipe: Recipe) -> int:
+    """Bytes of an export of a model of so many weights. Raises ModelError where a format cannot hold it."""
+    width = DTYPES[recipe.export.precision].itemsize
+    needed = weights * width
+    if "nf4" in formats:  # a byte a weight is more than it takes; and for a while there is the sum with a plain base
+        needed += weights * (1 + width * (recipe.model.quantization != "none"))
+    return needed + sum(planned_bytes(base, kind) for kind in formats if kind in FORMATS)
 
 
 def _memory(shapes: Sequence[tuple[int, ...]], recipe: Recipe, adapter: Path) -> int:

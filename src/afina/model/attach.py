@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -75,10 +75,7 @@ def attach(
 
 def _attach_full(model: nn.Module, method: Full) -> nn.Module:
     if is_quantised(model):
-        raise ModelError(
-            _("A quantised base cannot learn itself: method full needs plain weights."),
-            hint=_("Take method lora, or a checkpoint of plain weights."),
-        )
+        refuse_quantised()
     refuse_packed(model)
     if method.layers is None:
         return model.float().requires_grad_(True)
@@ -87,6 +84,14 @@ def _attach_full(model: nn.Module, method: Full) -> nn.Module:
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return model
+
+
+def refuse_quantised() -> NoReturn:
+    """Raises ModelError: every weight is to learn, and they are held in too few bits."""
+    raise ModelError(
+        _("A quantised base cannot learn itself: method full needs plain weights."),
+        hint=_("Take method lora, or a checkpoint of plain weights."),
+    )
 
 
 def _check_beginning(model: nn.Module, init: str) -> None:

@@ -14,7 +14,17 @@ from afina.model.as_stored import compute_in_fp32
 from afina.model.foreign import check_weights, checked_config, quantised_as, read_config
 from afina.model.gguf_start import figures, is_packed, kind_of, read_tensors
 from afina.model.mxfp4 import PACKED, pack_experts, packed_experts, unpack_experts
-from afina.model.quantize import HELD, UNNEEDED, absent, check_layers, dequantised, held_in, made_portable, settings
+from afina.model.quantize import (
+    HELD,
+    UNNEEDED,
+    absent,
+    check_layers,
+    dequantised,
+    held_in,
+    how_held,
+    made_portable,
+    settings,
+)
 from afina.model.virtual import virtual_tokens
 from afina.recipe.schema import Model
 
@@ -130,6 +140,33 @@ def load_model(
     return compute_in_fp32(loaded) if held else loaded
 
 
+def skeleton(source: str, wanted: Model, dtype: torch.dtype, layers: int | None = None) -> tuple[nn.Module, str | None]:
+    """The model that `load_model` would load, without its weights: on the device `meta`, its layers plain, but for
+    experts in MXFP4, which are packed; and nf4, fp4 or int8 where they are to be held so. Reads figures alone. `layers`: no more than so many.
+
+    Raises ModelError for a folder or name that is none.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from afina.model.attention import NAME as CAREFUL
+
+    try:
+        config = _configuration(source, wanted.revision, GgufFile(source) if source.endswith(".gguf") else None)
+        family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        packed, kind = _take_experts(config), how_held(wanted, config)
+        _cut(config, layers)
+        with torch.device("meta"):
+            made = (_with_packed(family) if packed and wanted.experts == "packed" else family)._from_config(
+                config, dtype=dtype, attn_implementation="sdpa" if _knows_sdpa(family, config) else CAREFUL
+            )
+    except AfinaError:
+        raise
+    except Exception as error:
+        raise _unloadable(source, str(error).strip().split("\n")[0] or type(error).__name__) from error
+    model: nn.Module = made
+    return model.eval(), kind
+
+
 def without_dropout(model: nn.Module) -> float:
     """Turn the base's own dropout off (Phi-2's is 0.1), so that the recipe alone says what is dropped while tuning.
 
@@ -173,6 +210,17 @@ def _configuration(source: str, revision: str | None, file: GgufFile | None) -> 
     if (quantised := quantised_as(given, source)) is not None:
         config.quantization_config = quantised
     return config
+
+
+def _cut(config: Any, layers: int | None) -> None:
+    """Leave the first layers of a model, and of what its configuration says of each."""
+    count = int(config.num_hidden_layers)
+    if layers is None or layers >= count:
+        return
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == count:
+            setattr(config, key, value[:layers])
+    config.num_hidden_layers = layers
 
 
 def _knows_sdpa(family: Any, config: Any) -> bool:

@@ -352,4 +352,9 @@ def _groups(
     return groups, inverse.to(device)
 
 
+def remember_layout(lengths: tuple[int, ...]) -> None:
+    """Work out where samples of these lengths are gathered, off a GPU: tensors without numbers could not."""
+    _groups(lengths, torch.device("cpu"))
+
+
 AttentionInterface.register(NAME, _attend)

@@ -91,11 +91,10 @@ def held_in(config: Any) -> str | None:
     return str(stated.get("bnb_4bit_quant_type", "fp4")) if stated.get("load_in_4bit") else None
 
 
-def settings(wanted: Model, config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any] | None:
-    """What BitsAndBytesConfig takes, None for a model that needs none: plain, or quantised in its checkpoint.
+def how_held(wanted: Model, config: Any) -> str | None:
+    """nf4, fp4 or int8 where the base's layers are to be held so, as the recipe wants or the checkpoint is; else None.
 
-    Raises RecipeError where recipe and checkpoint disagree, ModelError for a quantisation that is not bitsandbytes',
-    ResourceError where bitsandbytes is missing or does not serve the device.
+    Raises RecipeError where the two disagree, ModelError for a quantisation that is not bitsandbytes'.
     """
     there, kind = held_in(config), wanted.quantization
     if there is not None and there not in HELD:
@@ -112,7 +111,16 @@ def settings(wanted: Model, config: Any, device: torch.device, dtype: torch.dtyp
             ),
             hint=_("Leave model.quantization out, or name a checkpoint of plain weights."),
         )
-    if there is None and kind == "none":
+    return there or (None if kind == "none" else kind)
+
+
+def settings(wanted: Model, config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any] | None:
+    """What BitsAndBytesConfig takes, None for a model that needs none: plain, or quantised in its checkpoint.
+
+    Raises what `how_held` raises, and ResourceError where bitsandbytes is missing or does not serve the device.
+    """
+    kind = how_held(wanted, config)
+    if kind is None:
         return None
     bitsandbytes()
     if device.type not in ("cpu", "cuda"):
@@ -120,7 +128,7 @@ def settings(wanted: Model, config: Any, device: torch.device, dtype: torch.dtyp
             _("model.quantization: bitsandbytes does not serve {device} devices.").format(device=device.type),
             hint=_("Set model.device to cpu, or model.quantization to none."),
         )
-    if there is not None:
+    if held_in(config) is not None:
         return None
     if kind == "int8":
         return {"load_in_8bit": True}

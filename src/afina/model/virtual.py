@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -115,16 +116,20 @@ def _packed(whole: nn.Module, inputs: dict[str, Any], batch: Row, prompt: torch.
     """Every sample of the row moves to the right by its own virtual tokens and those before it."""
     lengths, count = batch.lengths or (), prompt.shape[0]
     device = batch.input_ids.device
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+    repeats = torch.tensor(lengths)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), repeats, output_size=sum(lengths)).to(device)
     places = torch.arange(owner.numel(), device=device) + count * (owner + 1)
     total = owner.numel() + count * len(lengths)
-    free = torch.ones(total, dtype=torch.bool, device=device)
-    free[places] = False
+    own = torch.arange(count, device=device)
+    firsts = torch.tensor([0, *accumulate(lengths)][:-1], device=device) + count * torch.arange(
+        len(lengths), device=device
+    )
+    virtual = (firsts[:, None] + own).flatten()
     order = torch.empty(total, dtype=torch.long, device=device)
-    order[free] = torch.arange(count, device=device).repeat(len(lengths))
+    order[virtual] = own.repeat(len(lengths))
     order[places] = torch.arange(owner.numel(), device=device) + count
     positions = torch.empty(total, dtype=torch.long, device=device)
-    positions[free] = order[free]
+    positions[virtual] = order[virtual]
     positions[places] = batch.position_ids[0] + count
     row = torch.cat([prompt, inputs["inputs_embeds"][0]])[order][None]
     inputs = {"inputs_embeds": row, "position_ids": positions[None], "attention_mask": None}
@@ -163,7 +168,7 @@ def _noised(embeds: torch.Tensor, batch: Row, alpha: float) -> torch.Tensor:
     """Uniform noise of at most alpha / sqrt(length of the sample * width), Jain et al., 2023, arXiv:2310.05914."""
     if batch.lengths is not None:
         counts = torch.tensor(batch.lengths)
-        lengths = torch.repeat_interleave(counts, counts).to(embeds.device)[None]
+        lengths = torch.repeat_interleave(counts, counts, output_size=sum(batch.lengths)).to(embeds.device)[None]
     elif batch.attention_mask is not None:
         lengths = batch.attention_mask.sum(1, keepdim=True)
     else:

@@ -4,6 +4,7 @@ Bytes are round numbers: what they choose is a method, not a batch; the engine m
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,19 @@ def advise(base: str, rows: int | None, memory: float, *, gpu: bool) -> Advice:
     return choose(parameters, rows, memory, gpu=gpu)
 
 
-def choose(parameters: float, rows: int | None, memory: float, *, gpu: bool) -> Advice:
-    """The method for so many parameters."""
-    wanted, room = needs(parameters, gpu=gpu), USABLE * memory
+def choose(
+    parameters: float,
+    rows: int | None,
+    memory: float,
+    *,
+    gpu: bool,
+    weighed: Mapping[str, float] | None = None,
+    room: float | None = None,
+) -> Advice:
+    """The method for so many parameters. weighed: bytes that methods take, where that was counted; room: bytes that may
+    be taken of the memory, where that is known."""
+    guessed, room = needs(parameters, gpu=gpu), USABLE * memory if room is None else room
+    wanted = {method: (weighed or {}).get(method, guess) for method, guess in guessed.items()}
     fits = [method for method, bytes_wanted in wanted.items() if bytes_wanted <= room]
     facts = {"billions": parameters / 1e9, "memory": size(memory), "rows": rows or 0}
     facts |= {method: size(bytes_wanted) for method, bytes_wanted in wanted.items()}

@@ -3,6 +3,7 @@
 Less at once changes memory and speed, never the experiment: the same samples, order, schedule and dropout seeds.
 """
 
+import heapq
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -12,11 +13,18 @@ from typing import Any, TypeVar
 import torch
 
 from afina.data.batch import Batch
+from afina.data.template import Rendered
 from afina.errors import ResourceError
 from afina.language import _
 from afina.model.load import Hardware
+from afina.recipe.schema import Recipe, Training
+from afina.train.optimizer import moments
 
 T = TypeVar("T")
+MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "mps": 4096}
+"""Computed at once where the recipe says nothing: enough to fill the device, little enough to fit by the weights."""
+USABLE = 0.92
+"""Of the memory that is free on a GPU; the rest is for what fragments and for other programs' sudden needs."""
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 """What CUDA, MPS and the CPU's allocator say, in lower case."""
 
@@ -42,6 +50,29 @@ class Room:
         before, self.tokens = self.tokens, max(1, min(self.tokens, largest.input_ids.numel()) // 2)
         self.history.append({"step": step, "before": before, "after": self.tokens})
         return {"kind": "memory", **self.history[-1]}
+
+
+def at_once(recipe: Recipe, device: str, extra: int) -> int:
+    """The most tokens that are computed at once on a kind of device, before memory is looked at.
+
+    extra: virtual tokens before each sample.
+    """
+    most = max(recipe.model.max_length + extra, MICRO_BATCH_TOKENS[device])
+    return recipe.training.micro_batch_tokens or most
+
+
+def left_for_a_pass(free: int, learning: Sequence[torch.nn.Parameter], training: Training) -> int:
+    """Bytes of a GPU's free memory that a forward and backward pass may take: beside the optimiser's moments, which are
+    still to come, and the gradients of the micro-batches before."""
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in learning)
+    return int(free * USABLE) - gradients - moments(learning, training)
+
+
+def longest(rows: Sequence[Rendered], training: Training) -> list[int]:
+    """The longest samples, as many as a step may hold: they fill the largest micro-batch there can be."""
+    lengths = [int(row.ids.size) for row in rows]
+    count = training.batch_size if training.batch_tokens is None else 1 + training.batch_tokens // min(lengths)
+    return heapq.nlargest(count, range(len(rows)), lengths.__getitem__)
 
 
 def within_memory(compute: Callable[[], T]) -> T | None:

@@ -9,10 +9,12 @@ from torch import nn
 from afina.artifact import MANIFEST, open_artifact
 from afina.console import Console
 from afina.data.tokenizer import Tokenizer
+from afina.engine.families import why_not
 from afina.errors import ModelError, RecipeError
 from afina.language import _
 from afina.model.attach import attach, learning, recompute
 from afina.model.load import Hardware, limit_of, load_model, without_dropout
+from afina.model.packed import covers
 from afina.model.quantize import quantisation, weights_in
 from afina.model.saved import start_from
 from afina.model.virtual import is_prefix, virtual_tokens
@@ -44,7 +46,7 @@ def open_model(
     model = attach(loaded, method, seed=recipe.seed, text_ids=begin, plain=plain, tokens=tokenizer.turn_tokens)
     if adapter is not None:
         start_from(model, adapter)
-    _check_context(model, recipe)
+    check_context(model, recipe)
     if recipe.training.gradient_checkpointing:
         recompute(model)
     counts = {
@@ -96,8 +98,22 @@ def adapter_of(recipe: Recipe, folder: Path, base: dict[str, str] | None) -> Pat
     return place
 
 
-def why_reference(model: nn.Module, recipe: Recipe) -> str | None:
-    """What the recipe asks for that only the reference does; None where the engine may be asked."""
+def left_to_the_reference(model: nn.Module, recipe: Recipe) -> str | None:
+    """The sentence on why the reference trains this model; None where the fused engine may try."""
+    packing = recipe.training.packing and covers(model)
+    if recipe.training.engine == "reference":
+        return _("reference (transformers + PEFT), as the recipe asks")
+    if not packing and recipe.training.packing:
+        return _("reference (transformers + PEFT), padded: {reason}").format(reason=_why_padded(model))
+    if not packing:
+        return _("reference (transformers + PEFT), as batches are padded")
+    if reason := _why_reference(model, recipe) or why_not(model):
+        return _("reference (transformers + PEFT) with packed attention: {reason}").format(reason=reason)
+    return None
+
+
+def _why_reference(model: nn.Module, recipe: Recipe) -> str | None:
+    """What the recipe asks for that only the reference does."""
     if virtual_tokens(model):
         return _("virtual tokens stand before each sample")
     if recipe.training.neftune_alpha is not None:
@@ -105,14 +121,15 @@ def why_reference(model: nn.Module, recipe: Recipe) -> str | None:
     return None
 
 
-def why_padded(model: nn.Module) -> str:
+def _why_padded(model: nn.Module) -> str:
     """Why the samples of this model lie in rows of their own, though the recipe would pack them."""
     if is_prefix(model):
         return _("prefix tuning puts keys before each row, so a row holds one sample")
     return _("packed attention would not be exact for this model")
 
 
-def _check_context(model: nn.Module, recipe: Recipe) -> None:
+def check_context(model: nn.Module, recipe: Recipe) -> None:
+    """Raises RecipeError where samples may be longer than the model was made for."""
     limit, wanted, count = limit_of(model), recipe.model.max_length, virtual_tokens(model)
     if limit is None or wanted <= limit:
         return

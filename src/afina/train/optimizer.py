@@ -16,6 +16,8 @@ from afina.recipe.schema import Training
 
 BETAS = (0.9, 0.999)
 LION_BETAS = (0.9, 0.99)
+EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256
+"""Elements of a parameter from which bitsandbytes keeps moments in eight bits, and how many of them share a scale."""
 Parameters = Mapping[str, nn.Parameter]
 Groups = list[dict[str, Any]]
 
@@ -140,6 +142,23 @@ def _fill(optimizer: torch.optim.Optimizer, start: Callable[[nn.Parameter], dict
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = start(parameter)
+
+
+def moments(learning: Iterable[torch.Tensor], training: Training, outside: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes that the optimiser of `training` keeps of these parameters; `outside`: see make_optimizer."""
+    ends = {id(parameter) for parameter in outside}
+    return sum(_kept(parameter, training.optimizer, id(parameter) in ends) for parameter in learning)
+
+
+def _kept(parameter: torch.Tensor, kind: str, outside: bool) -> int:
+    count, width = parameter.numel(), parameter.element_size()
+    if kind == "adafactor" and parameter.ndim >= 2:
+        return width * (count // parameter.shape[-1] + count // parameter.shape[-2])
+    if kind in ("lion", "adafactor") or (kind == "muon" and parameter.ndim == 2 and not outside):
+        return width * count
+    if kind.endswith("8bit"):
+        return 2 * (count + 4 * -(-count // EIGHT_BIT_BLOCK)) if count >= EIGHT_BIT_FROM else 8 * count
+    return 2 * width * count
 
 
 def _two_moments(parameter: nn.Parameter) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 Knows nothing of evaluation, export or where the folder will finally lie.
 """
 
-import heapq
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -24,9 +23,8 @@ from afina.data.cache import FOLDER
 from afina.data.load_tokenizer import load_tokenizer
 from afina.data.order import order_of
 from afina.data.template import Rendered, Renderer
-from afina.engine.eight_gate import room_for_eight, try_eight_bits
+from afina.engine.eight_gate import held_in_eight, try_eight_bits
 from afina.engine.engine import Engine
-from afina.engine.families import why_not
 from afina.engine.proof import prove
 from afina.errors import Interrupted, ResourceError
 from afina.language import _
@@ -44,8 +42,8 @@ from afina.train.keeper import Keeper
 from afina.train.kept_plan import keep_plan, kept_plan
 from afina.train.looking import Looking, OnEvaluate
 from afina.train.loop import LossFunction, accumulate, measure, train
-from afina.train.memory import Room, within_memory
-from afina.train.opening import adapter_of, open_model, why_padded, why_reference
+from afina.train.memory import Room, at_once, left_for_a_pass, longest, within_memory
+from afina.train.opening import adapter_of, left_to_the_reference, open_model
 from afina.train.plan import Plan
 from afina.train.record import Record
 from afina.train.repeats import WATCHED, notice, repeated
@@ -56,15 +54,8 @@ from afina.train.state import begin
 from afina.train.stop import Stop
 from afina.train.surroundings import surroundings
 
-MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "mps": 4096}
-"""Computed at once where the recipe says nothing: enough to fill the device, little enough to fit by the weights."""
 BACKWARD_WORK = 3
 """A learnt token costs about three times a token that is only looked at."""
-
-USABLE = 0.92
-"""Of the memory that is free on a GPU; the rest is for what fragments and for other programs' sudden needs."""
-STANDING = 3
-"""Beside what learns: its two moments, and the gradients of the micro-batches before."""
 PROOF_TOKENS = 512
 """On so many tokens of the first step the fused engine is compared with the reference."""
 
@@ -139,8 +130,7 @@ def _run_loop(
     order = order_of([row.ids.size for row in examples.train], training, recipe.seed)
     steps = training.steps or order.steps
     extra = virtual_tokens(model)
-    most = max(recipe.model.max_length + extra, MICRO_BATCH_TOKENS[hardware.device.type])
-    room = Room(training.micro_batch_tokens or most)
+    room = Room(at_once(recipe, hardware.device.type, extra))
 
     def lay_out(rows: Sequence[Rendered], samples: Sequence[int]) -> list[Batch]:
         return micro_batches(rows, samples, budget=room.tokens, packing=packing, pad_id=pad_id, extra=extra)
@@ -154,7 +144,7 @@ def _run_loop(
 
     first = lay_out(examples.train, _few(examples.train, order.step(0)))[0]
     with packed_attention(model, packing):
-        loss_fn, engine = _choose_engine(model, recipe, hardware, first if packing else None, room, place)
+        loss_fn, engine = _choose_engine(model, recipe, hardware, first, room, place)
     console.line(_("Engine    {engine}").format(engine=engine))
     again = repeated(examples.train)
     if told := notice(again, len(examples.train), order.epoch(steps), lambda sample: examples.origin[sample].where):
@@ -194,8 +184,8 @@ def _run_loop(
         session = Session(plan, console, progress, record, keeper, stop, room)
         session.go_on(state)
         try:
-            longest = _longest(examples.train, training)
-            session.try_memory(lambda: lay_out(examples.train, longest), once, state)
+            fullest = longest(examples.train, training)
+            session.try_memory(lambda: lay_out(examples.train, fullest), once, state)
             train(
                 model,
                 lambda step: lay_out(examples.train, order.step(step)),
@@ -215,29 +205,25 @@ def _run_loop(
 
 
 def _choose_engine(
-    model: nn.Module, recipe: Recipe, hardware: Hardware, first: Batch | None, room: Room, place: Path
+    model: nn.Module, recipe: Recipe, hardware: Hardware, first: Batch, room: Room, place: Path
 ) -> tuple[LossFunction, str]:
-    """The loss function that trains, and a sentence on which engine it is and why. `first`: a packed batch, if packed.
+    """The loss function that trains, and a sentence on which engine it is and why. `first`: a batch of the first step's.
 
     The fused engine proves itself on that batch against the reference; on a mismatch the reference trains. On a GPU it
     plans what fits, as in the sitting before where it still does: `room` shrinks to that.
     """
     plain = partial(summed_loss, noise=recipe.training.neftune_alpha or 0.0)
-    if recipe.training.engine == "reference":
-        return plain, _("reference (transformers + PEFT), as the recipe asks")
-    if first is None and recipe.training.packing:
-        return plain, _("reference (transformers + PEFT), padded: {reason}").format(reason=why_padded(model))
-    if first is None:
-        return plain, _("reference (transformers + PEFT), as batches are padded")
-    if reason := why_reference(model, recipe) or why_not(model):
-        return plain, _("reference (transformers + PEFT) with packed attention: {reason}").format(reason=reason)
+    if (said := left_to_the_reference(model, recipe)) is not None:
+        return plain, said
     engine, batch = Engine(model, hardware.dtype), first.to(hardware.device)
     model.train()
     planned = False
 
     def plan() -> None:
         nonlocal planned
-        found = engine.plan(room.tokens, recipe.model.max_length, _free_bytes(engine, hardware), kept_plan(place))
+        found = engine.plan(
+            room.tokens, recipe.model.max_length, _free_bytes(engine, hardware, recipe.training), kept_plan(place)
+        )
         keep_plan(place, found)
         room.tokens = found.tokens
         planned = True
@@ -262,9 +248,7 @@ def _choose_engine(
         )
     said = _("exact products")
     if recipe.training.products != "exact":
-        fits = partial(room_for_eight, engine, room.tokens, _free_bytes(engine, hardware))
-        hold = fits(hold=True, head=False)
-        head = fits(hold=hold, head=True)
+        hold, head = held_in_eight(engine, room.tokens, _free_bytes(engine, hardware, recipe.training))
         said = try_eight_bits(engine, batch, recipe.training.products, hold=hold, head=head)
     if hardware.device.type == "cuda" and not planned:
         plan()
@@ -281,20 +265,12 @@ def _surroundings(hardware: Hardware, loss_fn: LossFunction, place: Path) -> dic
     return surroundings(str(hardware), "fused" if fused else "reference", None if plan is None else plan.arithmetic)
 
 
-def _free_bytes(engine: Engine, hardware: Hardware) -> int:
+def _free_bytes(engine: Engine, hardware: Hardware, training: Training) -> int:
     """Of the GPU's memory, beside the optimiser's moments that are still to come; off a GPU nothing runs short."""
     if hardware.device.type != "cuda":
         return sys.maxsize
     torch.cuda.empty_cache()
-    learnt = sum(parameter.numel() * parameter.element_size() for parameter in engine.parameters)
-    return int(torch.cuda.mem_get_info(hardware.device)[0] * USABLE) - STANDING * learnt
-
-
-def _longest(rows: Sequence[Rendered], training: Training) -> list[int]:
-    """The longest samples, as many as a step may hold: they fill the largest micro-batch there can be."""
-    lengths = [int(row.ids.size) for row in rows]
-    count = training.batch_size if training.batch_tokens is None else 1 + training.batch_tokens // min(lengths)
-    return heapq.nlargest(count, range(len(rows)), lengths.__getitem__)
+    return left_for_a_pass(torch.cuda.mem_get_info(hardware.device)[0], engine.parameters, training)
 
 
 def _few(rows: Sequence[Rendered], samples: Sequence[int]) -> list[int]:
