@@ -22,8 +22,17 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core
 
 DOORS = {
     # The floor of all computing rooms. Not: the ground floor, recipe/, cli/, serve/terminal.py, pipeline.py.
-    "torch": ("model/", "engine/", "train/", "data/batch.py", "evaluate/systems/", "export/", "serve/speakers.py"),
-    "numpy": ("gguf_file.py", "data/", "engine/", "evaluate/", "export/", "model/"),
+    "torch": (
+        "model/",
+        "engine/",
+        "train/",
+        "data/batch.py",
+        "evaluate/systems/",
+        "export/",
+        "forecast/",
+        "serve/speakers.py",
+    ),
+    "numpy": ("gguf_file.py", "data/", "engine/", "evaluate/", "export/", "forecast/", "model/"),
     "triton": ("engine/",),
     # Models come in through load; generate, attention and tokenizer hold what only transformers can name.
     "transformers": (
@@ -113,7 +122,7 @@ BROAD = {
     "model/translator.py": 1,  # what transformers raises on a damaged folder is anything at all
     "export/push.py": 1,  # what the hub, its client and the network raise has no one parent
     "train/keeper.py": 1,  # in a thread, what is not caught is told to nobody
-    "model/load.py": 1,  # what transformers raises on a damaged folder is anything at all
+    "model/load.py": 2,  # what transformers raises on a damaged folder is anything at all, with weights and without
     "model/saved.py": 3,  # the same of PEFT; and safetensors hides a full disk in an exception of its own
 }
 """`except Exception`, `except BaseException` and bare `except`, counted."""

@@ -35,7 +35,7 @@ _HOMES = {
     "init": ("afina.pipeline", "init"),
     "export_ratings": ("afina.pipeline", "export_ratings"),
     "open_artifact": ("afina.artifact", "open_artifact"),
-    "plan": ("afina.pipeline", "plan"),
+    "plan": ("afina.planning", "plan"),
     "rate": ("afina.pipeline", "rate"),
     "run": ("afina.pipeline", "run"),
     "train": ("afina.pipeline", "train"),

@@ -21,6 +21,8 @@ from afina import durable
 from afina.errors import AfinaError, OutputError
 from afina.language import _
 
+RUNS = Path("runs")
+"""Where run folders go when no place is named."""
 MANIFEST = "manifest.json"
 FORMAT = 1
 MANIFEST_BYTES = 2**26

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from afina import durable
-from afina.artifact import MANIFEST, Artifact, open_artifact, parent, seal, sha256, source_digest, versions
+from afina.artifact import MANIFEST, RUNS, Artifact, open_artifact, parent, seal, sha256, source_digest, versions
 from afina.beside import begun
 from afina.console import console, size
 from afina.errors import OutputError, RecipeError, ResourceError
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from afina.data.conversation import Sample
     from afina.export.certificate import Right
 
-RUNS = Path("runs")
-"""Where run folders go when no place is named."""
 WORKPLACE = ".evaluating"
 """The folder whose lock says that a run is being evaluated."""
 DERIVED = ("report.html", "report.md", "report.json")
@@ -85,44 +83,6 @@ def train(
     draw(place)
     say_trained(facts, place)
     return place
-
-
-def plan(
-    recipe: str | Path, overrides: Sequence[str] = (), *, gpu: str | None = None, memory: float | None = None
-) -> dict[str, Any]:
-    """Say whether a recipe will fit, how long it takes, and what else it could be; returns all of it as plain values.
-
-    `gpu` names a card that is not here, `memory` its GiB. Loads no weights and trains nothing. Raises AfinaError for
-    what would end a training before its first step, but for memory, which `fits` tells.
-    """
-    from afina.forecast.gpus import find, named
-
-    wanted, folder = load(Path(recipe), overrides), Path(recipe).resolve().parent
-    card = named(gpu) if gpu is not None and memory is None else find(gpu or "", memory)
-
-    from afina.model.load import spare_imports
-
-    spare_imports()
-    from afina.data.cache import FOLDER
-    from afina.forecast.foresee import foresee
-    from afina.forecast.said import facts_of, say
-
-    _check_formats(wanted, folder)
-    console.heading(_("Planning {name}").format(name=wanted.name))
-    with places_told(Path(recipe), overrides):
-        found = foresee(
-            wanted,
-            folder,
-            lambda change: load(Path(recipe), [*overrides, *change]),
-            RUNS / FOLDER,
-            card,
-            memory,
-            console,
-        )
-    say(found, console)
-    facts = facts_of(found)
-    console.event("plan", **facts)
-    return facts
 
 
 def evaluate(
@@ -320,6 +280,7 @@ def doctor(base: str | None = None, rows: int | None = None) -> None:
     if advice is not None:
         console.line(_("Method    {why}").format(why=advice.why))
     facts = {"method": advice.method, "why": advice.why, "needs": advice.needs} if advice is not None else None
+    console.line(_("Whether a recipe fits, and how long it takes, says: afina plan RECIPE"))
     console.event("doctor", machine=machine.facts(), fits=fits, advice=facts)
 
 

@@ -65,7 +65,7 @@ def test_every_command_can_be_typed(name, project):
                 assert load(Path(str(given["recipe"])), list(given["overrides"])).name == project.name
             if words[1] == "chat":
                 assert given["source"] == f"runs/{project.name}"
-    assert seen[:4] == ["init", "init", "run", "chat"]
+    assert seen[:5] == ["init", "init", "plan", "run", "chat"]
 
 
 @pytest.mark.parametrize("name", READMES)

@@ -26,9 +26,9 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Will it fit, how long will it take, and what else it could be."""
-    from afina import pipeline
+    from afina import planning
 
-    found = pipeline.plan(recipe, overrides or [], gpu=gpu, memory=memory)
+    found = planning.plan(recipe, overrides or [], gpu=gpu, memory=memory)
     if found["fits"] is False:
         best = found["to_fit"][0]["change"] if found["to_fit"] else []
         raise ResourceError(

@@ -270,8 +270,8 @@ def spread(rows: Rows, out: torch.Tensor) -> None:
 
 
 def refuse_no_numbers(weights: Rows) -> Rows:
-    """The weights. Raises ModelError where one was a NaN or an infinity, and so its row's scale is. Those without memory
-    are passed."""
+    """The weights. Raises ModelError where one was a NaN or an infinity, and so its row's scale is. Those that have no
+    memory are passed."""
     if not weights.scales.is_meta and not weights.scales.isfinite().all():
         raise ModelError(
             _("A weight of the base model is not a number, so it cannot be held in eight bits."),

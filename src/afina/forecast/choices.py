@@ -6,8 +6,7 @@ Every choice is weighed and timed as the recipe is, and said as KEY=VALUE, to be
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
+from afina.engine.eight import FP8
 from afina.errors import AfinaError
 from afina.forecast.clock import Time, clock
 from afina.forecast.weigh import Device, Given, Need, weigh
@@ -126,9 +125,9 @@ def _cheaper(weighing: Weighing, here: Choice) -> Iterator[Change]:
     whole = -(-int(longest) // 64) * 64
     if whole < recipe.model.max_length:
         yield (f"model.max_length={whole}",)
-    if need.reason is not None and not recipe.training.gradient_checkpointing:
-        if not isinstance(recipe.method, PrefixTuning):
-            yield ("training.gradient_checkpointing=true",)
+    keeps_all = need.reason is not None and not recipe.training.gradient_checkpointing
+    if keeps_all and not isinstance(recipe.method, PrefixTuning):
+        yield ("training.gradient_checkpointing=true",)
     if need.parts["moments"] > need.peak / 20 and not recipe.training.optimizer.endswith("8bit"):
         yield ("training.optimizer=adamw-8bit",)
     if isinstance(recipe.method, Full):
@@ -162,9 +161,9 @@ def faster(weighing: Weighing, here: Choice) -> list[Choice]:
     """Single changes that fit too and save time, the fastest first."""
     recipe, device = weighing.given.recipe, weighing.device
     training, wanted = recipe.training, list[Change]()
-    if isinstance(recipe.method, Lora) and training.products == "exact" and here.need.parameters >= EIGHT_BIT_FROM:
-        if device.gpu is not None and device.gpu.sm >= 89 and device.dtype == torch.bfloat16:
-            wanted.append(("training.products=8bit",))
+    large = isinstance(recipe.method, Lora) and here.need.parameters >= EIGHT_BIT_FROM
+    if large and training.products == "exact" and device.eight_bits("8bit") is FP8:
+        wanted.append(("training.products=8bit",))
     if recipe.model.quantization != "none":
         wanted.append(("model.quantization=none",))
     if training.engine != "auto":

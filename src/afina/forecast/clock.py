@@ -1,4 +1,4 @@
-"""How long a training takes: the micro-batches it really has, by a GPU's data sheet, or on a processor by a short trial.
+"""How long a training takes: by the micro-batches that it really has and a GPU's data sheet, or a short trial here.
 
 An estimate, told as a range. Of what it was held to, docs/speed.md and tests/forecast have the figures.
 """
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from afina.data.batch import Batch
 from afina.data.order import order_of
 from afina.engine.engine import Engine
-from afina.engine.plan import count_up
+from afina.engine.plan import LAYER_US, count_up
 from afina.forecast.weigh import Device, Given, Need, batches_of, opened
 from afina.model.load import Hardware
 from afina.model.loss import summed_loss
@@ -94,7 +94,10 @@ def _seconds(batch: Batch, device: Device, need: Need, rate: float | None) -> fl
     if need.fused is not None and need.plan is not None:
         whole = count_up(need.fused, replace(need.plan, tokens=tokens), need.rates, max(batch.lengths or (tokens,)))
         return (whole.microseconds - need.plan.held * need.fused.blocks[0].moved / need.rates.memory) / 1e6
-    return need.flops / need.tokens * tokens / (REFERENCE_SHARE * device.gpu.rate * 1e12) if need.flops else None
+    if not need.flops:
+        return None
+    launching = 2 * LAYER_US * need.layers / 1e6
+    return max(launching, need.flops / need.tokens * tokens / (REFERENCE_SHARE * device.gpu.rate * 1e12))
 
 
 def _stepping(need: Need, device: Device) -> float:

@@ -10,8 +10,8 @@ from afina.recipe.schema import Full
 
 
 def on_disk(given: Given, need: Need) -> dict[str, int | None]:
-    """Bytes: `checkpoints`, at the most while it trains; `kept`, what was trained; `exports`, with the merged model they
-    are made of. None: not to be told before the base's weights are here."""
+    """Bytes: `checkpoints`, at the most while it trains; `kept`, what was trained; `exports`, and the merged model they
+    come of. None: not to be told before the base's weights are here."""
     recipe = given.recipe
     learnt = need.learnt * 4
     moments = need.parts["moments"]

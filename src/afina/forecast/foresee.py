@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +95,7 @@ def foresee(
         here,
         choices,
         [] if fits else to_fit(weighing, here),
-        faster(weighing, here) if fits and here.need.peak <= ROOMY * here.need.limit else [],
+        faster(weighing, here) if fits and here.need.least <= ROOMY * here.need.limit else [],
         _advice(recipe, choices, here, device, len(rows)),
         on_disk(here_given, here.need),
         over,
@@ -152,8 +151,8 @@ def _figures(rows: Sequence[Rendered], context: int) -> Figures:
 
 def _advice(recipe: Recipe, choices: Sequence[Choice], here: Choice, device: Device, rows: int) -> Advice:
     """The method for these rows on this device, by what each was weighed to take."""
-    weighed = {choice.name: float(choice.need.peak) for choice in choices if choice.name}
-    weighed[method_of(recipe)] = float(here.need.peak)
+    weighed = {choice.name: float(choice.need.least) for choice in choices if choice.name}
+    weighed[method_of(recipe)] = float(here.need.least)
     gpu = device.kind == "cuda"
     return choose(here.need.parameters, rows, device.memory, gpu=gpu, weighed=weighed, room=here.need.limit)
 
@@ -183,8 +182,8 @@ def _more_warnings(recipe: Recipe, examples: Examples, rows: int) -> list[str]:
     if "nf4" in recipe.export.formats and recipe.model.quantization != "none":
         said.append(
             _(
-                "The format nf4 rounds what was trained to four bits again: in docs/export.md it is 0.0076 nats a token "
-                "away, and 0.375 where the checkpoint itself came in four bits. Rather export merged or a GGUF file."
+                "The format nf4 rounds what was trained to four bits again: by docs/export.md 0.0076 nats a token away "
+                "from it, 0.375 where the checkpoint itself came in four bits. Rather export merged or a GGUF file."
             )
         )
     return said

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from afina.console import Console, duration, size
+from afina.console import Console, size
 from afina.forecast.choices import Choice, cost_of
 from afina.forecast.clock import Time
 from afina.forecast.foresee import Forecast, method_of
@@ -57,6 +57,7 @@ def _facts(choice: Choice) -> dict[str, Any]:
     return {
         "memory": {
             "peak": need.peak,
+            "least": need.least,
             "limit": need.limit,
             "fits": need.fits,
             "parts": need.parts,
@@ -120,7 +121,7 @@ def _say_data(found: Forecast, console: Console) -> None:
     lengths, time = found.figures.lengths, found.here.time
     console.line(
         _(
-            "Samples   {count:,} to learn from, {tokens:,} tokens, {share:.0%} of them learnt; the longest has {longest:,}"
+            "Samples   {count:,} to learn from, {tokens:,} tokens, {share:.0%} learnt; the longest has {longest:,}"
         ).format(
             count=len(lengths),
             tokens=found.figures.tokens,
@@ -185,10 +186,10 @@ def _verdict(found: Forecast) -> str:
     need = found.here.need
     if need.unknown is not None:
         return _("Fits      not known: a pass cannot be counted without numbers ({reason})").format(reason=need.unknown)
-    facts = {"peak": size(need.peak), "limit": size(need.limit)}
+    facts = {"least": size(need.least), "limit": size(need.limit)}
     if need.fits:
-        return _("Fits      yes: {peak} of the {limit} that may be taken").format(**facts)
-    return _("Fits      no: {peak}, and {limit} may be taken").format(**facts)
+        return _("Fits      yes: it needs {least} of the {limit} that may be taken").format(**facts)
+    return _("Fits      no: it needs {least}, and {limit} may be taken").format(**facts)
 
 
 def _say_choices(title: str, choices: Sequence[Choice], console: Console) -> None:
@@ -198,7 +199,7 @@ def _say_choices(title: str, choices: Sequence[Choice], console: Console) -> Non
     for choice in choices:
         cost = cost_of(choice.change)
         told = _timed(choice.time) if choice.time is not None else ""
-        facts = "; ".join(part for part in (size(choice.need.peak), told, cost) if part)
+        facts = "; ".join(part for part in (size(choice.need.least), told, cost) if part)
         console.line(f"  {shlex.join(choice.change)}")
         console.line(f"      {facts}")
 
@@ -211,7 +212,7 @@ def _row(found: Forecast, choice: Choice) -> tuple[str, ...]:
     return (
         what,
         shlex.join(choice.change),
-        size(need.peak),
+        size(need.least),
         "?" if need.unknown is not None else fits,
         _range(choice.time) if choice.time is not None else "?",
         f"{choice.samples:,}",
@@ -219,13 +220,23 @@ def _row(found: Forecast, choice: Choice) -> tuple[str, ...]:
 
 
 def _range(time: Time) -> str:
-    return _("{least} to {most}").format(least=duration(time.seconds[0]), most=duration(time.seconds[1]))
+    return _("{least} to {most}").format(least=_about(time.seconds[0]), most=_about(time.seconds[1]))
+
+
+def _about(seconds: float) -> str:
+    """No more exact than an estimate is."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 36_000 else f"{seconds / 3600:.0f} h"
 
 
 def _timed(time: Time) -> str:
     source = _("by a trial of the first layers here") if time.measured else _("by the maker's data sheet")
-    return _("{range}, {least:,.0f} to {most:,.0f} tokens/s: an estimate {source}").format(
-        range=_range(time), least=time.speed[0], most=time.speed[1], source=source
+    least, most = (float(f"{speed:.2g}") for speed in time.speed)
+    return _("{range} of steps, {least:,.0f} to {most:,.0f} tokens/s: an estimate {source}").format(
+        range=_range(time), least=least, most=most, source=source
     )
 
 
@@ -238,4 +249,5 @@ def _named(part: str) -> str:
         "saved": _("saved for the backward pass"),
         "head": _("head and logits"),
         "working": _("at work, and workspace"),
+        "unpacked": _("weights kept unpacked, as there is room"),
     }[part]

@@ -24,6 +24,7 @@ from afina.data.tokenizer import Tokenizer
 from afina.engine.eight import Format
 from afina.engine.eight_gate import FORMATS, HEAD, held_in_eight, into_eight_bits, why_exact
 from afina.engine.engine import Engine
+from afina.engine.mixture import Mixture
 from afina.engine.plan import Plan, Rates, choose, count_up
 from afina.forecast.gpus import Gpu
 from afina.model.attach import attach, learning, recompute, refuse_quantised
@@ -64,6 +65,11 @@ class Device:
         """Bytes that go to no tensor."""
         return CONTEXT if self.kind == "cuda" else RUNNING
 
+    def limit(self, held: int) -> int:
+        """Bytes that may be taken in all, where `held` are the model's."""
+        free = self.memory - self.taken - held
+        return held + int(min(free, USABLE * free))
+
     @property
     def rates(self) -> Rates:
         """For the planner; of a GPU that is not known those of a middling one, as they only choose between places."""
@@ -78,6 +84,12 @@ class Device:
         able = {"fp8": self.gpu.sm >= 89 and self.dtype == torch.bfloat16, "int8": self.gpu.sm >= 75}
         wanted = ["fp8", "int8"] if asked == "8bit" else [asked]
         return next((FORMATS[name] for name in wanted if able[name]), None)
+
+
+def in_eight_bits(rates: Rates, engine: Engine, form: Format) -> Rates:
+    """Rates of an engine whose products are in eight bits; a mixture's experts are multiplied exactly."""
+    times = 1.0 if isinstance(engine.blocks[0], Mixture) else EIGHT_BIT_RATE[form.name]
+    return replace(rates, products=rates.products * times)
 
 
 EIGHT_BIT_RATE = {"fp8": 2.0, "int8": 1.0}
@@ -114,6 +126,7 @@ class Need:
     host: int
     parameters: int
     learnt: int
+    layers: int
     packing: bool = True
     extra: int = 0
     reason: str | None = None
@@ -129,9 +142,14 @@ class Need:
         return sum(self.parts.values())
 
     @property
+    def least(self) -> int:
+        """The same without weights that are kept unpacked for speed, where there is room for it."""
+        return self.peak - self.parts.get("unpacked", 0)
+
+    @property
     def fits(self) -> bool:
         """Whether that is within the limit."""
-        return self.peak <= self.limit
+        return self.least <= self.limit
 
 
 def weigh(given: Given, device: Device) -> Need:
@@ -185,26 +203,28 @@ def _planned(given: Given, device: Device, model: nn.Module, engine: Engine, hel
         hold_wide, head = held_in_eight(engine, most, left())
         with held:
             into_eight_bits(engine, form, exact=() if head else (HEAD,), hold=hold_wide)
-        rates = replace(rates, products=rates.products * EIGHT_BIT_RATE[form.name])
+        rates = in_eight_bits(rates, engine, form)
     plan = choose(engine, most, recipe.model.max_length, left(), rates)
     batches = batches_of(given, longest(given.rows, training), plan.tokens)
     tokens = max(batch.input_ids.numel() for batch in batches)
     here = count_up(engine, replace(plan, tokens=tokens), rates)
     unpacked = plan.held * engine.blocks[0].unpacked * engine.dtype.itemsize
     spared = engine.ends.spared(plan.host)
-    parts = _standing(model, training, held.now - spared + unpacked)
+    parts = _standing(model, training, held.now - spared)
     if len(batches) == 1:  # they come to be while the backward goes, and are counted there
         parts["gradients"] = 0
     parts |= {"saved": here.saved, "head": here.head, "working": here.bytes + spared - here.saved - here.head}
+    parts["unpacked"] = unpacked
     return Need(
         parts=parts,
-        limit=held.now + int(USABLE * (device.memory - device.taken - held.now)),
+        limit=device.limit(held.now),
         tokens=tokens,
         budget=plan.tokens,
         host=RUNNING + here.away + spared,
         plan=replace(here, held=plan.held),
         fused=engine,
         rates=rates,
+        layers=len(engine.blocks),
         **_counts(model),
     )
 
@@ -215,8 +235,7 @@ def _rehearsed(given: Given, device: Device, reason: str | None) -> Need:
     rehearsals = [_Rehearsal(cut, device, reason) for cut in _cut(given, device)]
     first, training = rehearsals[0], given.recipe.training
     standing = _extended([one.standing for one in rehearsals], first.whole)
-    held = standing["weights"] + standing["adapters"]
-    limit = held + int(USABLE * (device.memory - device.taken - held))
+    limit = device.limit(standing["weights"] + standing["adapters"])
     room = Room(at_once(given.recipe, device.kind, first.extra))
     while True:
         batches = batches_of(
@@ -240,6 +259,7 @@ def _rehearsed(given: Given, device: Device, reason: str | None) -> Need:
             reason=reason,
             flops=passed["flops"],
             unknown=unknown,
+            layers=first.whole,
             **_extended([one.counts for one in rehearsals], first.whole),
         )
         if need.fits or unknown is not None or all(len(batch.samples) == 1 for batch in batches):
@@ -264,7 +284,7 @@ def _extended(found: Sequence[dict[str, int]], layers: int) -> dict[str, int]:
 
 
 class _Rehearsal:
-    """A model of tensors without memory, and what stands there when a pass begins. whole: layers that it should have."""
+    """A model of tensors without memory, and what stands there when a pass begins. whole: layers it should have."""
 
     def __init__(self, given: Given, device: Device, reason: str | None) -> None:
         training = given.recipe.training
@@ -315,6 +335,9 @@ def quiet() -> Iterator[None]:
         log.disabled = before
 
 
+ASKED = (torch.Tensor.__bool__, torch.Tensor.item, torch.Tensor.__contains__)
+
+
 class _Answering(TorchFunctionMode):
     """Tells what tensors without numbers cannot: how many columns of a padded batch predict something, and that
     nothing is so (all tokens real, all positions short), so that nothing is spared."""
@@ -327,9 +350,7 @@ class _Answering(TorchFunctionMode):
         """Of a tensor with numbers the answer is the true one."""
         if func is torch.unique:
             return args[0].new_empty(self.columns)
-        if func in (torch.Tensor.__bool__, torch.Tensor.item, torch.Tensor.__contains__) and isinstance(
-            args[0], FakeTensor
-        ):
+        if func in ASKED and isinstance(args[0], FakeTensor):
             return False
         return func(*args, **(kwargs or {}))
 

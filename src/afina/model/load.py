@@ -142,7 +142,8 @@ def load_model(
 
 def skeleton(source: str, wanted: Model, dtype: torch.dtype, layers: int | None = None) -> tuple[nn.Module, str | None]:
     """The model that `load_model` would load, without its weights: on the device `meta`, its layers plain, but for
-    experts in MXFP4, which are packed; and nf4, fp4 or int8 where they are to be held so. Reads figures alone. `layers`: no more than so many.
+    experts in MXFP4, which are packed; and nf4, fp4 or int8 where they are to be held so. Reads figures alone.
+    `layers`: no more than so many.
 
     Raises ModelError for a folder or name that is none.
     """

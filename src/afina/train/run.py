@@ -207,7 +207,7 @@ def _run_loop(
 def _choose_engine(
     model: nn.Module, recipe: Recipe, hardware: Hardware, first: Batch, room: Room, place: Path
 ) -> tuple[LossFunction, str]:
-    """The loss function that trains, and a sentence on which engine it is and why. `first`: a batch of the first step's.
+    """The loss function that trains, and a sentence on which engine it is and why. `first`: of the first step's.
 
     The fused engine proves itself on that batch against the reference; on a mismatch the reference trains. On a GPU it
     plans what fits, as in the sitting before where it still does: `room` shrinks to that.
