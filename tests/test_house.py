@@ -22,7 +22,16 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core
 
 DOORS = {
     # The floor of all computing rooms. Not: the ground floor, recipe/, cli/, serve/terminal.py, pipeline.py.
-    "torch": ("model/", "engine/", "train/", "data/batch.py", "evaluate/systems/", "export/", "serve/speakers.py"),
+    "torch": (
+        "model/",
+        "engine/",
+        "train/",
+        "data/batch.py",
+        "evaluate/systems/",
+        "export/",
+        "compress/",
+        "serve/speakers.py",
+    ),
     "numpy": ("gguf_file.py", "data/", "engine/", "evaluate/", "export/", "model/"),
     "triton": ("engine/",),
     # Models come in through load; generate, attention and tokenizer hold what only transformers can name.
