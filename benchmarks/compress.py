@@ -62,9 +62,9 @@ def heal(folder: Path, file: Path) -> None:
         "wanda-0.5, full, zeros kept": [f"model.base={pruned}", "method={name: full, keep_zeros: true}"],
         "wanda-0.5, LoRA": [f"model.base={pruned}"],
     }.items():
-        run = afina.train(file, folder / name.replace(" ", "-"), [*changes, "training.steps=60"])
+        run = afina.train(file, folder / name.replace(" ", "-"), [*changes, "training.steps=40"])
         facts = open_artifact(run).manifest["training"]
-        note("heal", {"model": name, "steps": 60, "loss": facts["validation_loss"]})
+        note("heal", {"model": name, "steps": 40, "loss": facts["validation_loss"]})
 
 
 def note(what: str, figures: dict[str, Any]) -> None:

@@ -142,6 +142,7 @@ PARAMETERS = 9
 MANY_PARAMETERS = {
     "cli/data/translate.py:command": 13,  # options of a command line
     "cli/chat.py:command": 11,  # each option of the command line is one
+    "cli/compress/prune.py:command": 10,  # the same
     "cli/rate.py:command": 10,  # the same
     "model/packed.py:_attend": 10,  # what transformers gives an attention
     "train/loop.py:train": 10,  # the loop: everything it touches is named at its door
