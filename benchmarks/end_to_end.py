@@ -87,7 +87,7 @@ def run(folder: Path, number: int, overrides: list[str], profile: bool) -> dict[
     return {
         "total_s": round(total, 1), "loop_s": round(loop, 1), "steps": len(steps), "real_tokens": training["tokens"],
         "tokens_per_second": round(training["tokens"] / loop), "losses": [steps[0]["loss"], steps[-1]["loss"]],
-        "step_s": [round(line["seconds"], 3) for line in steps[:4]],
+        "step_s": [round(line["seconds"], 3) for line in steps],
         "peak_gib": round(training["peak_memory_bytes"] / 2**30, 2), "engine": manifest["engine"], "said": said,
     }  # fmt: skip
 

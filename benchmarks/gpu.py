@@ -90,7 +90,7 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
         from peer_gpu import peer_step
 
         step, parameters, about = peer_step(workload, work, tool, Path(options.pop("folder")))
-    optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=True)
+    optimizer, clip = optimiser_of(tool, parameters, options.get("adamw", "ours"))
     vocabulary = work["shape"]["vocab_size"]
     generator = torch.Generator().manual_seed(0)
     shape = (work["samples"], work["length"])
@@ -102,7 +102,7 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     def whole(turn: int = 0) -> tuple[Any, Any]:
         loss = step(tokens[turn % 4])
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = clip(1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss, norm
@@ -139,6 +139,21 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
             torch.cuda.synchronize()
         pstats.Stats(spent).sort_stats("tottime").print_stats(28)
     return result
+
+
+def optimiser_of(tool: str, parameters: list[Any], which: str) -> tuple[Any, Any]:
+    """As `afina train` steps and clips, or (`torch`) as PyTorch does, and peers with it."""
+    import torch
+
+    if tool != "afina" or which == "torch":
+        optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=True)
+        return optimizer, lambda limit: torch.nn.utils.clip_grad_norm_(parameters, limit)
+    from afina.recipe.schema import Training
+    from afina.train.optimizer import clip, make_optimizer
+
+    learning = {str(place): one for place, one in enumerate(parameters)}
+    optimizer = make_optimizer(learning, Training(learning_rate=2e-4, weight_decay=0.01))
+    return optimizer, lambda limit: clip(optimizer, learning, limit)
 
 
 def wait_for(turn: str, tool: str) -> None:
