@@ -28,7 +28,7 @@ data:
   validation: 0
   mapping: {{user: "Q", assistant: "### Question:\\n{{{{ row.question }}}}\\n\\n### Answer:\\n{{{{ row.answer }}}}"}}
 method: {{rank: 16, alpha: 16}}
-training: {{epochs: 1, batch_size: 101, micro_batch_tokens: 9500, learning_rate: 2e-4,
+training: {{epochs: 1, batch_size: 101, micro_batch_tokens: 16600, learning_rate: 2e-4,
   exact: false}}  # as the peers do it
 export: {{formats: []}}
 """
