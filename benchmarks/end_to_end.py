@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from provenance import commit
+
 HERE = Path(__file__).parent
 RECIPE = """\
 name: end-to-end
@@ -138,15 +140,6 @@ def main() -> None:
                 "tokens_per_second": theirs["real_tokens_per_s_train"], "peak_gib": theirs["peak_gib"],
                 "losses": theirs["last_loss"], "total_is": "process start to adapter saved",
             })  # fmt: skip
-
-
-def commit() -> str:
-    """What a file beside the tree says, where it was copied; else of the working tree."""
-    said = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
-    )
-    file = HERE.parent / "commit"
-    return file.read_text("utf-8").strip() if file.is_file() else said.stdout.strip()
 
 
 def card() -> str:

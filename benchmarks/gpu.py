@@ -485,7 +485,7 @@ def record(
     workload: str, tool: str, process: subprocess.Popen[str], said: Path, results: Path, steps: str | None
 ) -> None:
     """Wait for a case and append its result."""
-    from end_to_end import commit
+    from provenance import commit
 
     from afina.artifact import versions
 

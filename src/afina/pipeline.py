@@ -19,7 +19,7 @@ from afina.language import _
 from afina.recipe.load import dump, load, places_told
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe
-from afina.summary import metrics_of, say_done, say_trained
+from afina.summary import metrics_of, next_commands, say_done, say_trained
 
 if TYPE_CHECKING:
     from afina.data.conversation import Sample
@@ -71,8 +71,7 @@ def train(
         with places_told(Path(recipe), overrides):
             facts = train_run(wanted, folder, place, console, base, while_training(wanted, folder))
         durable.write_text(place / "recipe.yaml", dump(wanted))
-        loss_curve, draw = drawing.result()
-        durable.write_bytes(place / "loss.png", loss_curve(metrics_of(place)))
+        durable.write_bytes(place / "loss.png", drawing.result()(metrics_of(place)))
         durable.write_text(place / "README.md", model_card(wanted, facts, versions()))
         seal(
             place,
@@ -84,7 +83,7 @@ def train(
             **facts,
         )
         clear(place)
-    draw(place)
+    _draw(place)
     say_trained(facts, place)
     return place
 
@@ -107,7 +106,6 @@ def evaluate(
         from afina.model.load import spare_imports
 
         spare_imports()
-        from afina.evaluate.report import draw
         from afina.evaluate.run import Wanted, evaluate_models, evaluate_run
 
     wanted = Wanted(others, tasks, limit, minutes, _prompts_of)
@@ -123,7 +121,7 @@ def evaluate(
         asked, folder = load(Path(recipe)), Path(recipe).resolve().parent
         with durable.claim(place / WORKPLACE):
             evaluate_models(asked, folder, [str(source), *others], place / "evaluation", console, wanted)
-    draw(place)
+    _draw(place)
     return place / "evaluation"
 
 
@@ -139,11 +137,10 @@ def rate(
 ) -> Path:
     """Have a person rate an evaluated run's answers, blind; returns the file of ratings. Raises AfinaError."""
     from afina.evaluate.ratings.run import rate_run
-    from afina.evaluate.report import draw
 
     place = _run_folder(run)
     file = rate_run(place, console, mode=mode, systems=systems, rater=rater, page=page, port=port, tasks=tasks)
-    draw(place)
+    _draw(place)
     return file
 
 
@@ -170,7 +167,6 @@ def export(run: str | Path, formats: Sequence[str] = ()) -> Path:
         from afina.model.load import spare_imports
 
         spare_imports()
-        from afina.evaluate.report import draw
         from afina.export.ollama import create_in_ollama
         from afina.export.run import export_run
         from afina.train.reopen import recipe_of
@@ -184,7 +180,7 @@ def export(run: str | Path, formats: Sequence[str] = ()) -> Path:
     export_run(run, place, wanted, console, _marker(recipe, start))
     if "ollama" in wanted:
         create_in_ollama(place, recipe.name, console)
-    draw(run)
+    _draw(run)
     return place
 
 
@@ -369,12 +365,19 @@ def _check_tasks(recipe: Recipe, folder: Path) -> None:
         questions(recipe, folder)
 
 
-def _drawing() -> tuple[Callable[[Any], bytes], Callable[[Path], Any]]:
-    """What draws the curve of the loss, and the report: both load matplotlib."""
+def _drawing() -> Callable[[Any], bytes]:
+    """What draws the curve of the loss: it loads matplotlib, which the report needs too."""
     from afina.evaluate.plot import loss_curve
+
+    return loss_curve
+
+
+def _draw(place: Path) -> None:
+    """The report anew, its commands as they are typed where the run folder's parent lies."""
     from afina.evaluate.report import draw
 
-    return loss_curve, draw
+    whole = place.resolve()
+    draw(place, next_commands(place, Path(whole.parent.name, whole.name)))
 
 
 def _base(recipe: Recipe, folder: Path) -> dict[str, str]:
