@@ -43,6 +43,7 @@ GPT_OSS_20B = dict(
 )  # fmt: skip
 WORKLOADS: dict[str, dict[str, Any]] = {
     "W1": dict(shape=LLAMA_8B, samples=4, length=2048, gib=36.0, goal=18700),
+    "W1+": dict(shape=LLAMA_8B, samples=4, length=2048, gib=45.9, goal=0),
     "W10": dict(shape=LLAMA_8B, samples=2, length=4096, gib=36.0, goal=17200),
     "W2": dict(shape=LLAMA_8B, samples=4, length=2048, eight="fp8", gib=36.0, goal=27000),
     "W2i": dict(shape=LLAMA_8B, samples=4, length=2048, eight="int8", gib=36.0, goal=0),
@@ -52,6 +53,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "W5": dict(shape=LLAMA_8B, samples=4, length=2048, gib=17.7, goal=14000),
     "W6": dict(shape=LLAMA_8B, samples=1, length=65536, four_bits=True, gib=12.0, goal=5500, steps=(1, 1)),
     "W7": dict(shape=LLAMA_1B, samples=8, length=2048, full=True, gib=20.0, goal=75000),
+    "W7+": dict(shape=LLAMA_1B, samples=8, length=2048, full=True, gib=26.8, goal=0),
     "W8": dict(shape=PHI_2, samples=1, length=2048, four_bits=True, gib=2.4, goal=15000),
     "W9": dict(shape=GPT_OSS_20B, samples=2, length=2048, packed=True, gib=40.0, goal=18000),
     "W9-bf16": dict(shape=GPT_OSS_20B, samples=2, length=2048, gib=48.0, goal=0),
