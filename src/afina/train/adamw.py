@@ -6,16 +6,17 @@ weight moves, 16 are left. The plain twin defines what the kernels (adamw_kernel
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 CHUNK = 16384
 """Elements that one program steps."""
+LARGE = 2**20
+"""Elements of a tensor, on average, from which on it is the bytes that take the time, and not Python's launches."""
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """Of one tensor's step: `decay`, what its weights are multiplied by; `size`, of the step over the first moment's
     bias; `root`, of the second moment's bias; the two moments' rates, and what keeps the quotient finite."""
 
@@ -27,8 +28,7 @@ class Factors:
     eps: float
 
 
-@dataclass(frozen=True)
-class Learning:
+class Learning(NamedTuple):
     """Tensors of one shape, each a row of what learns: weight, gradient, first and second moment."""
 
     weight: torch.Tensor
@@ -44,28 +44,31 @@ class Many:
         starts = [(entry, start) for entry, size in enumerate(sizes) for start in range(0, size, CHUNK)]
         self.like, self.sizes = like, list(sizes)
         self.chunks = torch.tensor(starts, dtype=torch.int64).to(like.device)
-        self._known: list[int] = []
+        self._known: list[tuple[int, ...]] = []
         self._places = self.chunks
 
     def places(self, tensors: Sequence[Learning]) -> torch.Tensor:
         """(tensors, 5): where each lies, and its size; made anew where one lies elsewhere than the last time."""
-        found = []
-        for one, size in zip(tensors, self.sizes, strict=True):
-            parts = (one.weight, one.gradient, one.first, one.second)
-            if any(not part.is_contiguous() or part.data_ptr() % 16 or part.numel() != size for part in parts):
-                raise ValueError("a tensor that learns does not lie in a row of its own")
-            found += [*(part.data_ptr() for part in parts), size]
+        found: list[tuple[int, ...]] = [
+            (weight.data_ptr(), gradient.data_ptr(), first.data_ptr(), second.data_ptr(), size)
+            for (weight, gradient, first, second), size in zip(tensors, self.sizes, strict=True)
+        ]
         if found != self._known:
+            for one, size in zip(tensors, self.sizes, strict=True):
+                if any(not part.is_contiguous() or part.data_ptr() % 16 or part.numel() != size for part in one):
+                    raise ValueError("a tensor that learns does not lie in a row of its own")
             self._known = found
             self._places = torch.tensor(found, dtype=torch.int64).to(self.like.device)
         return self._places
 
 
 def fits(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the kernels take these: of one precision on one GPU, each in a row that begins at 16 bytes."""
+    """Whether the kernels take these, and gain: large, of one precision on one GPU, each in a row from 16 bytes on."""
     kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
     rows = all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    return rows and len(kinds) == 1 and tensors[0].is_cuda and tensors[0].dtype in (torch.bfloat16, torch.float32)
+    large = sum(tensor.numel() for tensor in tensors) >= LARGE * len(tensors)
+    taken = len(kinds) == 1 and tensors[0].is_cuda and tensors[0].dtype in (torch.bfloat16, torch.float32)
+    return rows and large and taken
 
 
 def squares(many: Many, tensors: Sequence[Learning]) -> torch.Tensor:

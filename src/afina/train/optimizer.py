@@ -56,6 +56,7 @@ class ClippedAdamW(torch.optim.Optimizer):
         self._many: tuple[list[nn.Parameter], Many] | None = None
         self._scale: torch.Tensor | None = None
 
+    @torch.no_grad()
     def clip(self, limit: float) -> torch.Tensor:
         """The norm of all gradients, (); the next step takes them no longer than `limit`."""
         learning = self._learning()
@@ -68,12 +69,13 @@ class ClippedAdamW(torch.optim.Optimizer):
         """One step of every parameter that has a gradient."""
         loss = closure() if closure is not None else None
         if learning := self._learning():
-            many, factors = self._of(learning), []
-            for parameter, group, _tensors in learning:
-                count = self.state[parameter]["step"].add_(1).item()  # it lies in the computer's memory
-                (first, second), rate = group["betas"], group["lr"]
-                decay, root = 1 - rate * group["weight_decay"], math.sqrt(1 - second**count)
-                factors.append(Factors(decay, rate / (1 - first**count), root, first, second, group["eps"]))
+            many = self._of(learning)
+            counts = [self.state[parameter]["step"].add_(1) for parameter, _group, _tensors in learning]
+            known: dict[tuple[int, float], Factors] = {}  # most are alike, and Python holds the GPU up meanwhile
+            factors = [
+                known.get(key := (id(group), count)) or known.setdefault(key, _of_step(group, count))
+                for (_parameter, group, _tensors), count in zip(learning, torch.stack(counts).tolist(), strict=True)
+            ]
             scale, self._scale = self._scale, None
             one = torch.ones((), device=many.like.device) if scale is None else scale
             adamw.step(many, [tensors for _parameter, _group, tensors in learning], factors, one)
@@ -83,9 +85,9 @@ class ClippedAdamW(torch.optim.Optimizer):
         found = []
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
+                if (gradient := parameter.grad) is not None:
                     memory = self.state[parameter]
-                    tensors = Learning(parameter.detach(), parameter.grad, memory["exp_avg"], memory["exp_avg_sq"])
+                    tensors = Learning(parameter, gradient, memory["exp_avg"], memory["exp_avg_sq"])
                     found.append((parameter, group, tensors))
         return found
 
@@ -94,6 +96,12 @@ class ClippedAdamW(torch.optim.Optimizer):
         if self._many is None or [id(one) for one in self._many[0]] != [id(one) for one in parameters]:
             self._many = parameters, Many([one.numel() for one in parameters], parameters[0].detach())
         return self._many[1]
+
+
+def _of_step(group: dict[str, Any], count: float) -> Factors:
+    (first, second), rate = group["betas"], group["lr"]
+    decay, root = 1 - rate * group["weight_decay"], math.sqrt(1 - second**count)
+    return Factors(decay, rate / (1 - first**count), root, first, second, group["eps"])
 
 
 def clip(optimizer: torch.optim.Optimizer, learning: Parameters, limit: float) -> torch.Tensor:
