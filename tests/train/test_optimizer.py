@@ -12,6 +12,7 @@ from afina.model.attach import attach
 from afina.model.loss import summed_loss
 from afina.recipe.schema import Full, Lora, Training
 from afina.train import checkpoint
+from afina.train.adamw import in_a_row
 from afina.train.loop import train
 from afina.train.optimizer import ClippedAdamW, Lion, clip, make_optimizer
 from afina.train.state import Follower, State, begin
@@ -206,12 +207,13 @@ def test_adamw_that_clips_as_it_reads_is_clipping_and_then_adamw(limit):
     reference = torch.optim.AdamW(groups(theirs), betas=(0.9, 0.99))
     for _step in range(4):
         for a, b in zip(ours[:3], theirs[:3], strict=True):
-            a.grad = torch.randn_like(a)
+            a.grad = torch.randn(a.numel() + 1, dtype=a.dtype)[1:].view_as(a)  # begins at 8 bytes
             b.grad = a.grad.clone()
         for group, other in zip(optimizer.param_groups, reference.param_groups, strict=True):
             group["lr"] = other["lr"] = other["lr"] * 0.8
         norm = clip(optimizer, {str(place): one for place, one in enumerate(ours)}, limit)
         assert norm.item() == pytest.approx(nn.utils.clip_grad_norm_(theirs, limit).item())
+        assert all(in_a_row(a.grad) for a in ours[:3])
         optimizer.step()
         reference.step()
         for a, b in zip(ours, theirs, strict=True):

@@ -55,7 +55,7 @@ class Many:
         ]
         if found != self._known:
             for one, size in zip(tensors, self.sizes, strict=True):
-                if any(not part.is_contiguous() or part.data_ptr() % 16 or part.numel() != size for part in one):
+                if not all(in_a_row(part) and part.numel() == size for part in one):
                     raise ValueError("a tensor that learns does not lie in a row of its own")
             self._known = found
             self._places = torch.tensor(found, dtype=torch.int64).to(self.like.device)
@@ -65,10 +65,14 @@ class Many:
 def fits(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the kernels take these, and gain: large, of one precision on one GPU, each in a row from 16 bytes on."""
     kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
-    rows = all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
     large = sum(tensor.numel() for tensor in tensors) >= LARGE * len(tensors)
     taken = len(kinds) == 1 and tensors[0].is_cuda and tensors[0].dtype in (torch.bfloat16, torch.float32)
-    return rows and large and taken
+    return large and taken and all(map(in_a_row, tensors))
+
+
+def in_a_row(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie one after the other, from 16 bytes on."""
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
 def squares(many: Many, tensors: Sequence[Learning]) -> torch.Tensor:

@@ -86,6 +86,8 @@ class ClippedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if (gradient := parameter.grad) is not None:
+                    if not adamw.in_a_row(gradient):  # a part of a product's gradient that begins anywhere
+                        gradient = parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
                     memory = self.state[parameter]
                     tensors = Learning(parameter, gradient, memory["exp_avg"], memory["exp_avg_sq"])
                     found.append((parameter, group, tensors))
