@@ -219,3 +219,39 @@ def test_adamw_that_clips_as_it_reads_is_clipping_and_then_adamw(limit):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
     assert [optimizer.state[one]["step"].item() for one in ours] == [4, 4, 4, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 2**-6), (torch.float32, 1e-5)], ids=str)
+def test_large_tensors_on_a_gpu_are_stepped_by_our_own_and_go_on_to_the_bit(dtype, limit):
+    def drawn():
+        generator = torch.Generator("cuda").manual_seed(3)
+        return [
+            nn.Parameter(torch.randn(shape, generator=generator, device="cuda").to(dtype))
+            for shape in ((2048, 1024), (1024, 4096), (1024,))
+        ]
+
+    def step(optimizer, learning, count):
+        generator = torch.Generator("cuda").manual_seed(count)
+        for one in learning:
+            one.grad = torch.randn(one.shape, generator=generator, device="cuda").to(dtype)
+        clip(optimizer, {str(place): one for place, one in enumerate(learning)}, 0.5)
+        optimizer.step()
+
+    whole, parted, theirs = drawn(), drawn(), drawn()
+    optimizer = made("adamw", whole)
+    assert isinstance(optimizer, ClippedAdamW)
+    first, peer = made("adamw", parted), torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.0, fused=True)
+    for count in range(6):
+        step(optimizer, whole, count)
+        step(peer, theirs, count)
+        if count == 3:  # another process, with what a checkpoint holds
+            second = made("adamw", parted)
+            for one in parted:
+                for name, value in first.state[one].items():
+                    second.state[one][name].copy_(value)
+            first = second
+        step(first, parted, count)
+    for a, b, c in zip(whole, parted, theirs, strict=True):
+        assert torch.equal(a, b)
+        assert ((a - c).float().norm() / c.float().norm()).item() < limit
