@@ -7,6 +7,7 @@ from afina import durable
 from afina.artifact import MANIFEST
 from afina.console import console
 from afina.errors import OutputError
+from afina.garbage import importing
 from afina.language import _
 from afina.recipe.load import load
 
@@ -30,13 +31,14 @@ def prune(
     `recipe` says on what data it is calibrated and judged; a run has its own. With `tasks` its tasks are put to the
     model as it was and to each that was made. `limit`: at most so many samples of each, and of those held out.
     """
-    from afina.model.load import spare_imports
-
     given = None if recipe is None else (load(Path(recipe)), Path(recipe).resolve().parent)
-    spare_imports()
-    from afina.compress.prune import cuts_of
-    from afina.compress.prune import prune as cut
-    from afina.compress.source import open_source
+    with importing():
+        from afina.model.load import spare_imports
+
+        spare_imports()
+        from afina.compress.prune import cuts_of
+        from afina.compress.prune import prune as cut
+        from afina.compress.source import open_source
 
     cuts = cuts_of(method, shares, pattern)
     opened = open_source(str(source), given)

@@ -17,8 +17,9 @@ import typer
 from afina import __version__
 from afina.cli import chat, compress, data, doctor, evaluate, export, init, push, rate, run, train
 from afina.cli.options import Debug, Json
+from afina.cli.usage import refusal, translate
 from afina.console import console
-from afina.errors import AfinaError, Interrupted, RecipeError
+from afina.errors import AfinaError, Interrupted
 from afina.language import _
 
 app = typer.Typer(
@@ -131,6 +132,7 @@ def _end(status: int) -> NoReturn:
 def _invoke(arguments: list[str]) -> None:
     """The verb alone, without typer's own handling of what ends it: that turns Ctrl-C into a silent exit."""
     command = typer.main.get_command(app)
+    translate(command)
     with command.make_context("afina", arguments) as context:
         command.invoke(context)
 
@@ -154,10 +156,10 @@ def _show(error: AfinaError, cause: BaseException | None = None) -> int:
 def _unexpected(error: Exception) -> int:
     """Usage errors of the command line, refusals of the operating system; the rest is our own mistake."""
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):
-        if not console.json:
-            error.show()  # type: ignore[attr-defined]
-            return int(error.exit_code)
-        return _show(RecipeError(error.format_message(), hint=_("afina --help lists the verbs and their options.")))
+        if type(error).__name__ != "NoArgsIsHelpError":
+            return _show(refusal(error))
+        error.show()  # type: ignore[attr-defined]  # the help
+        return int(error.exit_code)
     if isinstance(error, OSError) and error.filename is not None:
         reason = error.strerror or str(error)
         return _show(AfinaError(_("{path}: {reason}.").format(path=error.filename, reason=reason)), error)
