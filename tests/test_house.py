@@ -25,7 +25,7 @@ DOORS = {
     # The floor of all computing rooms. Not: the ground floor, recipe/, cli/, serve/terminal.py, pipeline.py.
     "torch": ("model/", "engine/", "train/", "data/batch.py", "evaluate/systems/", "export/", "serve/speakers.py"),
     "numpy": ("gguf_file.py", "data/", "engine/", "evaluate/", "export/", "model/"),
-    "triton": ("engine/",),
+    "triton": ("engine/", "train/adamw_kernels.py"),
     # Models come in through load; generate, attention and tokenizer hold what only transformers can name.
     "transformers": (
         "model/load.py",

@@ -14,6 +14,7 @@ from afina.artifact import MANIFEST, Artifact, open_artifact, parent, seal, sha2
 from afina.beside import begun
 from afina.console import console, size
 from afina.errors import OutputError, RecipeError, ResourceError
+from afina.garbage import importing
 from afina.language import _
 from afina.recipe.load import dump, load, places_told
 from afina.recipe.place import model_source
@@ -55,12 +56,13 @@ def train(
         refuse_other_recipe(place, wanted)
         base = begun(lambda: _base(wanted, folder))  # hashing gigabytes takes as long as all that is imported below
 
-        from afina.model.load import spare_imports  # after what fails at once: this loads torch, for seconds
+        with importing():  # after what fails at once: this loads torch, for seconds
+            from afina.model.load import spare_imports
 
-        spare_imports()
-        from afina.evaluate.during import while_training
-        from afina.export.card import model_card
-        from afina.train.run import train_run
+            spare_imports()
+            from afina.evaluate.during import while_training
+            from afina.export.card import model_card
+            from afina.train.run import train_run
 
         drawing = begun(_drawing)  # not needed before the end
         _check_formats(wanted, folder)
@@ -100,10 +102,11 @@ def evaluate(
     `source` is a run, whose recipe says what is asked and of whom, or with `recipe` any model; `others` are asked
     beside it. What was answered before is not asked again.
     """
-    from afina.model.load import spare_imports
+    with importing():
+        from afina.model.load import spare_imports
 
-    spare_imports()
-    from afina.evaluate.run import Wanted, evaluate_models, evaluate_run
+        spare_imports()
+        from afina.evaluate.run import Wanted, evaluate_models, evaluate_run
 
     wanted = Wanted(others, tasks, limit, minutes, _prompts_of)
     if recipe is None:
@@ -160,12 +163,13 @@ def _prompts_of(llama: Any) -> Any:
 
 def export(run: str | Path, formats: Sequence[str] = ()) -> Path:
     """Write the files of the recipe's `export.formats`, or of `formats`; returns RUN/export. Raises AfinaError."""
-    from afina.model.load import spare_imports
+    with importing():
+        from afina.model.load import spare_imports
 
-    spare_imports()
-    from afina.export.ollama import create_in_ollama
-    from afina.export.run import export_run
-    from afina.train.reopen import recipe_of
+        spare_imports()
+        from afina.export.ollama import create_in_ollama
+        from afina.export.run import export_run
+        from afina.train.reopen import recipe_of
 
     run = _run_folder(run)
     place = run / "export"
