@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from afina.artifact import MANIFEST, open_artifact
+from afina.artifact import MANIFEST
 from afina.errors import AfinaError
+from afina.garbage import importing
 from afina.language import _
 from afina.recipe.place import model_source
 from afina.recipe.schema import Chat, Model
@@ -26,15 +27,18 @@ def speakers_of(
 
         llama = stack.enter_context(LlamaCpp(place))
         return [GgufSpeaker(place.stem, llama)], _settings_beside(place), llama.context
-    from afina.model.load import spare_imports  # loads torch, which a GGUF file does not need
+    with importing():  # loads torch, which a GGUF file does not need
+        from afina.model.load import spare_imports
 
-    spare_imports()
+        spare_imports()
+        from afina.data.load_tokenizer import load_tokenizer
+        from afina.data.template import Renderer
+        from afina.model.load import choose_hardware, limit_of, load_model
+        from afina.train.reopen import reopen
     if adapters:
         cast, settings, limit = open_cast(source, adapters)
         return [cast], settings, limit
     if (place / MANIFEST).is_file():
-        from afina.train.reopen import reopen
-
         tuned = reopen(place)
         if beside_base and tuned.recipe.method.name == "full":
             raise AfinaError(
@@ -44,10 +48,6 @@ def speakers_of(
         if beside_base:
             speakers.insert(0, ModelSpeaker("base", tuned.model, tuned.renderer, adapted=False))
         return speakers, tuned.recipe.chat, tuned.recipe.model.max_length
-    from afina.data.load_tokenizer import load_tokenizer
-    from afina.data.template import Renderer
-    from afina.model.load import choose_hardware, limit_of, load_model
-
     name = model_source(source, Path())
     model = load_model(name, choose_hardware(Model()))
     return [ModelSpeaker(source, model, Renderer(load_tokenizer(name)), adapted=False)], Chat(), limit_of(model)
@@ -55,7 +55,7 @@ def speakers_of(
 
 def _settings_beside(gguf: Path) -> Chat:
     """The chat settings of the run a GGUF file was exported from, where it still lies in its folder."""
-    from afina.train.reopen import recipe_of
+    from afina.train.reopen import open_tuned, recipe_of
 
     run = gguf.resolve().parent.parent
-    return recipe_of(open_artifact(run, "run"))[0].chat if (run / MANIFEST).is_file() else Chat()
+    return recipe_of(open_tuned(run))[0].chat if (run / MANIFEST).is_file() else Chat()
