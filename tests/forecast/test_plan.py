@@ -11,7 +11,9 @@ from journey.tiny import save_base
 from transformers import LlamaConfig
 
 import afina as package
-from afina.forecast.foresee import device_of
+from afina.cli.plan import command
+from afina.errors import DataError, ModelError
+from afina.forecast.device import device_of
 from afina.forecast.gpus import named
 from afina.forecast.weigh import Given, weigh
 from afina.recipe.load import load, parse
@@ -45,11 +47,11 @@ def write_recipe(folder: Path, base: Path, words: int = 4, more: str = "") -> Pa
 
 def test_a_large_base_on_a_small_card_and_what_makes_it_fit(tmp_path, large):
     recipe = write_recipe(tmp_path, large)
-    done = afina("plan", recipe, "--gpu", "RTX 3050", "--memory", "4.5", "--json", cwd=tmp_path)
+    done = afina("plan", recipe, "--gpu", "RTX 3050", "--memory", "3", "--json", cwd=tmp_path)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     (plan,) = [line for line in lines if line["event"] == "plan"]
     assert done.returncode == 6 and not plan["fits"] and lines[-1]["event"] == "error"
-    assert plan["memory"]["parts"]["weights"] > 4 * 2**30 and plan["device"]["memory"] == 4.5 * 2**30
+    assert plan["memory"]["parts"]["weights"] > 3 * 2**30 and plan["device"]["memory"] == 3 * 2**30
     assert plan["steps"] == 10 and plan["data"]["samples"] == 20 and plan["engine"] == "fused"
     fitting = plan["to_fit"][0]
     assert fitting["change"] == ["model.quantization=nf4"] and fitting["memory"]["fits"] and fitting["cost"]
@@ -87,8 +89,6 @@ def test_in_python_on_this_machine_then_trained(tmp_path, monkeypatch):
     [
         (("--gpu", "Voodoo 2"), 6, "RTX 3090"),
         (("model.no_such=1",), 2, "no_such"),
-        (("data.train=none.jsonl",), 3, "none.jsonl"),
-        (("model.base=nowhere",), 4, "nowhere"),
         (("--memory", "0"), 2, "memory"),
     ],
 )
@@ -97,15 +97,23 @@ def test_wrong_input_is_told(tmp_path, arguments, status, said):
     assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr
 
 
-def test_samples_that_are_too_long_are_counted_and_refused_as_training_does(tmp_path):
+def test_samples_that_are_too_long_are_counted_and_refused_as_training_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tmp_path, save_base(tmp_path / "tiny"))
-    long = ("model.max_length=100", "--gpu", "T4")
-    done = afina("plan", recipe, *long, cwd=tmp_path)
-    assert done.returncode == 3 and "longer than model.max_length" in done.stdout + done.stderr
-    done = afina("plan", recipe, *long, "data.too_long=reject", "--json", cwd=tmp_path)
-    plan = json.loads(done.stdout.splitlines()[-1])
-    assert done.returncode == 0 and plan["data"]["over"] > 0
+    with pytest.raises(DataError, match=r"longer than model\.max_length"):
+        command(recipe, ["model.max_length=100"], gpu="T4")
+    plan = package.plan(recipe, ["model.max_length=100", "data.too_long=reject"], gpu="T4")
+    assert plan["fits"] and plan["data"]["over"] > 0 and not plan["data"]["refused"]
     assert 0 < plan["samples"] < plan["data"]["samples"]
+
+
+def test_what_cannot_be_read_is_told_as_training_tells_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, Path("afina/tiny"))
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        package.plan(recipe, ["data.train=none.jsonl"], gpu="T4")
+    with pytest.raises(ModelError, match="nowhere"):
+        package.plan(recipe, ["model.base=nowhere"], gpu="T4")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

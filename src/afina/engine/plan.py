@@ -231,9 +231,17 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
         microseconds += vocabulary * hidden * (2 * times * element / rates.copies + tokens / rates.exact)
     launching = LAYER_US * layers + AWAY_US * sum(len(placement.away) for placement in plan.placements)
     microseconds = max(microseconds, launching) + OVERHEAD * launching
-    parts = {"saved": saved, "head": at_head, "away": sum(rung.away for rung in rungs) * element}
+    away = sum(rung.away for rung in rungs) * element
     rows_at_once = ROWS_AT_ONCE if cut else 0
-    return replace(plan, rows_at_once=rows_at_once, bytes=int(needed), microseconds=microseconds, **parts)
+    return replace(
+        plan,
+        rows_at_once=rows_at_once,
+        bytes=int(needed),
+        microseconds=microseconds,
+        saved=saved,
+        head=at_head,
+        away=away,
+    )
 
 
 def _between(engine: "Engine", tokens: int, longest: int | None, rates: Rates) -> float:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from afina.engine.eight import FP8
 from afina.errors import AfinaError
 from afina.forecast.clock import Time, clock
-from afina.forecast.weigh import Device, Given, Need, weigh
+from afina.forecast.device import Device
+from afina.forecast.weigh import Given, Need, weigh
 from afina.language import _
 from afina.recipe.advice import EIGHT_BIT_FROM
 from afina.recipe.schema import Full, Lora, PrefixTuning, PromptTuning, Recipe
@@ -103,7 +104,7 @@ def _methods(recipe: Recipe) -> Iterator[tuple[str, Change]]:
 def to_fit(weighing: Weighing, here: Choice) -> list[Choice]:
     """The cheapest changes, in quality and time, that make the recipe fit, cheapest first; each alone where that is
     enough, else the first few together that are."""
-    alone, together = list[Choice](), ()
+    alone, together = list[Choice](), tuple[str, ...]()
     for step in _cheaper(weighing, here):
         choice = weighing.choice(step)
         if choice is not None and choice.need.fits:

@@ -15,7 +15,8 @@ from afina.data.batch import Batch
 from afina.data.order import order_of
 from afina.engine.engine import Engine
 from afina.engine.plan import LAYER_US, count_up
-from afina.forecast.weigh import Device, Given, Need, batches_of, opened
+from afina.forecast.device import Device
+from afina.forecast.weigh import Given, Need, batches_of, opened
 from afina.model.load import Hardware
 from afina.model.loss import summed_loss
 from afina.model.packed import packed_attention
@@ -126,12 +127,12 @@ def trial(given: Given, device: Device, need: Need) -> float | None:
         for _turn in range(TRIAL_TURNS):
             accumulate(model, batches[:1], 1.0, 0, 0, hardware, loss_fn)
         spent = (time.perf_counter() - began) / TRIAL_TURNS
-    return counter.get_total_flops() / spent
+    return float(counter.get_total_flops()) / spent
 
 
 def _few(given: Given) -> Sequence[int]:
     """The first samples, as many as a trial takes at once; one at least."""
-    tokens, chosen = 0, []
+    tokens, chosen = 0, list[int]()
     for index, row in enumerate(given.rows):
         tokens += row.ids.size
         if chosen and tokens > TRIAL_TOKENS:

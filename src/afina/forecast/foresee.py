@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from afina.console import Console, size
+from afina.console import Console
 from afina.data.load_tokenizer import load_tokenizer
 from afina.data.stats import Figures
 from afina.data.stats import warnings as warnings_of
@@ -16,12 +15,11 @@ from afina.data.template import Rendered, Renderer
 from afina.errors import DataError
 from afina.forecast.choices import Choice, Load, Weighing, faster, table, to_fit
 from afina.forecast.clock import trial
+from afina.forecast.device import Device, device_of
 from afina.forecast.disk import on_disk
-from afina.forecast.gpus import GIB, Gpu, find
-from afina.forecast.weigh import Device, Given, weigh
+from afina.forecast.gpus import Gpu
+from afina.forecast.weigh import Given, weigh
 from afina.language import _
-from afina.model.load import DTYPES, choose_hardware
-from afina.model.machine import look
 from afina.recipe.advice import FEW, MANY, Advice, choose
 from afina.recipe.place import model_source
 from afina.recipe.schema import Full, Lora, Recipe
@@ -101,24 +99,6 @@ def foresee(
         over,
         [*warnings_of(figures, recipe), *_more_warnings(recipe, examples, len(rows))],
     )
-
-
-def device_of(recipe: Recipe, gpu: Gpu | None, memory: float | None) -> Device:
-    """Where it would train: the GPU that was named, or what this machine has, as training chooses it."""
-    asked = recipe.model.precision
-    if gpu is not None or memory is not None:
-        bf16 = gpu is None or gpu.bf16
-        dtype = DTYPES[("bf16" if bf16 else "fp16") if asked == "auto" else asked]
-        room = int(memory * GIB) if memory is not None else gpu.bytes if gpu is not None else 0
-        return Device("cuda", gpu.name if gpu else _("a GPU of {memory}").format(memory=size(room)), room, dtype, gpu)
-    hardware, machine = choose_hardware(recipe.model), look(Path())
-    if hardware.device.type != "cuda":
-        return Device(hardware.device.type, str(hardware).partition(",")[0], machine.memory, hardware.dtype)
-    name, room = (
-        torch.cuda.get_device_name(hardware.device),
-        torch.cuda.get_device_properties(hardware.device).total_memory,
-    )
-    return Device("cuda", name, room, hardware.dtype, find(name, room / GIB))
 
 
 def _examples(

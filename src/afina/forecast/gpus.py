@@ -119,4 +119,5 @@ def _words(name: str) -> set[str]:
 
 def _key(gpu: Gpu) -> str:
     """The word that no other series has: its number."""
-    return next(word for word in re.findall(r"[a-z0-9]+", gpu.name.lower()) if any(sign.isdigit() for sign in word))
+    words: list[str] = re.findall(r"[a-z0-9]+", gpu.name.lower())
+    return next(word for word in words if any(sign.isdigit() for sign in word))

@@ -21,12 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from afina.data.batch import Batch, micro_batches
 from afina.data.template import Rendered
 from afina.data.tokenizer import Tokenizer
-from afina.engine.eight import Format
-from afina.engine.eight_gate import FORMATS, HEAD, held_in_eight, into_eight_bits, why_exact
+from afina.engine.eight_gate import HEAD, held_in_eight, into_eight_bits, why_exact
 from afina.engine.engine import Engine
-from afina.engine.mixture import Mixture
 from afina.engine.plan import Plan, Rates, choose, count_up
-from afina.forecast.gpus import Gpu
+from afina.forecast.device import RUNNING, Device, in_eight_bits
 from afina.model.attach import attach, learning, recompute, refuse_quantised
 from afina.model.footprint import Footprint
 from afina.model.load import Hardware, skeleton, without_dropout
@@ -37,65 +35,12 @@ from afina.model.skeleton import hold, on_cpu
 from afina.model.virtual import virtual_tokens
 from afina.recipe.schema import Full, Lora, Method, Recipe, Training
 from afina.train.loop import LossFunction, accumulate
-from afina.train.memory import USABLE, Room, at_once, left_for_a_pass, longest
+from afina.train.memory import Room, at_once, fullest, left_for_a_pass
 from afina.train.opening import check_context, left_to_the_reference
 from afina.train.optimizer import moments
 
-CONTEXT = int(0.45 * 2**30)
-"""Bytes of a GPU that CUDA and its libraries take before the first tensor."""
-RUNNING = int(0.7 * 2**30)
-"""Bytes of the computer's memory that Python, torch and transformers take."""
 GONE_THROUGH = 4, 6
 """Layers of a deep model whose pass is gone through, to see what each takes."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where it is to train. memory: bytes there are; dtype: what is computed in; gpu: what its data sheet says, where
-    that is known."""
-
-    kind: str
-    name: str
-    memory: int
-    dtype: torch.dtype
-    gpu: Gpu | None = None
-
-    @property
-    def taken(self) -> int:
-        """Bytes that go to no tensor."""
-        return CONTEXT if self.kind == "cuda" else RUNNING
-
-    def limit(self, held: int) -> int:
-        """Bytes that may be taken in all, where `held` are the model's."""
-        free = self.memory - self.taken - held
-        return held + int(min(free, USABLE * free))
-
-    @property
-    def rates(self) -> Rates:
-        """For the planner; of a GPU that is not known those of a middling one, as they only choose between places."""
-        gpu = self.gpu or Gpu("", 0, 50, 500, 11, 80)
-        exact = SHARE * gpu.rate * 1e6 / 2
-        return Rates(exact, gpu.link * 1e3, MOVED * gpu.bandwidth * 1e3, exact)
-
-    def eight_bits(self, asked: str) -> Format | None:
-        """What training.products means here; None for exact ones."""
-        if asked == "exact" or self.gpu is None:
-            return None
-        able = {"fp8": self.gpu.sm >= 89 and self.dtype == torch.bfloat16, "int8": self.gpu.sm >= 75}
-        wanted = ["fp8", "int8"] if asked == "8bit" else [asked]
-        return next((FORMATS[name] for name in wanted if able[name]), None)
-
-
-def in_eight_bits(rates: Rates, engine: Engine, form: Format) -> Rates:
-    """Rates of an engine whose products are in eight bits; a mixture's experts are multiplied exactly."""
-    times = 1.0 if isinstance(engine.blocks[0], Mixture) else EIGHT_BIT_RATE[form.name]
-    return replace(rates, products=rates.products * times)
-
-
-EIGHT_BIT_RATE = {"fp8": 2.0, "int8": 1.0}
-"""Times that products in eight bits are as fast: on an H200, steps of W2 and W2i against W1's."""
-SHARE, MOVED = 0.68, 0.8
-"""Of a data sheet's rates, what products in bf16 and passes over memory reach (docs/speed.md, on an H200)."""
 
 
 @dataclass(frozen=True)
@@ -205,16 +150,17 @@ def _planned(given: Given, device: Device, model: nn.Module, engine: Engine, hel
             into_eight_bits(engine, form, exact=() if head else (HEAD,), hold=hold_wide)
         rates = in_eight_bits(rates, engine, form)
     plan = choose(engine, most, recipe.model.max_length, left(), rates)
-    batches = batches_of(given, longest(given.rows, training), plan.tokens)
-    tokens = max(batch.input_ids.numel() for batch in batches)
+    largest, several = largest_batch(given, plan.tokens)
+    tokens = largest.input_ids.numel()
     here = count_up(engine, replace(plan, tokens=tokens), rates)
     unpacked = plan.held * engine.blocks[0].unpacked * engine.dtype.itemsize
     spared = engine.ends.spared(plan.host)
     parts = _standing(model, training, held.now - spared)
-    if len(batches) == 1:  # they come to be while the backward goes, and are counted there
+    if not several:  # they come to be while the backward goes, and are counted there
         parts["gradients"] = 0
     parts |= {"saved": here.saved, "head": here.head, "working": here.bytes + spared - here.saved - here.head}
     parts["unpacked"] = unpacked
+    counts = _counts(model)
     return Need(
         parts=parts,
         limit=device.limit(held.now),
@@ -225,7 +171,8 @@ def _planned(given: Given, device: Device, model: nn.Module, engine: Engine, hel
         fused=engine,
         rates=rates,
         layers=len(engine.blocks),
-        **_counts(model),
+        parameters=counts["parameters"],
+        learnt=counts["learnt"],
     )
 
 
@@ -233,21 +180,19 @@ def _rehearsed(given: Given, device: Device, reason: str | None) -> Need:
     """A pass of the reference, or of the engine off a GPU, with tensors without memory; in smaller micro-batches, as in
     training, until one fits."""
     rehearsals = [_Rehearsal(cut, device, reason) for cut in _cut(given, device)]
-    first, training = rehearsals[0], given.recipe.training
+    first = rehearsals[0]
     standing = _extended([one.standing for one in rehearsals], first.whole)
+    counts = _extended([one.counts for one in rehearsals], first.whole)
     limit = device.limit(standing["weights"] + standing["adapters"])
     room = Room(at_once(given.recipe, device.kind, first.extra))
     while True:
-        batches = batches_of(
-            given, longest(given.rows, training), room.tokens, packing=first.packing, extra=first.extra
-        )
-        largest = max(batches, key=lambda batch: batch.input_ids.numel())
+        largest, several = largest_batch(given, room.tokens, packing=first.packing, extra=first.extra)
         passed, unknown = {"saved": 0, "working": 0, "flops": 0}, None
         try:
             passed = _extended([one.go(largest) for one in rehearsals], first.whole)
         except RuntimeError as error:  # an operation whose shapes depend on numbers, or that is not known without any
             unknown = str(error).split("\n")[0]
-        alone = {"gradients": 0} if len(batches) == 1 else {}
+        alone = {} if several else {"gradients": 0}
         need = Need(
             parts={**standing, **alone, "saved": passed["saved"], "head": 0, "working": passed["working"]},
             limit=limit,
@@ -260,11 +205,12 @@ def _rehearsed(given: Given, device: Device, reason: str | None) -> Need:
             flops=passed["flops"],
             unknown=unknown,
             layers=first.whole,
-            **_extended([one.counts for one in rehearsals], first.whole),
+            parameters=counts["parameters"],
+            learnt=counts["learnt"],
         )
-        if need.fits or unknown is not None or all(len(batch.samples) == 1 for batch in batches):
+        if need.fits or unknown is not None or len(largest.samples) == 1:
             return need
-        room.shrink(0, batches)
+        room.shrink(0, [largest])
 
 
 def _cut(given: Given, device: Device) -> list[Given]:
@@ -353,6 +299,15 @@ class _Answering(TorchFunctionMode):
         if func in ASKED and isinstance(args[0], FakeTensor):
             return False
         return func(*args, **(kwargs or {}))
+
+
+def largest_batch(given: Given, budget: int, *, packing: bool = True, extra: int = 0) -> tuple[Batch, bool]:
+    """The largest micro-batch there will be, and whether steps have several."""
+    recipe = given.recipe
+    tried = fullest(given.rows, recipe.training, recipe.seed, budget, extra)
+    cut = [batches_of(given, samples, budget, packing=packing, extra=extra) for samples in tried]
+    every = [batch for batches in cut for batch in batches]
+    return max(every, key=lambda batch: batch.input_ids.numel()), max(map(len, cut)) > 1
 
 
 def batches_of(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from afina.data.batch import Batch
+from afina.data.order import order_of
 from afina.data.template import Rendered
 from afina.errors import ResourceError
 from afina.language import _
@@ -25,6 +26,7 @@ MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "mps": 4096}
 """Computed at once where the recipe says nothing: enough to fill the device, little enough to fit by the weights."""
 USABLE = 0.92
 """Of the memory that is free on a GPU; the rest is for what fragments and for other programs' sudden needs."""
+STEPS_LOOKED_AT = 20_000
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 """What CUDA, MPS and the CPU's allocator say, in lower case."""
 
@@ -68,11 +70,25 @@ def left_for_a_pass(free: int, learning: Sequence[torch.nn.Parameter], training:
     return int(free * USABLE) - gradients - moments(learning, training)
 
 
-def longest(rows: Sequence[Rendered], training: Training) -> list[int]:
-    """The longest samples, as many as a step may hold: they fill the largest micro-batch there can be."""
-    lengths = [int(row.ids.size) for row in rows]
+def fullest(
+    rows: Sequence[Rendered], training: Training, seed: int, budget: int, extra: int = 0
+) -> tuple[list[int], list[int]]:
+    """The samples of the step whose largest micro-batch is the largest, and the longest samples, as many as a step may
+    hold: what has the largest micro-batch there can be is among these.
+
+    Cut evenly, a step just below the budget has larger ones than one far above it. extra: virtual tokens of a sample.
+    """
+    lengths = [int(row.ids.size) + extra for row in rows]
+    order = order_of(lengths, training, seed)
+    steps = training.steps or order.steps
+    looked = range(0, steps, -(-steps // STEPS_LOOKED_AT))
+
+    def largest(step: int) -> float:
+        total = sum(lengths[index] for index in order.step(step))
+        return total / -(-total // budget)
+
     count = training.batch_size if training.batch_tokens is None else 1 + training.batch_tokens // min(lengths)
-    return heapq.nlargest(count, range(len(rows)), lengths.__getitem__)
+    return order.step(max(looked, key=largest)), heapq.nlargest(count, range(len(rows)), lengths.__getitem__)
 
 
 def within_memory(compute: Callable[[], T]) -> T | None:

@@ -42,7 +42,7 @@ from afina.train.keeper import Keeper
 from afina.train.kept_plan import keep_plan, kept_plan
 from afina.train.looking import Looking, OnEvaluate
 from afina.train.loop import LossFunction, accumulate, measure, train
-from afina.train.memory import Room, at_once, left_for_a_pass, longest, within_memory
+from afina.train.memory import Room, at_once, fullest, left_for_a_pass, within_memory
 from afina.train.opening import adapter_of, left_to_the_reference, open_model
 from afina.train.plan import Plan
 from afina.train.record import Record
@@ -135,6 +135,10 @@ def _run_loop(
     def lay_out(rows: Sequence[Rendered], samples: Sequence[int]) -> list[Batch]:
         return micro_batches(rows, samples, budget=room.tokens, packing=packing, pad_id=pad_id, extra=extra)
 
+    def largest() -> list[Batch]:
+        tried = fullest(examples.train, training, recipe.seed, room.tokens, extra)
+        return [batch for samples in tried for batch in lay_out(examples.train, samples)]
+
     def work(step: int) -> int:
         return BACKWARD_WORK * sum(examples.train[index].ids.size for index in order.step(step))
 
@@ -184,8 +188,7 @@ def _run_loop(
         session = Session(plan, console, progress, record, keeper, stop, room)
         session.go_on(state)
         try:
-            fullest = longest(examples.train, training)
-            session.try_memory(lambda: lay_out(examples.train, fullest), once, state)
+            session.try_memory(largest, once, state)
             train(
                 model,
                 lambda step: lay_out(examples.train, order.step(step)),
