@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from afina.forecast.gpus import SHARE, named
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 ENGINES, EIGHT_BIT = RESULTS.with_name("curves.json"), RESULTS.with_name("eight-bit.json")
@@ -114,18 +116,17 @@ e4m3 products, {apart[1]:.4f} with INT8's.
 
 The times of W2 and W3e above are from before the head's gradient was summed in fp32, which counts for half a percent.
 """
-CARDS = {"RTX 3050, 8 GB": (18.2, 72.8, 224), "RTX 3060, 12 GB": (25.5, 102, 360), "RTX 3090, 24 GB": (71, 284, 936),
-         "RTX 4090, 24 GB": (165, 661, 1008)}  # fmt: skip
-"""TFLOP/s dense in bf16 with sums in fp32, TOP/s dense in INT8, GB/s of memory."""
-SHARE = 0.68
+CARDS = {"RTX 3050, 8 GB": 72.8, "RTX 3060, 12 GB": 102, "RTX 3090, 24 GB": 284, "RTX 4090, 24 GB": 661}
+"""TOP/s dense in INT8; the rest is what `afina plan` knows of these cards."""
 LINEAR, HEAD, ATTENTION, TRAFFIC, SUMS = 4 * 6.98e9, 4 * 0.525e9, 3.5 * 0.54e9, 14.4e6, 17.8e6
 """Operations a token, forward and backward, of Llama-3.1-8B at 2,048 tokens (causal attention's backward is 2.5 of its
 forward), bytes a token that pass through memory between the products, and of INT8's sums before they are scaled."""
 
 
-def predicted(bf16: float, int8: float, memory: float, *, eight_bits: bool) -> int:
+def predicted(name: str, int8: float, *, eight_bits: bool) -> int:
     """Tokens a second."""
-    rate = SHARE * 1e12
+    card, rate = named(name), SHARE * 1e12
+    bf16, memory = card.rate, card.bandwidth
     unpacked = 6.98e9 * (0.53 + (1 if eight_bits else 2)) * 2 / 2048
     seconds = LINEAR / ((int8 if eight_bits else bf16) * rate) + (HEAD + 2 * ATTENTION) / (bf16 * rate)
     moved = TRAFFIC + unpacked + (SUMS if eight_bits else 0)
@@ -189,8 +190,8 @@ def page() -> str:
     whole, theirs = found["E1", "afina"], found["E1", "unsloth"]
     first = [found["W1", tool]["first_step_s"] for tool in ("afina", "unsloth")]
     rows = "\n".join(
-        f"| {name} | {predicted(*rates, eight_bits=False):,} | {predicted(*rates, eight_bits=True):,} |"
-        for name, rates in CARDS.items()
+        f"| {name} | {predicted(name, int8, eight_bits=False):,} | {predicted(name, int8, eight_bits=True):,} |"
+        for name, int8 in CARDS.items()
     )
     when = "" if whole["date"][:10] == theirs["date"][:10] else " on another day"
     closing = CLOSING.format(ours=whole, theirs=theirs, first=first, card=card(whole), when=when,

@@ -3,19 +3,24 @@
 import errno
 import json
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small import CPU, llama
 from train.test_loop import rows
 
 from afina import durable
 from afina.data.batch import micro_batches
+from afina.data.order import order_of
+from afina.data.template import Rendered
 from afina.errors import OutputError, ResourceError
 from afina.model.attach import attach
 from afina.model.loss import summed_loss
-from afina.recipe.schema import Lora
+from afina.recipe.schema import Lora, Training
 from afina.train.loop import accumulate
-from afina.train.memory import Room, probe
+from afina.train.memory import Room, fullest, probe
 from afina.train.record import Record
 
 
@@ -80,3 +85,25 @@ def test_a_log_that_was_changed_is_told_and_ends_in_a_whole_line(tmp_path):
     assert not record.cut(mark)
     record.close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n'
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(3, 60), min_size=8, max_size=60),
+    batch=st.integers(2, 24),
+    budget=st.integers(60, 400),
+    epochs=st.integers(1, 3),
+)
+def test_what_is_tried_first_is_as_large_as_any_micro_batch_of_the_run(lengths, batch, budget, epochs):
+    more = [None] * (len(Rendered.__dataclass_fields__) - 2)
+    samples = [Rendered(np.zeros(length, np.int32), np.ones(length, bool), *more) for length in lengths]
+    training = Training(batch_size=batch, epochs=epochs)
+    order = order_of(lengths, training, 1)
+
+    def largest(chosen):
+        cut = micro_batches(samples, chosen, budget=budget, packing=True, pad_id=0)
+        return max(part.input_ids.numel() for part in cut)
+
+    tried = max(map(largest, fullest(samples, training, 1, budget)))
+    every = max(largest(order.step(step)) for step in range(order.steps))
+    assert tried >= every - max(lengths)

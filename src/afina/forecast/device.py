@@ -11,7 +11,7 @@ from afina.engine.eight_gate import FORMATS
 from afina.engine.engine import Engine
 from afina.engine.mixture import Mixture
 from afina.engine.plan import Rates
-from afina.forecast.gpus import GIB, Gpu, find
+from afina.forecast.gpus import GIB, MOVED, SHARE, Gpu, find
 from afina.language import _
 from afina.model.load import DTYPES, choose_hardware
 from afina.model.machine import look
@@ -24,8 +24,6 @@ RUNNING = int(0.7 * 2**30)
 """Bytes of the computer's memory that Python, torch and transformers take."""
 EIGHT_BIT_RATE = {"fp8": 2.0, "int8": 1.0}
 """Times that products in eight bits are as fast: on an H200, steps of W2 and W2i against W1's."""
-SHARE, MOVED = 0.68, 0.8
-"""Of a data sheet's rates, what products in bf16 and passes over memory reach (docs/speed.md, on an H200)."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from afina.errors import ResourceError
 from afina.language import _
 
 GIB = 2**30
+SHARE, MOVED = 0.68, 0.8
+"""Of a data sheet's rates, what products in bf16 and passes over memory reach (docs/speed.md, on an H200)."""
 
 
 @dataclass(frozen=True)
