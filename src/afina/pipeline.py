@@ -19,7 +19,7 @@ from afina.language import _
 from afina.recipe.load import dump, load, places_told
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe
-from afina.summary import metrics_of, say_done, say_trained
+from afina.summary import metrics_of, next_commands, say_done, say_trained
 
 if TYPE_CHECKING:
     from afina.data.conversation import Sample
@@ -72,8 +72,7 @@ def train(
         with places_told(Path(recipe), overrides):
             facts = train_run(wanted, folder, place, console, base, while_training(wanted, folder), ahead)
         durable.write_text(place / "recipe.yaml", dump(wanted))
-        loss_curve, draw = drawing.result()
-        durable.write_bytes(place / "loss.png", loss_curve(metrics_of(place)))
+        durable.write_bytes(place / "loss.png", drawing.result()(metrics_of(place)))
         durable.write_text(place / "README.md", model_card(wanted, facts, versions()))
         seal(
             place,
@@ -85,7 +84,7 @@ def train(
             **facts,
         )
         clear(place)
-    draw(place)
+    _draw(place)
     say_trained(facts, place)
     return place
 
@@ -108,7 +107,6 @@ def evaluate(
         from afina.model.load import spare_imports
 
         spare_imports()
-        from afina.evaluate.report import draw
         from afina.evaluate.run import Wanted, evaluate_models, evaluate_run
 
     wanted = Wanted(others, tasks, limit, minutes, _prompts_of)
@@ -124,7 +122,7 @@ def evaluate(
         asked, folder = load(Path(recipe)), Path(recipe).resolve().parent
         with durable.claim(place / WORKPLACE):
             evaluate_models(asked, folder, [str(source), *others], place / "evaluation", console, wanted)
-    draw(place)
+    _draw(place)
     return place / "evaluation"
 
 
@@ -140,11 +138,10 @@ def rate(
 ) -> Path:
     """Have a person rate an evaluated run's answers, blind; returns the file of ratings. Raises AfinaError."""
     from afina.evaluate.ratings.run import rate_run
-    from afina.evaluate.report import draw
 
     place = _run_folder(run)
     file = rate_run(place, console, mode=mode, systems=systems, rater=rater, page=page, port=port, tasks=tasks)
-    draw(place)
+    _draw(place)
     return file
 
 
@@ -171,21 +168,22 @@ def export(run: str | Path, formats: Sequence[str] = ()) -> Path:
         from afina.model.load import spare_imports
 
         spare_imports()
-        from afina.evaluate.report import draw
         from afina.export.ollama import create_in_ollama
         from afina.export.run import export_run
-        from afina.train.reopen import recipe_of
+        from afina.train.reopen import open_tuned, recipe_of
 
-    run = _run_folder(run)
-    place = run / "export"
+    run = Path(run)
+    place, record = run / "export", open_tuned(run)
+    durable.sweep(run)
     _refuse_existing(place, _("Remove the folder to export again."))
-    recipe, start = recipe_of(open_artifact(run, "run"))
+    recipe, start = recipe_of(record)
     console.heading(_("Exporting {run}").format(run=run))
     wanted = formats or recipe.export.formats
     export_run(run, place, wanted, console, _marker(recipe, start))
     if "ollama" in wanted:
         create_in_ollama(place, recipe.name, console)
-    draw(run)
+    if record.kind == "run":
+        _draw(run)
     return place
 
 
@@ -370,12 +368,19 @@ def _check_tasks(recipe: Recipe, folder: Path) -> None:
         questions(recipe, folder)
 
 
-def _drawing() -> tuple[Callable[[Any], bytes], Callable[[Path], Any]]:
-    """What draws the curve of the loss, and the report: both load matplotlib."""
+def _drawing() -> Callable[[Any], bytes]:
+    """What draws the curve of the loss: it loads matplotlib, which the report needs too."""
     from afina.evaluate.plot import loss_curve
+
+    return loss_curve
+
+
+def _draw(place: Path) -> None:
+    """The report anew, its commands as they are typed where the run folder's parent lies."""
     from afina.evaluate.report import draw
 
-    return loss_curve, draw
+    whole = place.resolve()
+    draw(place, next_commands(place, Path(whole.parent.name, whole.name)))
 
 
 def _base(recipe: Recipe, folder: Path) -> dict[str, str]:
