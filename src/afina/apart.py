@@ -90,7 +90,7 @@ def serve(work: str) -> None:
     asked: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_listen, args=(asked,), daemon=True).start()
     answers = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print is no answer
     module, _colon, name = work.partition(":")
     try:
         function: Callable[..., bool] = getattr(import_module(module), name)

@@ -175,7 +175,8 @@ def _examples_of(sets: dict[str, list[Rendered]], facts: dict[str, Any]) -> Exam
     named = [Path(name) for name in facts.pop("named")]
     origin = [Sample((), named[file], line) for file, line in facts.pop("origin")]
     rejected = [(Sample((), named[file], line), reason) for file, line, reason in facts.pop("rejected")]
-    return Examples(**sets, origin=origin, rejected=rejected, **facts)
+    train, validation = sets["train"], sets["validation"]
+    return Examples(train=train, validation=validation, origin=origin, rejected=rejected, **facts)
 
 
 def _say_apart(read: int, samples: int, console: Console) -> None:
