@@ -67,7 +67,7 @@ DOORS = {
     # How answers are marked and constrained: the optional packages of the extra `eval`.
     "jsonschema": ("data/targets.py",),
     "referencing": ("data/targets.py",),
-    "llguidance": ("evaluate/systems/grammar.py",),
+    "llguidance": ("model/grammar.py",),
     "math_verify": ("evaluate/maths_process.py",),
     "rouge_score": ("evaluate/tasks/similarity.py",),
     "sacrebleu": ("evaluate/tasks/similarity.py",),

@@ -16,10 +16,11 @@ from transformers import DynamicCache
 
 from afina.errors import ModelError
 from afina.language import _
+from afina.model.choose import choose
 from afina.model.fixed import READ_AT_ONCE, can_be_fixed, write_fixed
 from afina.model.generate import generate
 from afina.model.load import cache_bytes, limit_of
-from afina.model.rows import Grammar, Row, Settings, device_of, next_logits, note_broken, padded
+from afina.model.rows import Grammar, Row, Sampling, Settings, device_of, next_logits, note_broken, padded
 
 CACHE_AT_ONCE = {"cpu": 2**28, "cuda": 2**33}
 """Bytes that keys and values of the answers being written may take together, where the free memory is not known."""
@@ -70,7 +71,7 @@ def write_all(
                     length=len(prompt), limit=limit or "-"
                 )
             )
-    settings = Settings(frozenset(end_ids), pad_id, temperature)
+    settings, sampling = Settings(frozenset(end_ids), pad_id), Sampling(temperature)
     fixed = grammar is None and temperature == 0 and device_of(model).type in READ_AT_ONCE and can_be_fixed(model)
     # Neighbours in length; the longest first, so that a model that does not fit says so at once.
     order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
@@ -82,7 +83,7 @@ def write_all(
         if not fixed:  # all are read at once, as wide as the longest
             least = len(prompts[group[0]]) * PADDED_TO - SHORT
             group = [place for place in group if len(prompts[place]) >= least]
-        rows = [Row(place, list(prompts[place]), seeds[place] if seeds else 0) for place in group]
+        rows = [Row(place, list(prompts[place]), seeds[place] if seeds else 0, sampling=sampling) for place in group]
         for row in rows:
             room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(row.prompt))
             row.room, row.grammar = room, grammar() if grammar else None
@@ -133,7 +134,7 @@ def _write_growing(model: nn.Module, rows: list[Row], settings: Settings) -> Non
     alive, position = list(range(len(rows))), positions[:, -1:]
     idle: set[int] = set()
     while True:
-        chosen = _choose(logits, [rows[place] for place in alive], settings)
+        chosen = choose(logits, [rows[place] for place in alive])
         idle |= {
             number
             for number, index in enumerate(chosen)
@@ -152,25 +153,6 @@ def _write_growing(model: nn.Module, rows: list[Row], settings: Settings) -> Non
         logits = next_logits(model, torch.tensor(chosen, device=device)[:, None], mask.long(), position, cache)
 
 
-def _choose(logits: torch.Tensor, rows: Sequence[Row], settings: Settings) -> list[int]:
-    """The next token of each row; a row that is done gets any."""
-    if rows[0].grammar is not None:
-        allowed = torch.stack([_within(row.grammar, logits.shape[-1]) for row in rows]).to(logits.device)
-        logits = logits.masked_fill(~allowed, -torch.inf)
-    if settings.temperature == 0:
-        return list(logits.argmax(-1).tolist())
-    chances = torch.softmax(logits.double() / settings.temperature, -1).cumsum(-1).cpu()
-    thrown = torch.stack([torch.rand((1,), generator=row.dice, dtype=torch.float64) for row in rows])
-    drawn = torch.searchsorted(chances, thrown * chances[:, -1:], right=True)
-    return [min(int(index), logits.shape[-1] - 1) for index in drawn]
-
-
-def _within(grammar: Grammar | None, width: int) -> torch.Tensor:
-    """What a grammar allows, as wide as the logits, which may be wider than the vocabulary."""
-    allowed = grammar.allowed() if grammar else torch.ones(width, dtype=torch.bool)
-    return nn.functional.pad(allowed[:width], (0, max(0, width - len(allowed))))
-
-
 def _learns_prompts(model: nn.Module) -> bool:
     """Whether PEFT puts learnt tokens before every prompt: only its own generate knows where."""
     config: Any = getattr(model, "active_peft_config", None)
@@ -179,7 +161,7 @@ def _learns_prompts(model: nn.Module) -> bool:
 
 def _write_plain(model: nn.Module, rows: list[Row], settings: Settings, new: int) -> None:
     """By the library's own loop, greedily; what it cannot do is refused."""
-    if settings.temperature > 0 or any(row.grammar for row in rows):
+    if any(row.grammar or row.sampling.temperature > 0 for row in rows):
         raise ModelError(
             _("Learnt prompts can be asked neither with a grammar nor with a temperature."),
             hint=_("Write constrained: false, decide: likelihood and temperature: 0 in the task, or tune with lora."),
