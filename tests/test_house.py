@@ -22,7 +22,16 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core
 
 DOORS = {
     # The floor of all computing rooms. Not: the ground floor, recipe/, cli/, serve/terminal.py, pipeline.py.
-    "torch": ("model/", "engine/", "train/", "data/batch.py", "evaluate/systems/", "export/", "serve/speakers.py"),
+    "torch": (
+        "model/",
+        "engine/",
+        "train/",
+        "data/batch.py",
+        "evaluate/systems/",
+        "export/",
+        "serve/speakers.py",
+        "serve/opening.py",
+    ),
     "numpy": ("gguf_file.py", "data/", "engine/", "evaluate/", "export/", "model/"),
     "triton": ("engine/",),
     # Models come in through load; generate, attention and tokenizer hold what only transformers can name.
@@ -31,6 +40,7 @@ DOORS = {
         "model/attention.py",
         "model/generate.py",
         "model/decode.py",
+        "model/continuous.py",
         "model/fixed.py",
         "model/packed.py",
         "model/padded.py",
@@ -50,7 +60,11 @@ DOORS = {
     "msgspec": ("data/audit/",),
     "ftfy": ("data/audit/mojibake.py",),
     "ruamel": ("recipe/document.py",),
-    "pydantic": ("recipe/",),
+    "pydantic": ("recipe/", "serve/openai.py"),
+    # The server, an optional extra: routes, who is let in, and an answer as it goes out.
+    "fastapi": ("serve/http.py", "serve/gate.py", "serve/answering.py"),
+    "starlette": ("serve/http.py", "serve/gate.py"),
+    "uvicorn": ("serve/http.py",),
     "pydantic_core": ("recipe/explain.py",),
     # Templates run sandboxed: chat templates and mappings in data, our own page in report.
     "jinja2": (
@@ -79,7 +93,7 @@ DOORS = {
 """Third-party library: where it may be imported (a file, or a room ending in /)."""
 NARROW = {
     # What reaches outside this process, or into its memory.
-    "socket": ("model/endpoint.py", "hub.py"),
+    "socket": ("model/endpoint.py", "hub.py", "serve/http.py"),
     "ssl": ("model/endpoint.py",),
     "urllib": ("model/endpoint.py", "hub.py", "evaluate/ratings/page.py", "translation.py"),
     "http": ("model/llamacpp.py", "model/endpoint.py", "evaluate/ratings/page.py"),
@@ -101,6 +115,8 @@ BROAD = {
     "evaluate/code_process.py": 1,  # what a program under test ends with
     "evaluate/maths_process.py": 1,  # what sympy raises on no mathematics
     "cli/main.py": 1,  # shows whatever is left as a mistake of ours
+    "serve/gate.py": 1,  # in the server; told in a sentence, for nobody above would
+    "serve/desk.py": 1,  # in a thread; told to whoever is being answered
     "beside.py": 1,  # in a thread; raised where the result is asked for
     "train/stop.py": 1,  # the same
     "durable.py": 5,  # takes away what is half-written, then raises on; a full disk told in words alone
@@ -258,7 +274,8 @@ def test_declared_dependencies_are_the_imported_ones():
         "markupsafe",
         "triton",
         "referencing",
-    }  # pydantic's, jinja2's, torch's, jsonschema's
+        "starlette",
+    }  # pydantic's, jinja2's, torch's, jsonschema's, fastapi's
     goes_along = {"sentencepiece"}  # transformers asks for it, to read some translation models' tokenizers
     assert names == set(DOORS) - comes_along | goes_along
 

@@ -23,6 +23,7 @@ __all__ = [
     "open_artifact",
     "rate",
     "run",
+    "serve",
     "train",
 ]
 
@@ -36,6 +37,7 @@ _HOMES = {
     "open_artifact": ("afina.artifact", "open_artifact"),
     "rate": ("afina.pipeline", "rate"),
     "run": ("afina.pipeline", "run"),
+    "serve": ("afina.pipeline", "serve"),
     "train": ("afina.pipeline", "train"),
 }
 

@@ -1,6 +1,6 @@
 """The verbs, as prose: what each reads, does and leaves. The Python API and the command line both call these.
 
-init → train → evaluate → export → chat, or run, which does all of it and skips what is done.
+init → train → evaluate → export → chat or serve, or run, which does all of it and skips what is done.
 """
 
 import shlex
@@ -317,6 +317,18 @@ def chat(
             talk(session, console)
         else:
             answer_once(session, prompt, console)
+
+
+def serve(
+    source: str | Path, adapters: Sequence[str] = (), *, at_once: int = 32, waiting: int = 128, **where: Any
+) -> None:
+    """Answer OpenAI's API for whatever `chat` takes, until a signal comes. Raises AfinaError.
+
+    `at_once` answers are written together, and `waiting` may wait. `where`: host, port and key.
+    """
+    from afina.serve.opening import serve_source
+
+    serve_source(str(source), adapters, console, at_once=at_once, waiting=waiting, **where)
 
 
 def _run_folder(run: str | Path) -> Path:

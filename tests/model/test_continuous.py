@@ -1,4 +1,4 @@
-"""Answers that begin and end while others are written: the ids of each alone, in every family, whoever comes and goes."""
+"""Answers that begin and end while others are written have the ids of each alone, whoever comes and goes."""
 
 import math
 from pathlib import Path
@@ -68,7 +68,9 @@ def alone(model, prompts, new=12, ends=ENDS) -> list[list[int]]:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.lists(st.tuples(st.lists(st.integers(3, 63), min_size=1, max_size=30), st.integers(1, 15)), min_size=1, max_size=8),
+    st.lists(
+        st.tuples(st.lists(st.integers(3, 63), min_size=1, max_size=30), st.integers(1, 15)), min_size=1, max_size=8
+    ),
     st.integers(0, 4),
     st.integers(1, 8),
 )
@@ -106,7 +108,11 @@ def test_windows_that_have_moved_on(name):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     place, found = tmp_path_factory.mktemp("adapters"), {}
-    methods = {"wide": Lora(rank=8, alpha=16), "dora": Lora(rank=4, alpha=8, dora=True), "narrow": Lora(rank=2, alpha=2)}
+    methods = {
+        "wide": Lora(rank=8, alpha=16),
+        "dora": Lora(rank=4, alpha=8, dora=True),
+        "narrow": Lora(rank=2, alpha=2),
+    }
     for seed, (name, method) in enumerate(methods.items()):
         save_adapter(perturb_adapters(attach(llama(), method, seed=seed), seed + 1), place / name, base="x")
         found[name] = place / name
@@ -304,5 +310,7 @@ class TestChoosing:
         logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
         sampling = Sampling(1.3, 0.9)
         together = choose(logits, [Row(0, [1], seed, sampling=sampling) for seed in range(6)])
-        one_by_one = [choose(logits[place : place + 1], [Row(0, [1], place, sampling=sampling)])[0] for place in range(6)]
+        one_by_one = [
+            choose(logits[place : place + 1], [Row(0, [1], place, sampling=sampling)])[0] for place in range(6)
+        ]
         assert together == one_by_one

@@ -176,7 +176,7 @@ class _Rows(nn.Module):
 
     def __init__(self, model: Any, keys: list[str]) -> None:
         super().__init__()
-        self.model, self._keys = model, keys
+        self.model, self.config, self._keys = model, model.config, keys
 
     def forward(self, **inputs: Any) -> Any:
         """The model's, told whose rows they are."""

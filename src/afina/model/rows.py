@@ -87,7 +87,12 @@ def padded(rows: Sequence[Row], pad_id: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def next_logits(
-    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, name: str = "input_ids"
+    model: nn.Module,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    positions: torch.Tensor,
+    cache: Any,
+    name: str = "input_ids",
 ) -> torch.Tensor:
     """(rows, vocabulary) logits of the next token. `name`: what `ids` are to the model, ids or their embeddings."""
     output = model(
