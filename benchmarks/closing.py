@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "src"), str(HERE.parent / "tests")]
 
 from journey.tiny import lay_out, save_base, write_rows  # noqa: E402 - found by the path above
+from provenance import commit  # noqa: E402 - found by the path above
 
 from afina.artifact import versions  # noqa: E402
 
@@ -66,7 +66,6 @@ def main() -> None:
     options.add_argument("--results", type=Path, default=HERE / "results" / "closing.jsonl")
     chosen = options.parse_args()
     chance = random.Random(0)
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE)
     with tempfile.TemporaryDirectory(prefix="closing-") as name:
         folder = Path(name)
         lay_out(folder)
@@ -87,7 +86,7 @@ def main() -> None:
                 "load": round(os.getloadavg()[0], 1),
             }
             print(json.dumps(line), flush=True)
-            line |= {"commit": git.stdout.strip(), "versions": versions()}
+            line |= {"commit": commit(), "versions": versions()}
             line["date"] = datetime.now(UTC).isoformat(timespec="seconds")
             with chosen.results.open("a", encoding="utf-8") as results:
                 results.write(json.dumps(line) + "\n")

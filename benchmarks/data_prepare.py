@@ -19,6 +19,8 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
+from provenance import commit
+
 HERE = Path(__file__).parent
 CONTEXT = 2048
 TEMPLATE = "afina/alpaca"
@@ -130,10 +132,9 @@ def record(tool: str, results: list[dict], copies: int, distinct: bool) -> None:
     from afina.artifact import versions
 
     seconds = [round(result["seconds"], 2) for result in results]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     line = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "command": f"python benchmarks/data_prepare.py --peer PYTHON --copies {copies} --repeats {len(results)}"
         + (" --distinct" if distinct else ""),
         "tool": tool,

@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from provenance import commit
+
 HERE = Path(__file__).parent
 RECIPE = """\
 name: end-to-end
@@ -28,7 +30,7 @@ data:
   validation: 0
   mapping: {{user: "Q", assistant: "### Question:\\n{{{{ row.question }}}}\\n\\n### Answer:\\n{{{{ row.answer }}}}"}}
 method: {{rank: 16, alpha: 16}}
-training: {{epochs: 1, batch_size: 101, micro_batch_tokens: 9500, learning_rate: 2e-4,
+training: {{epochs: 1, batch_size: 101, micro_batch_tokens: 16600, learning_rate: 2e-4,
   exact: false}}  # as the peers do it
 export: {{formats: []}}
 """
@@ -87,7 +89,7 @@ def run(folder: Path, number: int, overrides: list[str], profile: bool) -> dict[
     return {
         "total_s": round(total, 1), "loop_s": round(loop, 1), "steps": len(steps), "real_tokens": training["tokens"],
         "tokens_per_second": round(training["tokens"] / loop), "losses": [steps[0]["loss"], steps[-1]["loss"]],
-        "step_s": [round(line["seconds"], 3) for line in steps[:4]],
+        "step_s": [round(line["seconds"], 3) for line in steps],
         "peak_gib": round(training["peak_memory_bytes"] / 2**30, 2), "engine": manifest["engine"], "said": said,
     }  # fmt: skip
 
@@ -138,15 +140,6 @@ def main() -> None:
                 "tokens_per_second": theirs["real_tokens_per_s_train"], "peak_gib": theirs["peak_gib"],
                 "losses": theirs["last_loss"], "total_is": "process start to adapter saved",
             })  # fmt: skip
-
-
-def commit() -> str:
-    """What a file beside the tree says, where it was copied; else of the working tree."""
-    said = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
-    )
-    file = HERE.parent / "commit"
-    return file.read_text("utf-8").strip() if file.is_file() else said.stdout.strip()
 
 
 def card() -> str:

@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import random
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from provenance import commit
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from afina.data.load_tokenizer import load_tokenizer
@@ -99,10 +99,9 @@ def gsm8k_lengths(count: int) -> list[int]:
 
 
 def record(**facts: Any) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     line = {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "platform": platform.machine(),

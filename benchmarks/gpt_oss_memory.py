@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from end_to_end import commit
+from provenance import commit
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 

@@ -43,6 +43,7 @@ GPT_OSS_20B = dict(
 )  # fmt: skip
 WORKLOADS: dict[str, dict[str, Any]] = {
     "W1": dict(shape=LLAMA_8B, samples=4, length=2048, gib=36.0, goal=18700),
+    "W1+": dict(shape=LLAMA_8B, samples=4, length=2048, gib=45.9, goal=0),
     "W10": dict(shape=LLAMA_8B, samples=2, length=4096, gib=36.0, goal=17200),
     "W2": dict(shape=LLAMA_8B, samples=4, length=2048, eight="fp8", gib=36.0, goal=27000),
     "W2i": dict(shape=LLAMA_8B, samples=4, length=2048, eight="int8", gib=36.0, goal=0),
@@ -52,6 +53,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "W5": dict(shape=LLAMA_8B, samples=4, length=2048, gib=17.7, goal=14000),
     "W6": dict(shape=LLAMA_8B, samples=1, length=65536, four_bits=True, gib=12.0, goal=5500, steps=(1, 1)),
     "W7": dict(shape=LLAMA_1B, samples=8, length=2048, full=True, gib=20.0, goal=75000),
+    "W7+": dict(shape=LLAMA_1B, samples=8, length=2048, full=True, gib=26.8, goal=0),
     "W8": dict(shape=PHI_2, samples=1, length=2048, four_bits=True, gib=2.4, goal=15000),
     "W9": dict(shape=GPT_OSS_20B, samples=2, length=2048, packed=True, gib=40.0, goal=18000),
     "W9-bf16": dict(shape=GPT_OSS_20B, samples=2, length=2048, gib=48.0, goal=0),
@@ -90,7 +92,7 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
         from peer_gpu import peer_step
 
         step, parameters, about = peer_step(workload, work, tool, Path(options.pop("folder")))
-    optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=True)
+    optimizer, clip = optimiser_of(tool, parameters, options.get("adamw", "ours"))
     vocabulary = work["shape"]["vocab_size"]
     generator = torch.Generator().manual_seed(0)
     shape = (work["samples"], work["length"])
@@ -102,7 +104,7 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
     def whole(turn: int = 0) -> tuple[Any, Any]:
         loss = step(tokens[turn % 4])
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = clip(1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss, norm
@@ -139,6 +141,21 @@ def case(workload: str, tool: str, **options: Any) -> dict[str, Any]:
             torch.cuda.synchronize()
         pstats.Stats(spent).sort_stats("tottime").print_stats(28)
     return result
+
+
+def optimiser_of(tool: str, parameters: list[Any], which: str) -> tuple[Any, Any]:
+    """As `afina train` steps and clips, or (`torch`) as PyTorch does, and peers with it."""
+    import torch
+
+    if tool != "afina" or which == "torch":
+        optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=True)
+        return optimizer, lambda limit: torch.nn.utils.clip_grad_norm_(parameters, limit)
+    from afina.recipe.schema import Training
+    from afina.train.optimizer import clip, make_optimizer
+
+    learning = {str(place): one for place, one in enumerate(parameters)}
+    optimizer = make_optimizer(learning, Training(learning_rate=2e-4, weight_decay=0.01))
+    return optimizer, lambda limit: clip(optimizer, learning, limit)
 
 
 def wait_for(turn: str, tool: str) -> None:
@@ -470,7 +487,7 @@ def record(
     workload: str, tool: str, process: subprocess.Popen[str], said: Path, results: Path, steps: str | None
 ) -> None:
     """Wait for a case and append its result."""
-    from end_to_end import commit
+    from provenance import commit
 
     from afina.artifact import versions
 

@@ -18,7 +18,6 @@ import random
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -33,6 +32,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "src"), str(HERE), str(HERE.parent / "tests")]
 
 from gpu import LLAMA_1B  # noqa: E402 - found by the path above
+from provenance import commit  # noqa: E402
 from train.torture import digests  # noqa: E402
 
 TINY = dict(
@@ -560,7 +560,6 @@ def main() -> None:
 
     if torch.cuda.is_initialized():
         raise SystemExit("something that was imported has opened the GPU already; its import must wait for the forks")
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE)
     with tempfile.TemporaryDirectory(prefix="gpu-runs-") as name:
         runs, shape = Runs(Path(name), device, chosen.budget, chosen.seed, chosen.at_once), SHAPES[chosen.shape]
         if forked(lambda: prepare(runs.folder, shape, device), runs.said).status:
@@ -576,7 +575,7 @@ def main() -> None:
             began = time.monotonic()
             line = {"part": part, "shape": chosen.shape, **parts[part](), "took_s": round(time.monotonic() - began, 1)}
             print(json.dumps(line), flush=True)
-            line |= {"commit": chosen.commit or git.stdout.strip(), "versions": versions(),
+            line |= {"commit": chosen.commit or commit(), "versions": versions(),
                      "date": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
             with chosen.results.open("a", encoding="utf-8") as results:
                 results.write(json.dumps(line) + "\n")

@@ -8,7 +8,6 @@ of the whole call, the least of three in turns with each other.
 
 import datetime
 import json
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import commit
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig
 
@@ -85,7 +85,6 @@ def spent(call: Callable[[], object]) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     for case, (make, method) in CASES.items():
         torch.manual_seed(0)
         crew = Personalities(make().eval())
@@ -109,7 +108,7 @@ def main() -> None:
                 json.dumps(
                     {
                         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                        "commit": commit,
+                        "commit": commit(),
                         "command": "python benchmarks/personalities.py",
                         "adapters": case,
                         "in_the_batch": adapters,

@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from provenance import commit
+
 from afina.artifact import versions
 from afina.recipe.load import parse
 from afina.recipe.place import BUNDLED
@@ -152,16 +154,13 @@ def main() -> None:
 
 
 def record(name: str, work: dict, found: dict[str, list[dict]], threads: int, most: int) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
-    ).stdout.strip()
     print(f"\n{name}: {work['rows']} samples, {threads} threads")
     with (HERE / "results" / "cpu.jsonl").open("a", encoding="utf-8") as results:
         for tool, runs in found.items():
             speeds = sorted(run["tokens"] / run["loop_s"] for run in runs)
             line = {
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "commit": commit,
+                "commit": commit(),
                 "command": f"python benchmarks/train_cpu.py --peer PYTHON --rows {most}",
                 "workload": name,
                 "tool": tool,

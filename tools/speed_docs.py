@@ -15,6 +15,7 @@ ENGINES, EIGHT_BIT = RESULTS.with_name("curves.json"), RESULTS.with_name("eight-
 PAGE = ROOT / "docs" / "speed.md"
 WORKLOADS = {
     "W1": ("Llama-3.1-8B, LoRA, bf16, 4 x 2,048", "18,700 at 36"),
+    "W1+": ("W1 in the memory that the peer takes", "-"),
     "W10": ("the same, 2 x 4,096", "17,200 at 36"),
     "W5": ("W1 in the least memory that keeps its speed", "14,000 at 17.7"),
     "W2": ("W1, the base held and multiplied in e4m3", "27,000 at 36"),
@@ -24,6 +25,7 @@ WORKLOADS = {
     "W4": ("the same, 1 x 2,048, least memory", "7,500 at 5.0"),
     "W6": ("the same, 1 x 65,536", "5,500 at 12"),
     "W7": ("Llama-3.2-1B, every weight, 8 x 2,048", "75,000 at 20"),
+    "W7+": ("W7 in the memory that the peer takes", "-"),
     "W9": ("gpt-oss-20b, LoRA on attention, experts in MXFP4 (the peer's in bf16), 2 x 2,048", "18,000 at 40"),
     "W9-bf16": ("the same, experts in bf16", "-"),
     "W9-fp8": ("the same, experts held, and attention multiplied, in e4m3", "-"),
@@ -42,9 +44,11 @@ tokens, every token learnt, LoRA of rank 16 on every linear layer, clipping and 
 after three, or of as many as gpu.jsonl says. Each was measured in a process of its own, by `make bench-gpu`, on the
 card that the row names (an H200's memory is 1.4 times as fast as an H100's); a figure of another card says so, and a
 star marks one of another day than ours. The floor is what no implementation in bf16 avoids: the products of base and
-head, forward and backward, and attention. Clocks fall with heat and power, so figures of different days differ by some
-percent: where there is a star, compare with care. All were timed as with `training.exact: false`, as the peers are;
-what the same bits in each run cost stands in [durability.md](durability.md).
+head, forward and backward, and attention, each timed alone and cool; warm, one after the other as in a step until the
+card draws all the power it may, as in a training ([what that means](decisions/0015-what-exact-bf16-can-reach.md)).
+Clocks fall with heat and power, so figures of different days differ by some percent: where there is a star, compare
+with care. All were timed as with `training.exact: false`, as the peers are; what the same bits in each run cost stands
+in [durability.md](durability.md).
 
 | | workload | card | Afina | Unsloth | floor | goal (H200) |
 |---|---|---|---|---|---|---|
@@ -167,7 +171,8 @@ def cell(entry: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
     peak = f" at {entry['peak_gib']:.1f}" if entry["peak_gib"] else ""
     same = card(entry) == card(ours)
     day = "" if ours is None or entry["date"][:10] == ours["date"][:10] else " *"
-    return f"{entry['tokens_per_second']:,}{peak}" + ("" if same else f" ({card(entry)})") + day
+    warm = f", warm {entry['warm_tokens_per_second']:,}" if "warm_tokens_per_second" in entry else ""
+    return f"{entry['tokens_per_second']:,}{peak}{warm}" + ("" if same else f" ({card(entry)})") + day
 
 
 def page() -> str:

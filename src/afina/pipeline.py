@@ -13,12 +13,13 @@ from afina import durable
 from afina.artifact import MANIFEST, Artifact, open_artifact, parent, seal, sha256, source_digest, versions
 from afina.beside import begun
 from afina.console import console, size
-from afina.errors import OutputError, RecipeError, ResourceError
+from afina.errors import OutputError, ResourceError
+from afina.garbage import importing
 from afina.language import _
 from afina.recipe.load import dump, load, places_told
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe
-from afina.summary import metrics_of, say_done, say_trained
+from afina.summary import metrics_of, next_commands, say_done, say_trained
 
 if TYPE_CHECKING:
     from afina.data.conversation import Sample
@@ -55,12 +56,13 @@ def train(
         refuse_other_recipe(place, wanted)
         base = begun(lambda: _base(wanted, folder))  # hashing gigabytes takes as long as all that is imported below
 
-        from afina.model.load import spare_imports  # after what fails at once: this loads torch, for seconds
+        with importing():  # after what fails at once: this loads torch, for seconds
+            from afina.model.load import spare_imports
 
-        spare_imports()
-        from afina.evaluate.during import while_training
-        from afina.export.card import model_card
-        from afina.train.run import train_run
+            spare_imports()
+            from afina.evaluate.during import while_training
+            from afina.export.card import model_card
+            from afina.train.run import train_run
 
         drawing = begun(_drawing)  # not needed before the end
         _check_formats(wanted, folder)
@@ -69,8 +71,7 @@ def train(
         with places_told(Path(recipe), overrides):
             facts = train_run(wanted, folder, place, console, base, while_training(wanted, folder))
         durable.write_text(place / "recipe.yaml", dump(wanted))
-        loss_curve, draw = drawing.result()
-        durable.write_bytes(place / "loss.png", loss_curve(metrics_of(place)))
+        durable.write_bytes(place / "loss.png", drawing.result()(metrics_of(place)))
         durable.write_text(place / "README.md", model_card(wanted, facts, versions()))
         seal(
             place,
@@ -82,7 +83,7 @@ def train(
             **facts,
         )
         clear(place)
-    draw(place)
+    _draw(place)
     say_trained(facts, place)
     return place
 
@@ -101,11 +102,11 @@ def evaluate(
     `source` is a run, whose recipe says what is asked and of whom, or with `recipe` any model; `others` are asked
     beside it. What was answered before is not asked again.
     """
-    from afina.model.load import spare_imports
+    with importing():
+        from afina.model.load import spare_imports
 
-    spare_imports()
-    from afina.evaluate.report import draw
-    from afina.evaluate.run import Wanted, evaluate_models, evaluate_run
+        spare_imports()
+        from afina.evaluate.run import Wanted, evaluate_models, evaluate_run
 
     wanted = Wanted(others, tasks, limit, minutes, _prompts_of)
     if recipe is None:
@@ -120,7 +121,7 @@ def evaluate(
         asked, folder = load(Path(recipe)), Path(recipe).resolve().parent
         with durable.claim(place / WORKPLACE):
             evaluate_models(asked, folder, [str(source), *others], place / "evaluation", console, wanted)
-    draw(place)
+    _draw(place)
     return place / "evaluation"
 
 
@@ -136,11 +137,10 @@ def rate(
 ) -> Path:
     """Have a person rate an evaluated run's answers, blind; returns the file of ratings. Raises AfinaError."""
     from afina.evaluate.ratings.run import rate_run
-    from afina.evaluate.report import draw
 
     place = _run_folder(run)
     file = rate_run(place, console, mode=mode, systems=systems, rater=rater, page=page, port=port, tasks=tasks)
-    draw(place)
+    _draw(place)
     return file
 
 
@@ -163,24 +163,26 @@ def _prompts_of(llama: Any) -> Any:
 
 def export(run: str | Path, formats: Sequence[str] = ()) -> Path:
     """Write the files of the recipe's `export.formats`, or of `formats`; returns RUN/export. Raises AfinaError."""
-    from afina.model.load import spare_imports
+    with importing():
+        from afina.model.load import spare_imports
 
-    spare_imports()
-    from afina.evaluate.report import draw
-    from afina.export.ollama import create_in_ollama
-    from afina.export.run import export_run
-    from afina.train.reopen import recipe_of
+        spare_imports()
+        from afina.export.ollama import create_in_ollama
+        from afina.export.run import export_run
+        from afina.train.reopen import open_tuned, recipe_of
 
-    run = _run_folder(run)
-    place = run / "export"
+    run = Path(run)
+    place, record = run / "export", open_tuned(run)
+    durable.sweep(run)
     _refuse_existing(place, _("Remove the folder to export again."))
-    recipe, start = recipe_of(open_artifact(run, "run"))
+    recipe, start = recipe_of(record)
     console.heading(_("Exporting {run}").format(run=run))
     wanted = formats or recipe.export.formats
     export_run(run, place, wanted, console, _marker(recipe, start))
     if "ollama" in wanted:
         create_in_ollama(place, recipe.name, console)
-    draw(run)
+    if record.kind == "run":
+        _draw(run)
     return place
 
 
@@ -299,24 +301,9 @@ def chat(
     `adapters` are personalities on a base model, NAME=FOLDER each. `settings` are the recipe's chat. With `prompt`, ask
     once and return. Raises AfinaError.
     """
-    from contextlib import ExitStack
+    from afina.serve.opening import chat_with
 
-    from afina.serve.opening import speakers_of
-    from afina.serve.session import Session
-    from afina.serve.terminal import answer_once
-    from afina.serve.terminal import chat as talk
-
-    with ExitStack() as stack:
-        speakers, defaults, limit = speakers_of(str(source), beside_base, adapters, stack)
-        session = Session(speakers, defaults, seed=seed, limit=limit)
-        try:
-            session.change(**settings)
-        except ValueError as error:
-            raise RecipeError(_("These settings cannot be: {reason}").format(reason=error)) from error
-        if prompt is None:
-            talk(session, console)
-        else:
-            answer_once(session, prompt, console)
+    chat_with(str(source), adapters, console, prompt=prompt, beside_base=beside_base, seed=seed, settings=settings)
 
 
 def serve(
@@ -326,7 +313,7 @@ def serve(
 
     `at_once` answers are written together, and `waiting` may wait. `where`: host, port and key.
     """
-    from afina.serve.opening import serve_source
+    from afina.serve.serving import serve_source
 
     serve_source(str(source), adapters, console, at_once=at_once, waiting=waiting, **where)
 
@@ -377,12 +364,19 @@ def _check_tasks(recipe: Recipe, folder: Path) -> None:
         questions(recipe, folder)
 
 
-def _drawing() -> tuple[Callable[[Any], bytes], Callable[[Path], Any]]:
-    """What draws the curve of the loss, and the report: both load matplotlib."""
+def _drawing() -> Callable[[Any], bytes]:
+    """What draws the curve of the loss: it loads matplotlib, which the report needs too."""
     from afina.evaluate.plot import loss_curve
+
+    return loss_curve
+
+
+def _draw(place: Path) -> None:
+    """The report anew, its commands as they are typed where the run folder's parent lies."""
     from afina.evaluate.report import draw
 
-    return loss_curve, draw
+    whole = place.resolve()
+    draw(place, next_commands(place, Path(whole.parent.name, whole.name)))
 
 
 def _base(recipe: Recipe, folder: Path) -> dict[str, str]:

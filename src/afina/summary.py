@@ -1,5 +1,6 @@
 """The last lines of a verb: what came out, where it lies, what to try next."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -53,27 +54,40 @@ def say_done(place: Path, seconds: float) -> None:
         console.line(f"  {name:<{width}}  {value}")
     console.line()
     console.heading(_("Try next"))
-    for command in next_commands(place):
+    for command in [command for _purpose, command in next_commands(place, place)] + [
+        "afina init support-chat my-project"
+    ]:
         console.line(f"  {command}")
     console.event("done", run=str(place), seconds=seconds, exports=exports)
 
 
-def next_commands(place: Path) -> list[str]:
-    """Two or three commands a user may want after a finished run, each of which works."""
+def next_commands(run: Path, named: Path) -> list[tuple[str, str]]:
+    """What a user may want after this training, and the command, each of which works; none where it is not finished.
+
+    `named` is what the commands call the run.
+    """
     from afina.export.beforehand import why_no_gguf
     from afina.train.reopen import recipe_of
 
-    recipe, start = recipe_of(open_artifact(place, "run"))
-    commands = [f"afina chat {place}" + ("" if recipe.method.name == "full" else " --beside-base")]
-    if gguf := sorted((place / "export").glob("*.gguf")):
-        commands.append(f"afina chat {gguf[0]}")
-    elif (place / "export" / "merged").is_dir():
-        commands.append(f"afina chat {place / 'export' / 'merged'}")
-    elif recipe.method.name in ("lora", "full") and not (place / "export").exists():
+    if not (run / MANIFEST).is_file():
+        return []
+    recipe, start = recipe_of(open_artifact(run, "run"))
+    place, export = shlex.quote(str(named)), run / "export"
+    if recipe.method.name == "full":  # there is no base beside it in memory
+        commands = [(_("Talk to it"), f"afina chat {place}")]
+    else:
+        commands = [(_("Talk to it, beside the base model"), f"afina chat {place} --beside-base")]
+    if recipe.tasks and not (run / "evaluation" / "evaluation.json").is_file():
+        commands.append((_("Measure it on held-out samples"), f"afina eval {place}"))
+    if files := [*sorted(export.glob("*.gguf")), *export.glob("merged")]:
+        file = shlex.quote(str(named / files[0].relative_to(run)))
+        commands.append((_("Talk to what was exported"), f"afina chat {file}"))
+    elif recipe.method.name in ("lora", "full") and not export.exists():  # learnt prompts lie outside the weights
         as_gguf = recipe.model_copy(update={"export": recipe.export.model_copy(update={"formats": ["q8_0"]})})
         if why_no_gguf(as_gguf, start) is None:
-            commands.append(f"afina export {place} --format q8_0")
-    return [*commands, "afina init support-chat my-project"]
+            command = f"afina export {place} --format q8_0"
+            commands.append((_("Make a file for llama.cpp, Ollama and LM Studio"), command))
+    return commands
 
 
 def tasks_of(place: Path) -> list[dict[str, Any]]:

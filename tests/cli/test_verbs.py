@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,7 +75,7 @@ class TestUsage:
         import afina as package
 
         assert afina("--version").stdout == f"afina {package.__version__}\n"
-        for verb in ("run", "init", "train", "eval", "export", "chat"):
+        for verb in ("run", "init", "train", "eval", "export", "chat", "serve"):
             done = afina(verb, "--help")
             assert done.returncode == 0 and "--debug" in done.stdout and done.stderr == ""
 
@@ -213,6 +214,52 @@ class TestSpanish:
         refused = afina("traim", LANG="es_ES.UTF-8")
         assert refused.returncode == 2 and "No hay ningún verbo 'traim'." in refused.stderr
         assert "Arguments" in afina("train", "--help", LANG="es_ES.UTF-8", AFINA_LANG="en").stdout
+
+    @pytest.mark.parametrize(
+        ("line", "said"),
+        [
+            ("train", "Falta el argumento 'recipe'."),
+            ("data translate", "Falta el argumento 'source'."),
+            ("train --wings", "No hay ninguna opción --wings."),
+            ("chat x --temperatur 1", "No hay ninguna opción --temperatur. ¿Querías decir --temperature?"),
+            ("-x", "No hay ninguna opción -x."),
+            ("train --out", "La opción --out lleva 1 valor(es) detrás."),
+            ("data translate x --prices 1", "La opción --prices lleva 2 valor(es) detrás."),
+            ("train --json=3 x", "La opción --json no lleva ningún valor."),
+            ("chat x y z", "No se espera nada después de los argumentos, pero hay: y z"),
+            ("chat x --temperature hot", "Valor no válido para '--temperature': hot no es un número."),
+            ("chat x --top-p 3", "Valor no válido para '--top-p': 3 es más que 1."),
+            ("rate x --port -1", "Valor no válido para '--port': -1 es menos que 0."),
+            ("rate x --port 8080.5", "Valor no válido para '--port': 8080.5 no es un número entero."),
+            ("data translate x --to es --prices 1 b", "Valor no válido para '--prices': b no es un número."),
+            ("chat x --effort much", "Valor no válido para '--effort': 'much' no es ninguno de estos: 'low', 'medium'"),
+            ("export x --to docx", "Valor no válido para --to: 'docx' no es ninguno de estos: merged"),
+            ("push x y/z --what docx", "Valor no válido para --what: 'docx' no es ninguno de estos: adapter"),
+            ("--debug", "Falta el verbo."),
+            ("data fly", "No hay ningún verbo 'fly'."),
+        ],
+    )
+    def test_each_refusal_of_a_command_line(self, line, said, monkeypatch, capsys):
+        """As the process has them, which takes half a second each, so here without one; for machines the same."""
+        from afina.cli import main
+        from afina.console import console
+
+        monkeypatch.setenv("AFINA_LANG", "es")
+        monkeypatch.setenv("LANGUAGE", "es")  # as language.lend has it
+        monkeypatch.setattr(console, "debug", False)
+        for machine in (False, True):
+            monkeypatch.setattr(console, "json", machine)
+            assert main._status([*["--json"] * machine, *line.split()]) == 2
+            out, err = capsys.readouterr()
+            shown = json.loads(out)["message"] if machine else err
+            assert said in shown, shown
+            assert "--help" in (json.loads(out)["hint"] if machine else err)
+
+    @pytest.mark.parametrize("verb", ["", "data split "])
+    def test_no_help_is_half_english(self, verb):
+        shown = afina(*verb.split(), "-h", LANG="es_ES.UTF-8").stdout
+        assert f"Uso: afina {verb}[OPCIONES]" in shown and "Muestra esta ayuda." in shown
+        assert not {"Usage", "OPTIONS", "COMMAND", "Show"} & set(re.findall(r"\w+", shown))
 
     def test_what_is_lent_is_what_typer_asks_for(self):
         """Else the catalogue holds what nobody says any more."""

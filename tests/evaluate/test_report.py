@@ -269,8 +269,6 @@ def test_numbers_shown_are_those_of_the_folder(tmp_path):
         "…/data/train.jsonl:17",
         "learning_rate: 0.0002",
         digest("train"),
-        "afina chat runs/opiniones --beside-base",
-        "afina chat runs/opiniones/export/opiniones-f16.gguf",
     ):
         assert shown in words, shown
     assert "do not add up" not in words and "count different right answers" not in words
@@ -357,16 +355,16 @@ def test_every_part_is_optional(tmp_path, kept):
     assert ("evaluation" in targets) == ("evaluation" in kept)
     assert ("exports" in targets) == ("export" in kept)
     assert ("data" in targets) == ("manifest.json" in kept)
-    assert ("next" in targets) == ("manifest.json" in kept), "no verb takes a run without manifest"
+    assert "next" not in targets, "nobody said what could be wanted"
 
 
-def test_not_evaluated_yet_says_so_and_offers_it(tmp_path):
+def test_not_evaluated_yet_says_so_and_what_can_be_wanted_is_shown(tmp_path):
     run = sample_run(tmp_path)
     shutil.rmtree(run / "evaluation")
     shutil.rmtree(run / "export")
-    words = parsed(report.draw(run)).words
+    words = parsed(report.draw(run, [("Measure it", "afina eval 'runs/my <run>'"), ("Talk", "afina chat x")])).words
     assert "The loss went from 2.92 to 0.32 in 204 steps; how good the answers are was not measured yet." in words
-    assert "afina eval runs/opiniones" in words and "afina export runs/opiniones --format q8_0" in words
+    assert "afina eval 'runs/my <run>'" in words and "afina chat x" in words
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from afina.model.saved import save_adapter
 from afina.recipe.place import BUNDLED
 from afina.recipe.schema import Chat, Recipe
 from afina.serve.desk import Until
-from afina.serve.opening import open_desk
+from afina.serve.serving import open_desk
 from afina.serve.speakers import GgufSpeaker, ModelSpeaker
 from afina.serve.wish import Desk, Over, Piece, Refusal, Wish
 from afina.train.reopen import reopen

@@ -12,8 +12,9 @@ from afina.model.attach import attach
 from afina.model.loss import summed_loss
 from afina.recipe.schema import Full, Lora, Training
 from afina.train import checkpoint
+from afina.train.adamw import in_a_row
 from afina.train.loop import train
-from afina.train.optimizer import Lion, make_optimizer
+from afina.train.optimizer import ClippedAdamW, Lion, clip, make_optimizer
 from afina.train.state import Follower, State, begin
 
 NAMES = ("adamw", "adamw-8bit", "paged-adamw-8bit", "muon", "adafactor", "lion")
@@ -179,3 +180,78 @@ def test_the_second_matrix_learns_faster_with_lora_plus():
     }
     assert all(ratio == (16.0 if ".lora_B." in name else 1.0) for name, ratio in ratios.items())
     assert len(ratios) == len(state.learning)
+
+
+@pytest.mark.parametrize("limit", [0.3, float("inf")])
+def test_adamw_that_clips_as_it_reads_is_clipping_and_then_adamw(limit):
+    """Two groups that decay and learn otherwise, steps of changing rates, a parameter without a gradient."""
+    torch.manual_seed(0)
+
+    def made():
+        torch.manual_seed(1)
+        return [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((3, 5), (4, 4), (6,), (2, 2))]
+
+    ours, theirs = made(), made()
+
+    def groups(parameters):
+        return [
+            {"params": parameters[:2], "weight_decay": 0.1, "lr": 1e-2},
+            {"params": parameters[2:], "weight_decay": 0.0, "lr": 3e-2},
+        ]
+
+    optimizer = ClippedAdamW(groups(ours), 1e-2, (0.9, 0.99))
+    for parameter in ours:
+        optimizer.state[parameter] = {"step": torch.zeros(())} | {
+            name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")
+        }
+    reference = torch.optim.AdamW(groups(theirs), betas=(0.9, 0.99))
+    for _step in range(4):
+        for a, b in zip(ours[:3], theirs[:3], strict=True):
+            a.grad = torch.randn(a.numel() + 1, dtype=a.dtype)[1:].view_as(a)  # begins at 8 bytes
+            b.grad = a.grad.clone()
+        for group, other in zip(optimizer.param_groups, reference.param_groups, strict=True):
+            group["lr"] = other["lr"] = other["lr"] * 0.8
+        norm = clip(optimizer, {str(place): one for place, one in enumerate(ours)}, limit)
+        assert norm.item() == pytest.approx(nn.utils.clip_grad_norm_(theirs, limit).item())
+        assert all(in_a_row(a.grad) for a in ours[:3])
+        optimizer.step()
+        reference.step()
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+    assert [optimizer.state[one]["step"].item() for one in ours] == [4, 4, 4, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 2**-6), (torch.float32, 1e-5)], ids=str)
+def test_large_tensors_on_a_gpu_are_stepped_by_our_own_and_go_on_to_the_bit(dtype, limit):
+    def drawn():
+        generator = torch.Generator("cuda").manual_seed(3)
+        return [
+            nn.Parameter(torch.randn(shape, generator=generator, device="cuda").to(dtype))
+            for shape in ((2048, 1024), (1024, 4096), (1024,))
+        ]
+
+    def step(optimizer, learning, count):
+        generator = torch.Generator("cuda").manual_seed(count)
+        for one in learning:
+            one.grad = torch.randn(one.shape, generator=generator, device="cuda").to(dtype)
+        clip(optimizer, {str(place): one for place, one in enumerate(learning)}, 0.5)
+        optimizer.step()
+
+    whole, parted, theirs = drawn(), drawn(), drawn()
+    optimizer = made("adamw", whole)
+    assert isinstance(optimizer, ClippedAdamW)
+    first, peer = made("adamw", parted), torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.0, fused=True)
+    for count in range(6):
+        step(optimizer, whole, count)
+        step(peer, theirs, count)
+        if count == 3:  # another process, with what a checkpoint holds
+            second = made("adamw", parted)
+            for one in parted:
+                for name, value in first.state[one].items():
+                    second.state[one][name].copy_(value)
+            first = second
+        step(first, parted, count)
+    for a, b, c in zip(whole, parted, theirs, strict=True):
+        assert torch.equal(a, b)
+        assert ((a - c).float().norm() / c.float().norm()).item() < limit

@@ -15,10 +15,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from afina import __version__
-from afina.cli import chat, data, doctor, evaluate, export, init, push, rate, run, serve, train
+from afina.cli import chat, compress, data, doctor, evaluate, export, init, push, rate, run, serve, train
 from afina.cli.options import Debug, Json
+from afina.cli.usage import refusal, translate
 from afina.console import console
-from afina.errors import AfinaError, Interrupted, RecipeError
+from afina.errors import AfinaError, Interrupted
 from afina.language import _
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ app.command("serve", help=_("Serve a run, a model or a GGUF file by OpenAI's API
     serve.command
 )
 app.command("push", help=_("Upload a run's adapter or exported files to a model hub."))(push.command)
+app.add_typer(compress.app, name="compress")
 app.add_typer(data.app, name="data")
 
 
@@ -133,6 +135,7 @@ def _end(status: int) -> NoReturn:
 def _invoke(arguments: list[str]) -> None:
     """The verb alone, without typer's own handling of what ends it: that turns Ctrl-C into a silent exit."""
     command = typer.main.get_command(app)
+    translate(command)
     with command.make_context("afina", arguments) as context:
         command.invoke(context)
 
@@ -156,10 +159,10 @@ def _show(error: AfinaError, cause: BaseException | None = None) -> int:
 def _unexpected(error: Exception) -> int:
     """Usage errors of the command line, refusals of the operating system; the rest is our own mistake."""
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):
-        if not console.json:
-            error.show()  # type: ignore[attr-defined]
-            return int(error.exit_code)
-        return _show(RecipeError(error.format_message(), hint=_("afina --help lists the verbs and their options.")))
+        if type(error).__name__ != "NoArgsIsHelpError":
+            return _show(refusal(error))
+        error.show()  # type: ignore[attr-defined]  # the help
+        return int(error.exit_code)
     if isinstance(error, OSError) and error.filename is not None:
         reason = error.strerror or str(error)
         return _show(AfinaError(_("{path}: {reason}.").format(path=error.filename, reason=reason)), error)

@@ -8,6 +8,7 @@ loop divides by their number over the whole step. Packed, samples lie end to end
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 
 import numpy as np
 import torch
@@ -69,12 +70,15 @@ def micro_batches(
 ) -> list[Batch]:
     """Lay out `samples` (indices into `rendered`) in as few micro-batches of at most `budget` tokens as best fit finds.
 
-    A sample longer than the budget gets a micro-batch of its own. Padding counts against the budget, and so do
-    `extra` virtual tokens that the model puts before each sample.
+    Packed, these are of even size where that is as few: a small rest would cost its launches with little to compute
+    beside them (a step of 17,000 tokens in two of 8,500 takes 200 ms where 16,600 and 400 take 280), and the largest
+    decides the memory. A sample longer than the budget gets a micro-batch of its own. Padding counts against the
+    budget, and so do `extra` virtual tokens that the model puts before each sample.
     """
     lengths = {index: int(rendered[index].ids.size) + extra for index in samples}
     if packing:
-        return [_packed(rendered, group) for group in _best_fit(samples, lengths, budget)]
+        groups = _best_fit(samples, lengths, budget)
+        return [_packed(rendered, group) for group in _even(samples, lengths, budget, len(groups)) or groups]
     return [_padded(rendered, group, pad_id) for group in _by_length(samples, lengths, budget)]
 
 
@@ -92,6 +96,19 @@ def _best_fit(samples: Sequence[int], lengths: dict[int, int], budget: int) -> l
         bins[place].append(index)
         if room > lengths[index]:
             insort(rooms, (room - lengths[index], place))
+    return bins
+
+
+def _even(samples: Sequence[int], lengths: dict[int, int], budget: int, count: int) -> list[list[int]] | None:
+    """So many bins, the longest sample first, each into the emptiest; None where one has no room left there."""
+    bins: list[list[int]] = [[] for _bin in range(count)]
+    filled = [(0, place) for place in range(count)]  # a heap as it stands
+    for index in sorted(samples, key=lambda index: (-lengths[index], index)):
+        tokens, place = filled[0]
+        if tokens and tokens + lengths[index] > budget:
+            return None
+        bins[place].append(index)
+        heapreplace(filled, (tokens + lengths[index], place))
     return bins
 
 

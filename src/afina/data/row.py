@@ -1,17 +1,16 @@
 """A row of a file: its value, its line, its byte and its raw text, and how JSON becomes one."""
 
-import gc
 import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from afina.data.lines import CHUNK, ROW_BYTES
+from afina.garbage import uncollected
 from afina.language import _
 
-Result = TypeVar("Result")
 SPACE = re.compile(r"[ \t\r\n]*")
 """What JSON calls white space. Python's strip() knows more, and str.splitlines() would cut a row at U+2028."""
 
@@ -83,17 +82,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def uncollected(function: Callable[..., Result], *arguments: Any) -> Result:
-    """The function's value, no garbage looked for meanwhile: millions of new objects make that take three times."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        return function(*arguments)
-    finally:
-        if collecting:
-            gc.enable()
-
-
 class Decoder:
     """Python's JSON decoder, which also notices what is JSON to Python alone."""
 
@@ -108,7 +96,7 @@ class Decoder:
     def line(self, text: str, number: int, offset: int, raw: bytes) -> Row:
         """One line as one row."""
         try:
-            value = self._whole(text) if len(text) < CHUNK else uncollected(self._whole, text)
+            value = (self._whole if len(text) < CHUNK else uncollected()(self._whole))(text)
         except json.JSONDecodeError as error:
             fault = _("not valid JSON at column {column}: {reason}").format(column=error.colno, reason=error.msg)
         except RecursionError:

@@ -63,21 +63,11 @@ def _part(word: str) -> Part:
 
 
 def split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(train, validation), each in the order given: what `deal` makes of the share, at least one sample kept back.
-
-    Raises DataError when nothing would be left to learn from.
-    """
+    """(train, validation), each in the order given: what `deal` makes of the share. Raises DataError."""
     if share == 0 or not samples:
         return samples, []
     validation, train = Part("validation", share), Part("train")
     dealt = deal(samples, [validation, train], seed)
-    if not dealt[train]:
-        raise DataError(
-            _("{count} different samples are too few to keep {share:.0%} back for validation.").format(
-                count=len({sample.digest() for sample in samples}), share=share
-            ),
-            hint=_("Add samples, or set data.validation to 0."),
-        )
     return dealt[train], dealt[validation]
 
 
@@ -85,7 +75,8 @@ def deal(samples: Sequence[Sample], parts: Sequence[Part], seed: int) -> dict[Pa
     """The samples of each part, in the order given; equal and nearly equal samples lie in one part.
 
     Each part with an amount takes the samples with the smallest keyed hashes, class by class, of those that the parts
-    before it left. A sample that occurs more often than there is room left is passed over.
+    before it left. A sample that occurs more often than there is room left is passed over. Raises
+    DataError where nothing is left for the part without an amount.
     """
     keys = _keys(samples, seed)
     classes = [sample.answer.strip() for sample in samples] if classes_of(samples) else [""] * len(samples)
@@ -100,6 +91,14 @@ def deal(samples: Sequence[Sample], parts: Sequence[Part], seed: int) -> dict[Pa
     dealt: dict[Part, list[Sample]] = {part: [] for part in parts}
     for sample, key in zip(samples, keys, strict=True):
         dealt[owner.get(key, rest)].append(sample)
+    if not dealt[rest]:  # a part with an amount takes one at least
+        raise DataError(
+            _(
+                "{samples} samples are too few: none is left for {part}. Equal and nearly equal ones stay together, so "
+                "that there are {groups} to be dealt out."
+            ).format(samples=len(samples), part=rest.name, groups=len(sizes)),
+            hint=_("Add samples, or keep fewer back: data.validation in a recipe, --into of afina data split."),
+        )
     return dealt
 
 

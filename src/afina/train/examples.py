@@ -16,6 +16,7 @@ from afina.data.split import split
 from afina.data.targets import check_targets, read_schema
 from afina.data.template import Rendered, Renderer
 from afina.errors import DataError
+from afina.garbage import uncollected
 from afina.language import _
 from afina.recipe.place import schema_file
 from afina.recipe.schema import Recipe
@@ -114,7 +115,8 @@ def prepare_once(recipe: Recipe, folder: Path, renderer: Renderer, console: Cons
         facts.pop("named")
         return Examples(train=sets["train"], validation=sets["validation"], origin=origin, rejected=[], **facts)
     watch = Stopwatch()
-    made = prepare(recipe, folder, renderer, console)
+    with uncollected():
+        made = prepare(recipe, folder, renderer, console)
     if watch.worth and not made.rejected:
         keep(cache, key, {"train": made.train, "validation": made.validation}, _facts(made))
     return made

@@ -21,6 +21,7 @@ from afina.model.load import Hardware
 from afina.recipe.schema import Training
 from afina.train.best import Measured
 from afina.train.memory import within_memory
+from afina.train.optimizer import clip
 from afina.train.schedule import learning_rate
 from afina.train.state import Follower, State, StepReport
 from afina.train.watch import PATIENCE, Rejection
@@ -109,10 +110,9 @@ def _clip(state: State, training: Training) -> torch.Tensor:
 
     Where memory runs out nothing is scaled yet; the passes' own memory is given back then, and it is tried again.
     """
-    norm = within_memory(lambda: nn.utils.clip_grad_norm_(state.learning.values(), training.clip_norm or math.inf))
-    if norm is None:
-        norm = nn.utils.clip_grad_norm_(state.learning.values(), training.clip_norm or math.inf)
-    return norm
+    work = partial(clip, state.optimizer, state.learning, training.clip_norm or math.inf)
+    norm = within_memory(work)
+    return work() if norm is None else norm
 
 
 def _judge(state: State, batches: Sequence[Batch], loss: float, norm: float) -> Rejection | None:

@@ -4,6 +4,7 @@ Every optimiser's memory is there from the start, zero, so that memory fails ear
 a place for each tensor it holds.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from torch import nn
 
 from afina.model.quantize import bitsandbytes
 from afina.recipe.schema import Training
+from afina.train import adamw
+from afina.train.adamw import Factors, Learning, Many
 
 BETAS = (0.9, 0.999)
 LION_BETAS = (0.9, 0.99)
@@ -40,6 +43,74 @@ class Lion(torch.optim.Optimizer):
                 parameter.add_(torch.lerp(parameter.grad, momentum, first).sign_(), alpha=-rate)
                 momentum.lerp_(parameter.grad, 1 - second)
         return loss
+
+
+class ClippedAdamW(torch.optim.Optimizer):
+    """AdamW that scales gradients down as it reads them: `clip` says by how much in its next step. See train/adamw.py.
+
+    Its state is that of torch.optim.AdamW. All that learns lies on one device in one precision.
+    """
+
+    def __init__(self, groups: Groups, lr: float, betas: tuple[float, float], eps: float = 1e-8) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self._many: tuple[list[nn.Parameter], Many] | None = None
+        self._scale: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def clip(self, limit: float) -> torch.Tensor:
+        """The norm of all gradients, (); the next step takes them no longer than `limit`."""
+        learning = self._learning()
+        norm = adamw.squares(self._of(learning), [tensors for _parameter, _group, tensors in learning]).sqrt()
+        self._scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ does
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of every parameter that has a gradient."""
+        loss = closure() if closure is not None else None
+        if learning := self._learning():
+            many = self._of(learning)
+            counts = [self.state[parameter]["step"].add_(1) for parameter, _group, _tensors in learning]
+            known: dict[tuple[int, float], Factors] = {}  # most are alike, and Python holds the GPU up meanwhile
+            factors = [
+                known.get(key := (id(group), count)) or known.setdefault(key, _of_step(group, count))
+                for (_parameter, group, _tensors), count in zip(learning, torch.stack(counts).tolist(), strict=True)
+            ]
+            scale, self._scale = self._scale, None
+            one = torch.ones((), device=many.like.device) if scale is None else scale
+            adamw.step(many, [tensors for _parameter, _group, tensors in learning], factors, one)
+        return loss
+
+    def _learning(self) -> list[tuple[nn.Parameter, dict[str, Any], Learning]]:
+        found = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if (gradient := parameter.grad) is not None:
+                    if not adamw.in_a_row(gradient):  # a part of a product's gradient that begins anywhere
+                        gradient = parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
+                    memory = self.state[parameter]
+                    tensors = Learning(parameter, gradient, memory["exp_avg"], memory["exp_avg_sq"])
+                    found.append((parameter, group, tensors))
+        return found
+
+    def _of(self, learning: list[tuple[nn.Parameter, dict[str, Any], Learning]]) -> Many:
+        parameters = [parameter for parameter, _group, _tensors in learning]
+        if self._many is None or [id(one) for one in self._many[0]] != [id(one) for one in parameters]:
+            self._many = parameters, Many([one.numel() for one in parameters], parameters[0].detach())
+        return self._many[1]
+
+
+def _of_step(group: dict[str, Any], count: float) -> Factors:
+    (first, second), rate = group["betas"], group["lr"]
+    decay, root = 1 - rate * group["weight_decay"], math.sqrt(1 - second**count)
+    return Factors(decay, rate / (1 - first**count), root, first, second, group["eps"])
+
+
+def clip(optimizer: torch.optim.Optimizer, learning: Parameters, limit: float) -> torch.Tensor:
+    """Scale the gradients down to a norm of `limit`, now or as the next step reads them; returns the norm they have."""
+    if isinstance(optimizer, ClippedAdamW):
+        return optimizer.clip(limit)
+    return nn.utils.clip_grad_norm_(learning.values(), limit)
 
 
 class Beside(torch.optim.Optimizer):
@@ -99,8 +170,13 @@ def _groups(learning: Parameters, decay: float, faster: float) -> Groups:
 
 def _adamw(groups: Groups, rate: float, betas: Any) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, 2017, arXiv:1711.05101), fused."""
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
-    _fill(optimizer, _two_moments)
+    optimizer: torch.optim.Optimizer
+    if adamw.fits([parameter for group in groups for parameter in group["params"]]):
+        optimizer = ClippedAdamW(groups, rate, betas)
+        _fill(optimizer, lambda parameter: {**_two_moments(parameter), "step": torch.zeros(())})
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+        _fill(optimizer, _two_moments)
     return optimizer
 
 

@@ -33,7 +33,8 @@ from afina.data.conversation import ROLES, Message, Sample
 from afina.data.dialects import Make, beside_of, checked, dialect_of, maker, with_system
 from afina.data.mapping import Mapped
 from afina.data.near import Near
-from afina.data.row import BadRow, Row, Shape, uncollected
+from afina.data.row import BadRow, Row, Shape
+from afina.garbage import uncollected
 from afina.recipe.schema import Data
 
 KEYS_TOLD = 20
@@ -68,7 +69,8 @@ class Pass:
         before, size = (self.report.rows, self.report.rejected), self.report.size
         lines = returns = 0
         for block in line_blocks(path, encoding) if quick_lines else row_blocks(path, shape, form):
-            uncollected(self._block, path, block, reader)
+            with uncollected():
+                self._block(path, block, reader)
             self.report.size += block.size
             lines, returns = lines + len(block.raws), returns + block.returns
             advance(block.size)

@@ -6,7 +6,6 @@ nothing of models.
 """
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,10 +50,10 @@ FIRST_EXAMPLES = 4
 SHOWN_REJECTED = 100
 
 
-def draw(run: Path) -> Path:
+def draw(run: Path, commands: Sequence[tuple[str, str]] = ()) -> Path:
     """Write `run`/report.html anew, beside it the same in Markdown and its numbers as JSON; returns the page's path.
 
-    Raises OutputError when one cannot be written.
+    `commands` are what may be wanted next, each with what it is for. Raises OutputError when a file cannot be written.
     """
     contents = _contents(run)
     environment = Environment(
@@ -78,7 +77,14 @@ def draw(run: Path) -> Path:
         "cut": cut,
         "tail": tail,
     }
-    shown = {"_": _, "language": chosen(), "palette": PALETTE, "first": FIRST_EXAMPLES, **contents}
+    shown = {
+        "_": _,
+        "language": chosen(),
+        "palette": PALETTE,
+        "first": FIRST_EXAMPLES,
+        "commands": commands,
+        **contents,
+    }
     shown["problem_names"] = problem_names()
     for name, template in ((REPORT, TEMPLATE), (MARKDOWN, PLAIN_TEMPLATE)):
         environment.autoescape = name == REPORT
@@ -140,7 +146,6 @@ def _contents(run: Path) -> Facts:
             {"name": name, "bytes": number(mapping(entry).get("bytes")), "sha256": text(mapping(entry).get("sha256"))}
             for name, entry in mapping(manifest.get("files")).items()
         ],
-        "commands": _commands(run, recipe, bool(tasks), exports) if manifest else [],
         "damaged": folder.damaged,
     }
 
@@ -309,23 +314,3 @@ def _method(recipe: Facts) -> str:
 def _recipe_text(folder: Folder, recipe: Facts) -> str:
     """The recipe as resolved, as YAML; for an interrupted run the file recipe.yaml."""
     return yaml(recipe) if recipe else folder.content("recipe.yaml").decode("utf-8", "replace")
-
-
-def _commands(run: Path, recipe: Facts, evaluated: bool, exports: Sequence[Facts]) -> list[Facts]:
-    """What a user may want next: (what for, command). Paths start where the run folder's parent lies."""
-    place = Path(run.resolve().parent.name, run.resolve().name)
-    quoted = shlex.quote(str(place))
-    method = mapping(recipe.get("method")).get("name")
-    commands = [{"purpose": _("Talk to it, beside the base model"), "command": f"afina chat {quoted} --beside-base"}]
-    if method == "full":  # there is no base beside it in memory
-        commands = [{"purpose": _("Talk to it"), "command": f"afina chat {quoted}"}]
-    if recipe.get("tasks") and not evaluated:
-        commands.append({"purpose": _("Measure it on held-out samples"), "command": f"afina eval {quoted}"})
-    if not exports and method in ("lora", "full"):  # learnt prompts lie outside the weights
-        command = f"afina export {quoted} --format q8_0"
-        commands.append({"purpose": _("Make a file for llama.cpp, Ollama and LM Studio"), "command": command})
-    gguf = next((entry["file"] for entry in exports if entry["file"].endswith(".gguf")), None)
-    if gguf:
-        file = shlex.quote(str(place / "export" / gguf))
-        commands.append({"purpose": _("Talk to the exported file"), "command": f"afina chat {file}"})
-    return commands
