@@ -324,7 +324,7 @@ class TestRefusals:
             assert server.raw("GET", "/v1/models", Host=host)[0] == 403, host
         here = f"localhost:{server.port}"
         assert server.raw("GET", "/v1/models", Host=here, Origin=f"http://{here}")[0] == 200
-        for origin in ("https://evil.com", "null", f"http://{here}.evil.com"):
+        for origin in ("https://elsewhere", "null", f"http://{here}.elsewhere"):
             assert server.raw("POST", self.CHAT, b"{}", Host=here, Origin=origin)[0] == 403, origin
         body = json.dumps({"model": "base", "messages": asked("Hola"), "max_tokens": 1}).encode()
         assert server.raw("POST", self.CHAT, body, Content_Type="text/plain")[0] == 400
