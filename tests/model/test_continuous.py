@@ -16,6 +16,7 @@ from afina.model.attach import attach
 from afina.model.choose import choose
 from afina.model.continuous import Asked, Writing
 from afina.model.generate import generate
+from afina.model.longrope import choose_by_sample
 from afina.model.personalities import Personalities
 from afina.model.rows import Row, Sampling
 from afina.model.saved import load_adapter, save_adapter
@@ -87,9 +88,25 @@ def test_whoever_comes_and_goes_each_answer_is_that_of_alone(asked, every, at_on
 def test_every_family(name, monkeypatch):
     """Windows, sinks, learnt positions, and angles that look at the longest row; prompts are read in parts."""
     monkeypatch.setitem(continuous.READ_AT_ONCE, "cpu", 8)
-    model = build(name)
+    model = choose_by_sample(build(name))
     prompts = [[index % 60 + 3 for index in prompt] for prompt in [*PROMPTS, list(range(60)), [33, 4]]]
     assert spoken(model, [Heard(prompt) for prompt in prompts]) == alone(model, prompts)
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_rows_that_grow_beyond_longropes_original_context(learnt):
+    """Each is turned by the factors of its own length, learnt tokens before it counted, its base's without them."""
+    model = choose_by_sample(build("phi3"))  # 64 tokens
+    if learnt:
+        model = attach(model, PromptTuning(name="prompt-tuning", virtual_tokens=4), seed=0).eval()
+    prompts = [[7] * 50, [5, 9], [11] * 58, [40] * 63, [41] * 64, [42] * 65, [8] * 90]
+    names = ["tuned", "tuned", None, "tuned", None, "tuned", None] if learnt else [None] * 7
+    none = frozenset()
+    heard = [Heard(prompt, 20, end_ids=none, voice=name) for prompt, name in zip(prompts, names, strict=True)]
+    found = spoken(None, heard, voices=Personalities.of(model, "tuned"))
+    plain = choose_by_sample(build("phi3"))
+    for prompt, name, ids in zip(prompts, names, found, strict=True):
+        assert ids == alone(model if name else plain, [prompt], 20, none)[0], (len(prompt), name)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt-oss"])

@@ -38,7 +38,7 @@ def _drawn(logits: torch.Tensor, rows: Sequence[Row], drawing: list[int]) -> lis
         if (share := rows[number].sampling.top_p) < 1:
             chances[place] = _nucleus(chances[place], share)
     summed = chances.cumsum(-1).cpu()
-    thrown = torch.stack([torch.rand((1,), generator=rows[number].dice, dtype=torch.float64) for number in drawing])
+    thrown = torch.stack([rows[number].throw() for number in drawing])
     drawn = torch.searchsorted(summed, thrown * summed[:, -1:], right=True)
     return [min(int(index), logits.shape[-1] - 1) for index in drawn]
 

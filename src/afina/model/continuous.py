@@ -22,6 +22,7 @@ from afina.language import _
 from afina.model.choose import choose
 from afina.model.decode import CACHE_SHARE, LEAVING
 from afina.model.load import cache_bytes
+from afina.model.longrope import original_context
 from afina.model.personalities import Personalities
 from afina.model.rows import Row, device_of, next_logits, padded
 from afina.model.virtual import is_prefix, prompted, virtual_tokens, virtual_tokens_ever
@@ -74,9 +75,8 @@ class Writing:
         self.waiting: list[Asked] = []
         self._reading: _Reading | None = None
         self._batches: dict[Hashable, _Batch] = {}
-        angles = _angles(voices.model)
-        self._alone = bool(angles) or not _keeps_plainly(voices.model)
-        self._turned_anew = angles.get("original_max_position_embeddings") if "longrope" in str(angles) else None
+        self._alone = not _can_share(voices.model)
+        self._turning, self._base_turning = original_context(voices.model), original_context(voices.base)
         self._device, self._token_bytes = device_of(voices.model), cache_bytes(voices.model)
         self._stage = ExitStack()
         self._names: tuple[str | None, ...] = ()
@@ -111,8 +111,8 @@ class Writing:
             batch.leave([row for row in batch.going if row.gone], "gone")
             if batch.going:
                 batch.tidy()
-                self._write(kind, batch)
-            if not self._batches[kind].going:
+                self._take(batch, batch.advance(self._answering([row.voice for row in batch.rows])))
+            if not batch.going:
                 del self._batches[kind]
 
     def abandon(self, error: Exception) -> None:
@@ -125,17 +125,6 @@ class Writing:
         for row in lost:
             row.on_end(error)
 
-    def _write(self, kind: Hashable, batch: "_Batch") -> None:
-        model = self._answering([row.voice for row in batch.rows])
-        if self._turned_anew is not None and int(batch.position[0]) + 1 == self._turned_anew:
-            # Beyond this length LongRoPE turns by other angles, and what was kept was turned by the old ones.
-            reading = _Reading(batch.rows, kind, self._device)
-            logits = reading.advance(model)
-            batch = self._batches[kind] = reading.batch()
-        else:
-            logits = batch.advance(model)
-        self._take(batch, logits)
-
     def _read(self) -> None:
         if self._reading is None:
             self._admit()
@@ -143,7 +132,8 @@ class Writing:
             return
         reading = self._reading
         model = self._answering([row.voice for row in reading.rows])
-        logits = reading.advance(model, None if self._alone else READ_AT_ONCE[self._at])
+        whole = self._alone or self._turning is not None  # angles are those of the length that is read
+        logits = reading.advance(model, None if whole else READ_AT_ONCE[self._at])
         if not reading.over:
             return
         self._reading = None
@@ -170,7 +160,7 @@ class Writing:
             if chosen and (
                 self._kind(one) != self._kind(chosen[0])
                 or is_prefix(self._voices.model)  # padding would stand between prefix and prompt
-                or max(len(row.prompt) for row in together) * len(together) > READ_AT_ONCE[self._at]
+                or max(len(row.known) for row in together) * len(together) > READ_AT_ONCE[self._at]
             ):
                 break
             if (there or chosen) and not self._fits([*there, *together]):
@@ -222,6 +212,13 @@ class Writing:
                 batch.leave([row], "stop")
             elif not going:
                 batch.leave([row], "limit")
+            elif self._turning is not None and len(row.known) == self._last(row) + 1:
+                batch.done.add(number)  # what is kept was turned by LongRoPE's short factors: it is read again
+                self.waiting.insert(0, row)
+
+    def _last(self, row: Asked) -> int:
+        """The length up to which LongRoPE turns this row by its short factors."""
+        return (self._base_turning if row.voice is None else self._turning) or 0
 
     @staticmethod
     def _chosen_alone(batch: "_Batch", logits: torch.Tensor, number: int) -> int:
@@ -248,8 +245,7 @@ class _Reading:
     def advance(self, model: Any, at_once: int | None = None) -> torch.Tensor:
         """Read on, so many tokens at most, or all; once it is `over`, the (rows, vocabulary) logits of what is next."""
         if not self._inputs:
-            texts = [Row(0, row.prompt + row.ids, 0) for row in self.rows]
-            ids, mask = (tensor.to(self.device) for tensor in padded(texts, 0))
+            ids, mask = (tensor.to(self.device) for tensor in padded(self.rows, 0))
             whole, self._inputs, _width = prompted(model, ids, mask.long())
             cache = self._inputs.pop("past_key_values", None)
             self._cache = DynamicCache(config=whole.config) if cache is None else cache  # type: ignore[arg-type]
@@ -351,18 +347,13 @@ def _whole(model: Any) -> nn.Module:
     return whole
 
 
-def _angles(model: Any) -> dict[str, Any]:
-    """How positions are turned, where that depends on how long the longest row is (LongRoPE, dynamic NTK): such rows
-    mean the same only alone, read in one go; else nothing."""
+def _can_share(model: Any) -> bool:
+    """Whether rows of different lengths mean the same in one batch as alone: every layer keeps keys and values, of all
+    tokens or of a window, and no angle depends on the longest row (dynamic NTK)."""
     config = model.config.get_text_config()
-    said = getattr(config, "rope_parameters", None) or {}
-    return said if any(one in str(said) for one in ("longrope", "dynamic")) else {}
-
-
-def _keeps_plainly(model: Any) -> bool:
-    """Whether every layer keeps keys and values, of all tokens or of a window, and nothing else."""
-    layers = DynamicCache(config=model.config.get_text_config()).layers
-    return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    kept = {type(layer) for layer in DynamicCache(config=config).layers}
+    angles = str(getattr(config, "rope_parameters", None))
+    return kept <= {DynamicLayer, DynamicSlidingWindowLayer} and "dynamic" not in angles
 
 
 def _likely(logits: torch.Tensor, index: int, top: int) -> Likely:

@@ -18,6 +18,7 @@ from afina.errors import ModelError
 from afina.language import _
 from afina.model.foreign import read_object
 from afina.model.generate import generate
+from afina.model.longrope import crosses
 from afina.model.mixed import BASE, mixable, mixed
 from afina.model.saved import SETTINGS_BYTES, load_adapter
 from afina.model.virtual import without
@@ -134,11 +135,14 @@ class Personalities:
         """As `generate`, prompt i answered by `names[i]` (None is the base), all in one batch.
 
         Low-rank adapters of every kind that Afina makes are mixed, on layers (DoRA too), experts and routers; those of
-        another kind take turns, a batch each. Raises ModelError for an unknown name.
+        another kind take turns, a batch each, and so do all where an answer may grow beyond the original context of a
+        base with LongRoPE. Raises ModelError for an unknown name.
         """
+        together = not crosses(self.model, prompts, settings["max_new_tokens"])
         places: dict[Hashable, list[int]] = {}
         for place, name in enumerate(names):
-            places.setdefault(self.kind(name), []).append(place)
+            kind = self.kind(name)
+            places.setdefault(kind if together else name, []).append(place)
         answers: dict[int, list[int]] = {}
         for group in places.values():
             with self.answering_all([names[place] for place in group]) as model:
