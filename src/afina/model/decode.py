@@ -90,8 +90,8 @@ def write_all(
         room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
         until = room if turn is None or known(place) > turn else min(room, turn + 1 - len(prompt))
         so_far, seed = list(answers[place]), seeds[place] if seeds else 0
-        kept = {"ids": so_far, "whole": until == room, "sampling": sampling}
-        return Row(place, prompt, seed, until, grammar() if grammar else None, **kept)
+        own = grammar() if grammar else None
+        return Row(place, prompt, seed, until, own, ids=so_far, whole=until == room, sampling=sampling)
 
     while order:
         # Neighbours in length; the longest first, so that a model that does not fit says so at once.
