@@ -1,7 +1,8 @@
-"""What pruning costs: the bundled base on GSM8K's held-out rows, each method at 10, 30 and 50%.
+"""What pruning costs and distilling gains: the bundled base on GSM8K's held-out rows.
 
     AFINA_REAL_DATA=../shared python benchmarks/compress.py prune       every method, each share
     AFINA_REAL_DATA=../shared python benchmarks/compress.py heal        half of the weights, then full fine-tuning
+    AFINA_REAL_DATA=../shared python benchmarks/compress.py distill     three of five layers, alone and taught by five
 
 Appends lines to benchmarks/results/compress.jsonl: loss in nats a token on rows that nothing was chosen by, with 95%
 intervals, against the whole model on the same rows.
@@ -13,6 +14,7 @@ import os
 import subprocess
 import tempfile
 import zlib
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,8 +65,42 @@ def heal(folder: Path, file: Path) -> None:
         "wanda-0.5, LoRA": [f"model.base={pruned}"],
     }.items():
         run = afina.train(file, folder / name.replace(" ", "-"), [*changes, "training.steps=40"])
-        facts = open_artifact(run).manifest["training"]
-        note("heal", {"model": name, "steps": 40, "loss": facts["validation_loss"]})
+        note("heal", {"model": name, "steps": 40, "loss": loss_of(run)})
+
+
+def distill(folder: Path, file: Path) -> None:
+    """A teacher of five layers; students of three, trained as long alone and with it. What is there stays."""
+    full, teacher, small = ["method.name=full"], folder / "teacher", folder / "pruned" / "layers-0.4"
+    if not teacher.exists():
+        afina.train(file, teacher, [*full, "training.steps=80"])
+        note("distill", {"model": "teacher", "steps": 80, "loss": loss_of(teacher)})
+    if not small.exists():
+        compression.prune("afina/tiny", [0.4], method="layers", recipe=file, out=small.parent, tasks=False)
+    for seed in (1, 2):
+        for name, taught in {
+            "alone": [],
+            "alpha 0.5, T 2": [f"training.distill.teacher={teacher}"],
+            "alpha 0.5, T 1": [f"training.distill={{teacher: {teacher}, temperature: 1.0}}"],
+        }.items():
+            place = folder / f"{name}-{seed}".replace(" ", "-")
+            if not (place / "manifest.json").exists():
+                changes = [*full, f"model.base={small}", "training.steps=40", f"seed={seed}", *taught]
+                note(
+                    "distill",
+                    {
+                        "model": name,
+                        "seed": seed,
+                        "steps": 40,
+                        "loss": loss_of(afina.train(file, place, changes)),
+                        "layers": 3,
+                    },
+                )
+
+
+def loss_of(run: Path) -> float:
+    """Plain loss on the held-out rows, in nats a token, after the last step."""
+    loss: float = open_artifact(run).manifest["training"]["validation_loss"]
+    return loss
 
 
 def note(what: str, figures: dict[str, Any]) -> None:
@@ -77,7 +113,11 @@ def note(what: str, figures: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["prune", "heal"])
+    parser.add_argument("what", choices=["prune", "heal", "distill"])
     data = Path(os.environ.get("AFINA_REAL_DATA", ROOT.parent / "shared")).resolve() / "data" / "gsm8k" / "train.jsonl"
-    with tempfile.TemporaryDirectory() as place:
-        {"prune": prune, "heal": heal}[parser.parse_args().what](Path(place), recipe(Path(place), data))
+    parser.add_argument("--folder", type=Path, help="where runs are kept, and found again; else in no place for good")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() if given.folder is None else nullcontext(given.folder) as place:
+        {"prune": prune, "heal": heal, "distill": distill}[parser.parse_args().what](
+            Path(place), recipe(Path(place), data)
+        )
