@@ -61,6 +61,7 @@ def tiny() -> Any:
 def run(folder: Path, number: int, overrides: list[str], profile: bool) -> dict[str, Any]:
     """One `afina train`, and when it said what."""
     out = folder / f"run-{number}"
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the rows that the run before left rendered
     command = [sys.executable, "-u"]
     if profile:
         command += ["-m", "cProfile", "-o", str(folder / "profile")]

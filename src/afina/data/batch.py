@@ -20,11 +20,11 @@ from afina.data.template import Rendered
 class Batch:
     """One micro-batch.
 
-    input_ids, position_ids: (rows, width) int64. attention_mask: (rows, width) bool, or None when packed (rows = 1).
-    lengths: tokens of each packed sample in order, or None. predicting: (targets,) int64, flat places in rows * width
-    whose next token is learnt. targets: (targets,) int64, those tokens. owner: (targets,) int64, which of `samples`
-    (by place in it) each target belongs to. tokens: real ones, padding left out. weights: (targets,) float32, how much
-    each target counts, or None where all count 1.
+    input_ids, position_ids: (rows, width) int64, the latter 0 where padded. attention_mask: (rows, width) bool, or None
+    when packed (rows = 1). lengths: tokens of each packed sample in order, or None. predicting: (targets,) int64, flat
+    places in rows * width whose next token is learnt. targets: (targets,) int64, those tokens. owner: (targets,) int64,
+    which of `samples` (by place in it) each target belongs to. tokens: real ones, padding left out. weights:
+    (targets,) float32, how much each target counts, or None where all count 1.
     """
 
     input_ids: torch.Tensor
@@ -153,7 +153,7 @@ def _padded(rendered: Sequence[Rendered], group: Sequence[int], pad_id: int) -> 
     places, targets, owner, weights = _targets(rows, np.arange(len(rows)) * width)
     return Batch(
         torch.from_numpy(ids),
-        torch.arange(width)[None].expand(len(rows), -1).contiguous(),
+        torch.from_numpy(np.arange(width) * mask),
         torch.from_numpy(mask),
         None,
         places,

@@ -19,6 +19,7 @@ from afina.language import _
 from afina.model.fixed import READ_AT_ONCE, can_be_fixed, write_fixed
 from afina.model.generate import generate
 from afina.model.load import cache_bytes, limit_of
+from afina.model.longrope import original_context
 from afina.model.rows import Grammar, Row, Settings, device_of, next_logits, note_broken, padded
 
 CACHE_AT_ONCE = {"cpu": 2**28, "cuda": 2**33}
@@ -70,29 +71,46 @@ def write_all(
                     length=len(prompt), limit=limit or "-"
                 )
             )
-    settings = Settings(frozenset(end_ids), pad_id, temperature)
+    settings, original = Settings(frozenset(end_ids), pad_id, temperature), original_context(model)
+    turn = None if _learns_prompts(model) else original  # else it is written by `generate`, which sees to it
     fixed = grammar is None and temperature == 0 and device_of(model).type in READ_AT_ONCE and can_be_fixed(model)
-    # Neighbours in length; the longest first, so that a model that does not fit says so at once.
-    order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
+    answers: dict[int, list[int]] = {place: [] for place in range(len(prompts))}  # of those that are not done
+    seconds = dict.fromkeys(answers, 0.0)
+    order = list(answers)
     most = PROMPTS_AT_ONCE.get(device_of(model).type, PROMPTS_AT_ONCE["cpu"])
+
+    def known(place: int) -> int:
+        return len(prompts[place]) + len(answers[place])
+
+    def row(place: int) -> Row:
+        """To be written to its end, or to where LongRoPE's other factors begin: then it is read again."""
+        prompt = list(prompts[place])
+        room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+        until = room if turn is None or known(place) > turn else min(room, turn + 1 - len(prompt))
+        so_far, seed = list(answers[place]), seeds[place] if seeds else 0
+        return Row(place, prompt, seed, until, grammar() if grammar else None, ids=so_far, whole=until == room)
+
     while order:
+        # Neighbours in length; the longest first, so that a model that does not fit says so at once.
+        order.sort(key=lambda place: (-known(place), place))
         began = time.perf_counter()
         width = len(prompts[order[0]]) + max_new_tokens
         group = order[: min(most, _fitting(model, min(width, limit) if limit else width))]
         if not fixed:  # all are read at once, as wide as the longest
-            least = len(prompts[group[0]]) * PADDED_TO - SHORT
-            group = [place for place in group if len(prompts[place]) >= least]
-        rows = [Row(place, list(prompts[place]), seeds[place] if seeds else 0) for place in group]
-        for row in rows:
-            room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(row.prompt))
-            row.room, row.grammar = room, grammar() if grammar else None
+            least = known(group[0]) * PADDED_TO - SHORT
+            group = [place for place in group if known(place) >= least]
+        rows = [row(place) for place in group]
         if not _write(model, rows, settings, max_new_tokens, fixed):
             most = max(1, len(rows) // 2)
             continue
-        share = (time.perf_counter() - began) / len(rows)
-        for row in rows:
-            on_answer(row.place, Continuation(row.ids, row.ended, share, row.broken))
-        order = order[len(group) :]
+        share, order = (time.perf_counter() - began) / len(rows), order[len(group) :]
+        for one in rows:
+            seconds[one.place] += share
+            if one.ended or one.whole:
+                on_answer(one.place, Continuation(one.ids, one.ended, seconds[one.place], one.broken))
+            else:
+                answers[one.place] = one.ids
+                order.append(one.place)
 
 
 def _write(model: nn.Module, rows: list[Row], settings: Settings, new: int, fixed: bool) -> bool:
@@ -160,7 +178,7 @@ def _choose(logits: torch.Tensor, rows: Sequence[Row], settings: Settings) -> li
     if settings.temperature == 0:
         return list(logits.argmax(-1).tolist())
     chances = torch.softmax(logits.double() / settings.temperature, -1).cumsum(-1).cpu()
-    thrown = torch.stack([torch.rand((1,), generator=row.dice, dtype=torch.float64) for row in rows])
+    thrown = torch.stack([row.throw() for row in rows])
     drawn = torch.searchsorted(chances, thrown * chances[:, -1:], right=True)
     return [min(int(index), logits.shape[-1] - 1) for index in drawn]
 

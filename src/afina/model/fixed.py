@@ -66,15 +66,15 @@ def _read(model: nn.Module, rows: Sequence[Row], settings: Settings) -> "_Steps"
 
     Some rows at a time, neighbours in length, so that padding and what is computed at once stay small.
     """
-    device, width = device_of(model), max(len(row.prompt) for row in rows)
-    length = _rounded(width + max(row.room for row in rows))
+    device, width = device_of(model), max(len(row.known) for row in rows)
+    length = _rounded(width + max(row.room - len(row.ids) for row in rows))
     cache = StaticCache(config=model.config, max_cache_len=length)
     cache.layers = [_Layer(length) for _layer in cache.layers]
     seen = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
     first = torch.zeros(len(rows), 1, dtype=torch.long, device=device)
     start = 0
     while start < len(rows):
-        stop = start + max(1, READ_AT_ONCE[device.type] // len(rows[start].prompt))
+        stop = start + max(1, READ_AT_ONCE[device.type] // len(rows[start].known))
         ids, mask = (tensor.to(device) for tensor in padded(rows[start:stop], settings.pad_id))
         read, here = DynamicCache(config=model.config), slice(width - ids.shape[1], width)
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -91,7 +91,7 @@ def _read(model: nn.Module, rows: Sequence[Row], settings: Settings) -> "_Steps"
         start = stop
     for fixed in cache.layers:
         fixed.cumulative_length.fill_(width)
-    position = torch.tensor([[len(row.prompt)] for row in rows], device=device)
+    position = torch.tensor([[len(row.known)] for row in rows], device=device)
     return _Steps(model, cache, seen[:, None, None], position, first, width)
 
 

@@ -13,6 +13,7 @@ from afina.language import _
 from afina.model.as_stored import compute_in_fp32
 from afina.model.foreign import check_weights, checked_config, quantised_as, read_config
 from afina.model.gguf_start import figures, is_packed, kind_of, read_tensors
+from afina.model.longrope import choose_by_sample
 from afina.model.mxfp4 import PACKED, pack_experts, packed_experts, unpack_experts
 from afina.model.quantize import HELD, UNNEEDED, absent, check_layers, dequantised, held_in, made_portable, settings
 from afina.model.virtual import virtual_tokens
@@ -126,7 +127,7 @@ def load_model(
     if quantised:
         check_layers(model)
         model = dequantised(model, hardware.dtype) if plain else made_portable(model)
-    loaded: nn.Module = (model if quantised else model.to(hardware.device)).eval()
+    loaded = choose_by_sample((model if quantised else model.to(hardware.device)).eval())
     return compute_in_fp32(loaded) if held else loaded
 
 

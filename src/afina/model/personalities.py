@@ -18,6 +18,7 @@ from afina.errors import ModelError
 from afina.language import _
 from afina.model.foreign import read_object
 from afina.model.generate import generate
+from afina.model.longrope import crosses
 from afina.model.mixed import BASE, mixable, mixed
 from afina.model.saved import SETTINGS_BYTES, load_adapter
 
@@ -105,10 +106,12 @@ class Personalities:
         """As `generate`, prompt i answered by `names[i]` (None is the base), all in one batch.
 
         Low-rank adapters of every kind that Afina makes are mixed, on layers (DoRA too), experts and routers; where
-        one of those asked is of another kind they take turns, a batch each. Raises ModelError for an unknown name.
+        one of those asked is of another kind they take turns, a batch each, and so where an answer may grow beyond the
+        original context of a base with LongRoPE. Raises ModelError for an unknown name.
         """
         keys = [BASE if name is None else self._key(name) for name in names]
-        if self._adapted is None or set(keys) <= mixable(self._adapted):
+        together = not crosses(self.model, prompts, settings["max_new_tokens"])
+        if self._adapted is None or (together and set(keys) <= mixable(self._adapted)):
             rows = self.base if self._adapted is None else _Rows(self._adapted, keys)
             return generate(rows, prompts, **settings)
         answers: dict[int, list[int]] = {}

@@ -1,7 +1,7 @@
 """Answers being written, one a row: what each has so far, and one step of the model for all of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -22,8 +22,8 @@ class Grammar(Protocol):
 
 @dataclass
 class Row:
-    """A prompt and its answer so far. `room`: tokens it may still get; `ended`: the end of turn came; `broken`: the
-    model computed what is no number."""
+    """A prompt and its answer so far. `room`: tokens it may have; `whole`: and no more at a later time; `ended`: the
+    end of turn came; `broken`: the model computed what is no number."""
 
     place: int
     prompt: list[int]
@@ -32,10 +32,24 @@ class Row:
     grammar: Grammar | None = None
     ended: bool = False
     broken: bool = False
+    ids: list[int] = field(default_factory=list)
+    whole: bool = True
 
     def __post_init__(self) -> None:
-        self.ids: list[int] = []
         self.dice = torch.Generator().manual_seed(self.seed)
+        for index in self.ids:  # chosen before, each by a throw
+            self.throw()
+            if self.grammar:
+                self.grammar.take(index)
+
+    @property
+    def known(self) -> list[int]:
+        """All that stands, to be read."""
+        return [*self.prompt, *self.ids]
+
+    def throw(self) -> torch.Tensor:
+        """Chance, (1,), from 0 to 1."""
+        return torch.rand((1,), generator=self.dice, dtype=torch.float64)
 
     def take(self, index: int, end_ids: frozenset[int]) -> bool:
         """Note the token; returns whether more is to come."""
@@ -58,13 +72,14 @@ class Settings:
 
 
 def padded(rows: Sequence[Row], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, width) ids and mask, padded on the left, so that every row's last token is its prompt's."""
-    width = max(len(row.prompt) for row in rows)
+    """(rows, width) ids and mask, padded on the left, so that the last token of each row is at its end."""
+    texts = [row.known for row in rows]
+    width = max(map(len, texts))
     ids = torch.full((len(rows), width), pad_id)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row.prompt) :] = torch.tensor(row.prompt)
-        mask[number, width - len(row.prompt) :] = True
+    for number, text in enumerate(texts):
+        ids[number, width - len(text) :] = torch.tensor(text)
+        mask[number, width - len(text) :] = True
     return ids, mask
 
 
