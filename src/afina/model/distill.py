@@ -124,5 +124,5 @@ class _Output:
 
 
 def _columns(model: nn.Module) -> int:
-    head: Any = base_of(model).get_output_embeddings()  # type: ignore[operator]
-    return int(head.weight.shape[0])
+    config: Any = model.config
+    return int(config.get_text_config().vocab_size)

@@ -60,8 +60,9 @@ def places_are_named(recipe: Recipe) -> Iterator[Fault]:
     named: list[tuple[Path, str | None]] = [
         (("model", "base"), recipe.model.base),
         (("model", "chat_template"), recipe.model.chat_template),
-        (("training", "distill", "teacher"), recipe.training.distill and recipe.training.distill.teacher),
     ]
+    if recipe.training.distill is not None:
+        named.append((("training", "distill", "teacher"), recipe.training.distill.teacher))
     for path, value in named:
         if value is not None and not _is_place(value):
             yield Fault(path, _("This is not the name of a file or folder."))
