@@ -25,6 +25,7 @@ __all__ = [
     "prune",
     "rate",
     "run",
+    "serve",
     "train",
 ]
 
@@ -40,6 +41,7 @@ _HOMES = {
     "prune": ("afina.compression", "prune"),
     "rate": ("afina.pipeline", "rate"),
     "run": ("afina.pipeline", "run"),
+    "serve": ("afina.pipeline", "serve"),
     "train": ("afina.pipeline", "train"),
 }
 

@@ -185,7 +185,7 @@ def _placed(need: Need) -> str | None:
 def _verdict(found: Forecast) -> str:
     need = found.here.need
     if need.unknown is not None:
-        return _("Fits      not known: a pass cannot be counted without numbers ({reason})").format(reason=need.unknown)
+        return _("Fits      not known, at least {least}: {reason}").format(least=size(need.least), reason=need.unknown)
     facts = {"least": size(need.least), "limit": size(need.limit)}
     if need.fits:
         return _("Fits      yes: it needs {least} of the {limit} that may be taken").format(**facts)

@@ -25,6 +25,7 @@ from afina.engine.eight_gate import HEAD, held_in_eight, into_eight_bits, why_ex
 from afina.engine.engine import Engine
 from afina.engine.plan import Plan, Rates, choose, count_up
 from afina.forecast.device import RUNNING, Device, in_eight_bits
+from afina.language import _
 from afina.model.attach import attach, learning, recompute, refuse_quantised
 from afina.model.footprint import Footprint
 from afina.model.load import Hardware, skeleton, without_dropout
@@ -108,7 +109,10 @@ def weigh(given: Given, device: Device) -> Need:
             engine = Engine(model.train(), device.dtype)
     if engine is not None:
         return _planned(given, device, model, engine, held)
-    return _rehearsed(given, device, reason)
+    need = _rehearsed(given, device, reason)
+    if given.recipe.training.distill is not None:
+        return replace(need, unknown=_("what the teacher takes is not counted"))
+    return need
 
 
 def opened(given: Given, device: Device) -> tuple[nn.Module, str | None]:
@@ -191,7 +195,7 @@ def _rehearsed(given: Given, device: Device, reason: str | None) -> Need:
         try:
             passed = _extended([one.go(largest) for one in rehearsals], first.whole)
         except RuntimeError as error:  # an operation whose shapes depend on numbers, or that is not known without any
-            unknown = str(error).split("\n")[0]
+            unknown = _("a pass cannot be counted without numbers: {reason}").format(reason=str(error).split("\n")[0])
         alone = {} if several else {"gradients": 0}
         need = Need(
             parts={**standing, **alone, "saved": passed["saved"], "head": 0, "working": passed["working"]},

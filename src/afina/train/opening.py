@@ -116,6 +116,8 @@ def _why_reference(model: nn.Module, recipe: Recipe) -> str | None:
     """What the recipe asks for that only the reference does."""
     if virtual_tokens(model):
         return _("virtual tokens stand before each sample")
+    if recipe.training.distill is not None:
+        return _("a teacher's distribution is learnt beside the answers")
     if recipe.training.neftune_alpha is not None:
         return _("noise is added to the embeddings")
     return None
