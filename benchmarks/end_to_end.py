@@ -61,6 +61,7 @@ def tiny() -> Any:
 def run(folder: Path, number: int, overrides: list[str], profile: bool) -> dict[str, Any]:
     """One `afina train`, and when it said what."""
     out = folder / f"run-{number}"
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the rows that the run before left rendered
     command = [sys.executable, "-u"]
     if profile:
         command += ["-m", "cProfile", "-o", str(folder / "profile")]
@@ -119,13 +120,15 @@ def main() -> None:
             given = [str(base), str(chosen.tokenizer.resolve()), chosen.shape]
             subprocess.run([sys.executable, "-c", work, *given], cwd=HERE, check=True)
         (folder / "recipe.yaml").write_text(RECIPE.format(base=base, data=chosen.data.resolve()), "utf-8")
+        totals = []
         for number in range(chosen.runs + chosen.profile):
             found = run(folder, number, chosen.overrides, profile=number == chosen.runs)
             for second, line in found.pop("said"):
                 print(f"{second:6.1f} s  {line}")
             print(json.dumps(found), flush=True)
+            totals.append(found["total_s"])
             if number == chosen.runs - 1:
-                record(chosen.results, {**about, "tool": "afina", **found, "engine": "fused",
+                record(chosen.results, {**about, "tool": "afina", **found, "engine": "fused", "all_totals_s": totals,
                                         "total_is": "process start to process end"})  # fmt: skip
         if chosen.peer:
             command = [sys.executable, str(chosen.peer.resolve()), "--tool", "unsloth", "--dir", str(base),

@@ -23,7 +23,16 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core
 
 DOORS = {
     # The floor of all computing rooms. Not: the ground floor, recipe/, cli/, serve/terminal.py, pipeline.py.
-    "torch": ("model/", "engine/", "train/", "data/batch.py", "evaluate/systems/", "export/", "serve/speakers.py"),
+    "torch": (
+        "model/",
+        "engine/",
+        "train/",
+        "data/batch.py",
+        "evaluate/systems/",
+        "export/",
+        "compress/",
+        "serve/speakers.py",
+    ),
     "numpy": ("gguf_file.py", "data/", "engine/", "evaluate/", "export/", "model/"),
     "triton": ("engine/", "train/adamw_kernels.py"),
     # Models come in through load; generate, attention and tokenizer hold what only transformers can name.
@@ -134,6 +143,7 @@ PARAMETERS = 9
 MANY_PARAMETERS = {
     "cli/data/translate.py:command": 13,  # options of a command line
     "cli/chat.py:command": 11,  # each option of the command line is one
+    "cli/compress/prune.py:command": 10,  # the same
     "cli/rate.py:command": 10,  # the same
     "model/packed.py:_attend": 10,  # what transformers gives an attention
     "train/loop.py:train": 10,  # the loop: everything it touches is named at its door

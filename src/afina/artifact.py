@@ -11,6 +11,7 @@ import mmap
 import platform
 import sys
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -169,9 +170,13 @@ def sha256(path: Path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and hashes of all files of a folder: names a model folder that has no manifest."""
+    """SHA-256 over the names and hashes of all files of a folder: names a model folder. Of a sealed one those of its
+    manifest, so that what is exported into it leaves it the same."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    with suppress(AfinaError):
+        paths = (folder / name for name in open_artifact(folder, "model").manifest["files"])
+    for path in sorted(paths):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
     return digest.hexdigest()
 

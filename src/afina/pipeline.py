@@ -169,18 +169,20 @@ def export(run: str | Path, formats: Sequence[str] = ()) -> Path:
         spare_imports()
         from afina.export.ollama import create_in_ollama
         from afina.export.run import export_run
-        from afina.train.reopen import recipe_of
+        from afina.train.reopen import open_tuned, recipe_of
 
-    run = _run_folder(run)
-    place = run / "export"
+    run = Path(run)
+    place, record = run / "export", open_tuned(run)
+    durable.sweep(run)
     _refuse_existing(place, _("Remove the folder to export again."))
-    recipe, start = recipe_of(open_artifact(run, "run"))
+    recipe, start = recipe_of(record)
     console.heading(_("Exporting {run}").format(run=run))
     wanted = formats or recipe.export.formats
     export_run(run, place, wanted, console, _marker(recipe, start))
     if "ollama" in wanted:
         create_in_ollama(place, recipe.name, console)
-    _draw(run)
+    if record.kind == "run":
+        _draw(run)
     return place
 
 

@@ -20,7 +20,7 @@ from afina.data.conversation import Message, Sample
 from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
 from afina.errors import ModelError, ProofError, ResourceError
-from afina.export import certificate, imatrix
+from afina.export import certificate
 from afina.export import run as room
 from afina.export.certificate import LIMITS, certify, pose
 from afina.export.divergence import distributions, divergence
@@ -28,6 +28,7 @@ from afina.export.gguf import write_gguf
 from afina.export.lora import write_lora
 from afina.export.mixes import FORMATS
 from afina.export.run import export_run
+from afina.model import imatrix
 from afina.model.llamacpp import LlamaCpp
 from afina.recipe.place import BUNDLED
 from afina.train.reopen import reopen

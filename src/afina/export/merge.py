@@ -20,12 +20,12 @@ from afina.export.divergence import LOGITS, distributions
 from afina.export.folding import can_fold, fold, read_adapter
 from afina.export.gguf import planned_bytes
 from afina.export.gguf_vocab import read_json
-from afina.export.imatrix import SAMPLES, collect
 from afina.export.merging import expected_changes, prove_merge
 from afina.export.mixes import FORMATS
 from afina.export.weights import Held, Source
 from afina.language import _
 from afina.model.attach import merged
+from afina.model.imatrix import SAMPLES, collect
 from afina.model.load import DTYPES, Hardware, load_model
 from afina.model.quantize import is_quantised
 from afina.model.saved import only_adds, save_configuration, save_whole, settings_of

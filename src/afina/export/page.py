@@ -14,8 +14,8 @@ from markupsafe import Markup, escape
 
 from afina.console import size
 from afina.export.certificate import LIMITS, TOP
-from afina.export.imatrix import SAMPLES
 from afina.language import _, chosen
+from afina.model.imatrix import SAMPLES
 
 if TYPE_CHECKING:
     from afina.export.run import Export

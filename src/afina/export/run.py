@@ -32,8 +32,15 @@ from afina.model.hub import weights_of
 from afina.model.load import DTYPES, limit_of
 from afina.model.quantize import bitsandbytes
 from afina.recipe.place import model_source
-from afina.recipe.schema import PrefixTuning, PromptTuning, Recipe
-from afina.train.reopen import Tuned, check_unchanged, recipe_of, reopen
+from afina.train.reopen import (
+    Tuned,
+    check_unchanged,
+    learnt_in,
+    open_tuned,
+    recipe_of,
+    refuse_virtual,
+    reopen,
+)
 
 QUESTIONS = 16
 """Held-out prompts that the model and each GGUF file are both asked."""
@@ -107,15 +114,16 @@ def export_run(run: Path, out: Path, formats: Sequence[str], console: Console, r
     effect, or a file is not the model: nothing is left then but a folder beside, OUT-failed, that says why.
     """
     formats = _wanted(run, formats)
-    record = open_artifact(run, "run")
+    record = open_tuned(run)
     check_unchanged(record)
     recipe, start = recipe_of(record)
-    _refuse_virtual(recipe)
-    source = str(run / "adapter") if recipe.method.name == "full" else model_source(recipe.model.base, start)
+    refuse_virtual(recipe)
+    adapter = learnt_in(record)
+    source = str(adapter) if recipe.method.name == "full" else model_source(recipe.model.base, start)
     base = weights_of(source, recipe.model.revision)
     if "nf4" in formats:
         bitsandbytes()  # where it is missing, that is said now
-    check_room(base, out, formats, recipe, run / "adapter", console)
+    check_room(base, out, formats, recipe, adapter, console)
     failed = out.with_name(f"{out.name}-failed")
     durable.remove(failed)
     tuned = reopen(run, "fp32")
@@ -142,7 +150,7 @@ def export_run(run: Path, out: Path, formats: Sequence[str], console: Console, r
         durable.write_json(folder / CERTIFICATE, said)
         durable.write_text(folder / PAGE, page(said, export.name))
         durable.remove(folder / JOURNAL)
-        seal(folder, "export", parents=[parent(run.name, record.digest, "run")], exports=export.entries)
+        seal(folder, "export", parents=[parent(run.name, record.digest, record.kind)], exports=export.entries)
     show(export.entries, out, console)
     return open_artifact(out, "export")
 
@@ -176,18 +184,6 @@ def _wanted(run: Path, formats: Sequence[str]) -> list[str]:
     if set(found) & set(AROUND) and not set(found) & set(GGUF):
         found.insert(0, "q8_0")
     return found
-
-
-def _refuse_virtual(recipe: Recipe) -> None:
-    if isinstance(recipe.method, PromptTuning | PrefixTuning):
-        raise RecipeError(
-            _("What {method} learns lies outside the weights: neither GGUF nor a merged model can hold it.").format(
-                method=recipe.method.name
-            ),
-            hint=_(
-                "afina chat opens the run folder, and so do transformers with PEFT (adapter/). For files, take lora."
-            ),
-        )
 
 
 def held_out(tuned: Tuned) -> list[Sample]:

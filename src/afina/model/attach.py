@@ -81,11 +81,12 @@ def _attach_full(model: nn.Module, method: Full) -> nn.Module:
         )
     refuse_packed(model)
     if method.layers is None:
-        return model.float().requires_grad_(True)
-    model.requires_grad_(False)
-    for parameter in in_layers(model, layer_numbers(model, method.layers)):
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
+        model.float().requires_grad_(True)
+    else:
+        model.requires_grad_(False)
+        for parameter in in_layers(model, layer_numbers(model, method.layers)):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
     return model
 
 

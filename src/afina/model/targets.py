@@ -24,8 +24,7 @@ def chosen(model: nn.Module, method: Lora) -> str | list[str]:
     """
     layers = _linear(model)
     if method.targets == "all-linear":
-        head = _head(model)
-        wanted = {name for name, module in layers.items() if module is not head}
+        wanted = set(body_of(model))
         found: str | list[str] = "all-linear"
     else:
         wanted = _matched(layers, method.targets, _head(model))
@@ -75,13 +74,19 @@ def check_modules(model: nn.Module, names: Sequence[str]) -> None:
             )
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: torch's, a quantised one, or transformers' Conv1D, which is one."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def body_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers but the head, by their names."""
+    head = _head(model)
+    return {name: module for name, module in _linear(model).items() if module is not head}
+
+
 def _linear(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers by their names: torch's, quantised ones, and transformers' Conv1D, which is one."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    }
+    return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
 def _head(model: Any) -> nn.Module | None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from afina.artifact import MANIFEST, open_artifact
+from afina.artifact import MANIFEST
 from afina.errors import AfinaError
 from afina.garbage import importing
 from afina.language import _
@@ -55,7 +55,7 @@ def speakers_of(
 
 def _settings_beside(gguf: Path) -> Chat:
     """The chat settings of the run a GGUF file was exported from, where it still lies in its folder."""
-    from afina.train.reopen import recipe_of
+    from afina.train.reopen import open_tuned, recipe_of
 
     run = gguf.resolve().parent.parent
-    return recipe_of(open_artifact(run, "run"))[0].chat if (run / MANIFEST).is_file() else Chat()
+    return recipe_of(open_tuned(run))[0].chat if (run / MANIFEST).is_file() else Chat()

@@ -1,4 +1,8 @@
-"""A finished run, opened again: its recipe, its model with the adapter attached, its renderer."""
+"""A finished run, opened again: its recipe, its model with the adapter attached, its renderer.
+
+So is a whole model that was made of one (`afina compress`): the weights lie in its own folder, and its recipe is of
+method full.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,13 +15,13 @@ from torch import nn
 from afina.artifact import MANIFEST, Artifact, open_artifact, sha256, source_digest
 from afina.data.load_tokenizer import load_tokenizer
 from afina.data.template import Renderer
-from afina.errors import AfinaError, ModelError
+from afina.errors import AfinaError, ModelError, RecipeError
 from afina.language import _
 from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.saved import load_adapter, only_adds, settings_of
 from afina.model.virtual import without
 from afina.recipe.place import model_source
-from afina.recipe.schema import Recipe
+from afina.recipe.schema import PrefixTuning, PromptTuning, Recipe
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,36 @@ def recipe_of(run: Artifact) -> tuple[Recipe, Path]:
         ) from error
 
 
+def open_tuned(folder: Path) -> Artifact:
+    """A run, or a whole model made of one. Raises AfinaError for a folder that is neither."""
+    found = open_artifact(folder)
+    return found if found.kind == "model" else open_artifact(folder, "run")
+
+
+def learnt_in(run: Artifact) -> Path:
+    """The folder with the adapter, or with the whole model, and the tokenizer."""
+    return run.folder if run.kind == "model" else run.folder / "adapter"
+
+
+def refuse_virtual(recipe: Recipe) -> None:
+    """Raises RecipeError where what a run learnt is no part of the weights."""
+    if isinstance(recipe.method, PromptTuning | PrefixTuning):
+        raise RecipeError(
+            _("What {method} learns lies outside the weights: neither GGUF nor a merged model can hold it.").format(
+                method=recipe.method.name
+            ),
+            hint=_(
+                "afina chat opens the run folder, and so do transformers with PEFT (adapter/). For files, take lora."
+            ),
+        )
+
+
 def check_unchanged(run: Artifact) -> None:
     """Raises ModelError when the adapter, or a base that lies in a folder, is not what the run was made with."""
     recipe, start = recipe_of(run)
-    source = Path(model_source(recipe.model.base, start))
+    whole = run.kind == "model"  # which needs no base
     recorded = {parent["sha256"] for parent in run.manifest["parents"] if parent["role"] == "base"}
-    digest = source_digest(source)
+    digest = None if whole else source_digest(Path(model_source(recipe.model.base, start)))
     if digest is not None and digest not in recorded:
         raise ModelError(
             _("The base model {base} has changed since {run} was trained on it.").format(
@@ -72,7 +100,7 @@ def check_unchanged(run: Artifact) -> None:
         )
     for name, entry in run.manifest["files"].items():
         file = run.folder / name
-        if name.startswith("adapter/") and (not file.is_file() or sha256(file) != entry["sha256"]):
+        if (whole or name.startswith("adapter/")) and (not file.is_file() or sha256(file) != entry["sha256"]):
             raise ModelError(
                 _("{file} was changed or damaged after training.").format(file=file),
                 hint=_("Put the old file back, or train again."),
@@ -85,10 +113,10 @@ def reopen(folder: Path, precision: Literal["fp32"] | None = None) -> Tuned:
 
     Raises AfinaError when it is none, ModelError when base and adapter do not fit.
     """
-    run = open_artifact(folder, "run")
+    run = open_tuned(folder)
     recipe, start = recipe_of(run)
     hardware = choose_hardware(recipe.model.model_copy(update={"precision": precision}) if precision else recipe.model)
-    adapter = folder / "adapter"
+    adapter = learnt_in(run)
     if recipe.method.name == "full":
         model = load_model(str(adapter), hardware, held=precision is not None)
     else:

@@ -11,9 +11,10 @@ from afina.data.batch import Batch
 from afina.errors import ResourceError
 from afina.language import _
 from afina.model.load import Hardware
-from afina.recipe.schema import Lora, Method, Training
+from afina.recipe.schema import Full, Lora, Method, Training
 from afina.train.optimizer import make_optimizer
 from afina.train.watch import Rejection, Watch
+from afina.train.zeros import hold_zeros
 
 T = TypeVar("T")
 
@@ -42,7 +43,10 @@ def begin(model: nn.Module, training: Training, hardware: Hardware, method: Meth
     ends = [end for end in (whole.get_input_embeddings(), whole.get_output_embeddings()) if end is not None]
     outside = [parameter for end in ends for parameter in end.parameters()]
     faster = method.lora_plus_ratio if isinstance(method, Lora) else 1.0
-    return State(learning, make_optimizer(learning, training, faster=faster, outside=outside), scaler)
+    optimizer = make_optimizer(learning, training, faster=faster, outside=outside)
+    if isinstance(method, Full) and method.keep_zeros:
+        hold_zeros(model, optimizer)
+    return State(learning, optimizer, scaler)
 
 
 @dataclass(frozen=True)

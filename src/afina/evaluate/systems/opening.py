@@ -70,7 +70,7 @@ class Opening:
         place = next((start / name for start in (self.folder, Path()) if (start / name).exists()), Path(name))
         if place.suffix == ".gguf":
             return self._gguf(place, place.stem)
-        if (place / MANIFEST).is_file():
+        if (place / MANIFEST).is_file() and open_artifact(place).kind != "model":
             system = self._run(place).system("tuned")
             return System(place.resolve().name, "model", system.identity, system.open, system.facts)
         if (place / ADAPTER).is_file() and not (place / "config.json").is_file():

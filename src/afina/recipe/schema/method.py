@@ -53,6 +53,9 @@ class Full(Section):
     """The method."""
     layers: Layers | None = None
     """Only these decoder layers learn, counted from 0, or from the end with -1 as the last."""
+    keep_zeros: bool = False
+    """Weights of linear layers that are zero stay so: how a pruned model learns again. (An adapter, merged, fills
+    them.)"""
 
 
 class PromptTuning(Section):

@@ -1,4 +1,4 @@
-"""How much each column of each matrix matters, from the user's own data: the importance matrix of the encoders.
+"""How much each column of each matrix matters, from the user's own data: what encoders and pruning weigh errors by.
 
 An output is the sum of columns, each times an input; an error of a column weighs as the mean square of that input.
 Collected through hooks while the model reads samples as it was trained to. Knows nothing of files.
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from afina.model.targets import is_linear
 
 SAMPLES = 64
 """Samples read; a few thousand tokens settle a mean square to some per cent."""
@@ -23,7 +25,7 @@ def collect(model: nn.Module, sequences: Sequence[Sequence[int]]) -> dict[str, t
     device = next(model.parameters()).device
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
+            if is_linear(module):
                 handle = module.register_forward_pre_hook(_adder(f"{name}.weight", sums, counts))
                 stack.callback(handle.remove)
         for ids in sequences:

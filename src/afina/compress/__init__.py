@@ -1,0 +1,1 @@
+"""SMALLER, SAME FORMAT: a model pruned, and what that cost."""
