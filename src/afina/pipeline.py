@@ -1,6 +1,6 @@
 """The verbs, as prose: what each reads, does and leaves. The Python API and the command line both call these.
 
-init → train → evaluate → export → chat, or run, which does all of it and skips what is done.
+init → train → evaluate → export → chat or serve, or run, which does all of it and skips what is done.
 """
 
 import shlex
@@ -13,7 +13,7 @@ from afina import durable
 from afina.artifact import MANIFEST, Artifact, open_artifact, parent, seal, sha256, source_digest, versions
 from afina.beside import begun
 from afina.console import console, size
-from afina.errors import OutputError, RecipeError, ResourceError
+from afina.errors import OutputError, ResourceError
 from afina.garbage import importing
 from afina.language import _
 from afina.recipe.load import dump, load, places_told
@@ -41,6 +41,7 @@ def train(
     While it trains the folder has no manifest, and checkpoints; the same call goes on from the newest of them. With
     `resume` it does only that, and never begins a run.
     """
+    from afina.train.ahead import rows_ahead
     from afina.train.resume import STATE, WORKING, clear, is_unfinished, refuse_other_recipe
 
     wanted, folder = load(Path(recipe), overrides), Path(recipe).resolve().parent
@@ -52,7 +53,7 @@ def train(
             _("{path} holds no run that was stopped.").format(path=place),
             hint=_("Leave out --resume to begin it."),
         )
-    with durable.claim(place):
+    with durable.claim(place), rows_ahead(wanted, folder, place) as ahead:
         refuse_other_recipe(place, wanted)
         base = begun(lambda: _base(wanted, folder))  # hashing gigabytes takes as long as all that is imported below
 
@@ -69,7 +70,7 @@ def train(
         _check_tasks(wanted, folder)
         console.heading(_("Training {name}").format(name=wanted.name))
         with places_told(Path(recipe), overrides):
-            facts = train_run(wanted, folder, place, console, base, while_training(wanted, folder))
+            facts = train_run(wanted, folder, place, console, base, while_training(wanted, folder), ahead)
         durable.write_text(place / "recipe.yaml", dump(wanted))
         durable.write_bytes(place / "loss.png", drawing.result()(metrics_of(place)))
         durable.write_text(place / "README.md", model_card(wanted, facts, versions()))
@@ -301,24 +302,21 @@ def chat(
     `adapters` are personalities on a base model, NAME=FOLDER each. `settings` are the recipe's chat. With `prompt`, ask
     once and return. Raises AfinaError.
     """
-    from contextlib import ExitStack
+    from afina.serve.opening import chat_with
 
-    from afina.serve.opening import speakers_of
-    from afina.serve.session import Session
-    from afina.serve.terminal import answer_once
-    from afina.serve.terminal import chat as talk
+    chat_with(str(source), adapters, console, prompt=prompt, beside_base=beside_base, seed=seed, settings=settings)
 
-    with ExitStack() as stack:
-        speakers, defaults, limit = speakers_of(str(source), beside_base, adapters, stack)
-        session = Session(speakers, defaults, seed=seed, limit=limit)
-        try:
-            session.change(**settings)
-        except ValueError as error:
-            raise RecipeError(_("These settings cannot be: {reason}").format(reason=error)) from error
-        if prompt is None:
-            talk(session, console)
-        else:
-            answer_once(session, prompt, console)
+
+def serve(
+    source: str | Path, adapters: Sequence[str] = (), *, at_once: int = 32, waiting: int = 128, **where: Any
+) -> None:
+    """Answer OpenAI's API for whatever `chat` takes, until a signal comes. Raises AfinaError.
+
+    `at_once` answers are written together, and `waiting` may wait. `where`: host, port and key.
+    """
+    from afina.serve.serving import serve_source
+
+    serve_source(str(source), adapters, console, at_once=at_once, waiting=waiting, **where)
 
 
 def _run_folder(run: str | Path) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 
 from afina import durable
 from afina.data.worker import WORKER, Overrun
-from afina.errors import ModelError
+from afina.errors import AfinaError, ModelError
 from afina.language import _
 
 _TAG = re.compile(r"<\S+>|\[\S+\]")
@@ -166,6 +166,10 @@ class Tokenizer:
         """The text of ids, control tokens left out."""
         return str(self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def written(self, index: int) -> str:
+        """The text of one token, a control token's too."""
+        return str(self.hf.decode([index], clean_up_tokenization_spaces=False))
+
     def render(
         self, messages: list[dict[str, Any]], *, prompt: bool = False, given: Mapping[str, Any] | None = None
     ) -> str:
@@ -261,6 +265,8 @@ def _refusal(reason: str) -> Refusal:
 def _ids(backend: Any, texts: list[str]) -> list[list[int]]:
     try:
         return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+    except AfinaError:  # a signal
+        raise
     except BaseException as error:  # the Rust panic derives from BaseException
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ModelError(

@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from afina import durable
+from afina.apart import Apart
 from afina.artifact import parent, sha256
 from afina.beside import begun
 from afina.console import Console
 from afina.data.batch import Batch, micro_batches
 from afina.data.cache import FOLDER
-from afina.data.load_tokenizer import load_tokenizer
 from afina.data.order import order_of
-from afina.data.template import Rendered, Renderer
+from afina.data.template import Rendered
 from afina.engine.eight_gate import room_for_eight, try_eight_bits
 from afina.engine.engine import Engine
 from afina.engine.families import why_not
@@ -40,7 +40,7 @@ from afina.model.virtual import virtual_tokens
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe, Training
 from afina.train.best import GROUPS
-from afina.train.examples import Examples, places, prepare_once, say_examples
+from afina.train.examples import Examples, places, prepare_once, renderer_of, say_examples
 from afina.train.keeper import Keeper
 from afina.train.kept_plan import keep_plan, kept_plan
 from afina.train.looking import Looking, OnEvaluate
@@ -78,24 +78,20 @@ def train_run(
     console: Console,
     base: Future[dict[str, str]] | None = None,
     on_evaluate: OnEvaluate | None = None,
+    ahead: Apart | None = None,
 ) -> dict[str, Any]:
     """Train as the recipe says, or go on where `place` left off; returns the facts for its manifest.
 
     Leaves adapter, tokenizer and metrics in `place`. `folder` is where the recipe's relative paths start; `base` will
-    name the base model by hash; `on_evaluate` asks the tasks of `training.evaluate`. The model is read while data are.
+    name the base model by hash; `on_evaluate` asks the tasks of `training.evaluate`; `ahead` prepares the rows already.
+    The model is read while data are.
     """
     hardware = choose_hardware(recipe.model)
     source = model_source(recipe.model.base, folder)
     reading = begun(lambda: load_model(source, hardware, recipe.model))
-    tokenizer = load_tokenizer(
-        source,
-        template=recipe.model.chat_template,
-        folder=folder,
-        revision=recipe.model.revision,
-        turn_tokens=recipe.model.turn_tokens,
-    )
-    renderer = Renderer(tokenizer, recipe.data.learn)
-    examples = prepare_once(recipe, folder, renderer, console, place.parent / FOLDER)
+    renderer = renderer_of(recipe, folder)
+    tokenizer = renderer.tokenizer
+    examples = prepare_once(recipe, folder, renderer, console, place.parent / FOLDER, ahead)
     say_examples(examples, console)
     adapter = adapter_of(recipe, folder, base.result() if base and recipe.model.adapter else None)
     with same_bits(recipe.training.exact and hardware.device.type == "cuda"):
