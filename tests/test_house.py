@@ -99,7 +99,7 @@ NARROW = {
     "urllib": ("model/endpoint.py", "hub.py", "evaluate/ratings/page.py", "translation.py"),
     "http": ("model/llamacpp.py", "model/endpoint.py", "evaluate/ratings/page.py"),
     "ctypes": ("model/llamacpp.py", "evaluate/code_process.py", "train/stop.py"),
-    "subprocess": ("evaluate/worker.py", "data/worker.py", "export/ollama.py"),
+    "subprocess": ("evaluate/worker.py", "data/worker.py", "export/ollama.py", "apart.py"),
     "multiprocessing": (),
     # What runs code out of data.
     "pickle": (),

@@ -12,7 +12,7 @@ from afina import durable
 from afina.artifact import parent, seal, sha256
 from afina.console import console
 from afina.data.audit.finding import Finding, Report
-from afina.data.files import find
+from afina.data.files import find, sources
 from afina.data.load_tokenizer import load_tokenizer
 from afina.data.read import read
 from afina.data.split import Part, deal, parts_of, written
@@ -86,11 +86,8 @@ def _targets(recipe: Recipe, folder: Path) -> Any:
     """What holds the answers of this recipe's data to its schema."""
     from afina.data.targets import Targets, read_schema
 
-    data = recipe.data
-    sources = [data.train, data.validation] if isinstance(data.validation, str | list) else [data.train]
-    named = [one for source in sources for one in ([source] if isinstance(source, str) else source)]
-    schema = read_schema(schema_file(data.schema_file or "", folder), "data.schema_file")
-    return Targets(schema, [file for one in named for file in find(one, folder)])
+    schema = read_schema(schema_file(recipe.data.schema_file or "", folder), "data.schema_file")
+    return Targets(schema, [file for source in sources(recipe.data) for file in find(source, folder)])
 
 
 def _labels(recipe: Recipe, folder: Path) -> tuple[Any, list[tuple[str, str]]]:

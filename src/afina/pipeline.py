@@ -41,6 +41,7 @@ def train(
     While it trains the folder has no manifest, and checkpoints; the same call goes on from the newest of them. With
     `resume` it does only that, and never begins a run.
     """
+    from afina.train.ahead import rows_ahead
     from afina.train.resume import STATE, WORKING, clear, is_unfinished, refuse_other_recipe
 
     wanted, folder = load(Path(recipe), overrides), Path(recipe).resolve().parent
@@ -52,7 +53,7 @@ def train(
             _("{path} holds no run that was stopped.").format(path=place),
             hint=_("Leave out --resume to begin it."),
         )
-    with durable.claim(place):
+    with durable.claim(place), rows_ahead(wanted, folder, place) as ahead:
         refuse_other_recipe(place, wanted)
         base = begun(lambda: _base(wanted, folder))  # hashing gigabytes takes as long as all that is imported below
 
@@ -69,7 +70,7 @@ def train(
         _check_tasks(wanted, folder)
         console.heading(_("Training {name}").format(name=wanted.name))
         with places_told(Path(recipe), overrides):
-            facts = train_run(wanted, folder, place, console, base, while_training(wanted, folder))
+            facts = train_run(wanted, folder, place, console, base, while_training(wanted, folder), ahead)
         durable.write_text(place / "recipe.yaml", dump(wanted))
         durable.write_bytes(place / "loss.png", drawing.result()(metrics_of(place)))
         durable.write_text(place / "README.md", model_card(wanted, facts, versions()))

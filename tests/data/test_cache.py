@@ -74,7 +74,7 @@ def test_a_place_that_cannot_be_written_is_no_error(tmp_path):
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     """Prepares `tmp_path`'s data; returns the examples, and whether anything was rendered."""
-    monkeypatch.setattr(cache, "WORTH_S", 0.0)
+    monkeypatch.setattr(examples, "WORTH_S", 0.0)
     rows = [{"question": f"What is {number}?", "answer": f"It is {number}."} for number in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     made: list[int] = []

@@ -1,4 +1,5 @@
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from afina.data.load_tokenizer import load_tokenizer
 from afina.data.sandbox import without_clock
 from afina.data.template import Renderer
 from afina.data.tokenizer import Tokenizer
-from afina.errors import ModelError
+from afina.errors import Interrupted, ModelError
 from afina.recipe.place import BUNDLED
 
 MARKUP = ["<|im_start|>", "<|im_end|>", "<|pad|>", "<think>", "</think>"]
@@ -159,3 +160,27 @@ def test_real_vocabularies(name, real_data: Path):
     control = max(tokenizer.control_tokens, key=len)
     assert tokenizer.control_tokens[control] not in tokenizer.encode([control])[0]
     assert tokenizer.decode(tokenizer.encode([control])[0]).strip() == control
+
+
+@pytest.mark.parametrize("what", ["load", "encode"])
+def test_a_signal_is_no_fault_of_the_tokenizer(what):
+    """One that comes while the library works is told as what it is, wherever it is raised."""
+    tokenizer = load_tokenizer(str(BUNDLED / "tiny"))
+    texts = [f"{number} is a number. " * 20 for number in range(300)]
+
+    def handler(_number, _frame):
+        raise Interrupted("Stopped.")
+
+    before, stopped = signal.signal(signal.SIGALRM, handler), 0
+    try:
+        for delay in (0.005, 0.01, 0.02, 0.04, 0.08):
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            try:
+                for _ in range(20):  # Python itself forgets what is raised while an object is taken down
+                    load_tokenizer(str(BUNDLED / "tiny")) if what == "load" else tokenizer.encode(texts)
+            except Interrupted:
+                stopped += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert stopped

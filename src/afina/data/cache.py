@@ -8,7 +8,6 @@ every hash is looked at before it is believed, and what was not used for longest
 import hashlib
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -57,10 +56,15 @@ def keep(folder: Path, key: str, sets: Mapping[str, Sequence[Rendered]], facts: 
         return
 
 
+def holds(folder: Path, key: str) -> bool:
+    """Whether there is such an entry, not yet looked into."""
+    return (folder / key / MANIFEST).is_file()
+
+
 def kept(folder: Path, key: str) -> tuple[dict[str, list[Rendered]], dict[str, Any]] | None:
     """The sets and facts of an entry; None where there is none. One that is not what it was when written is removed."""
     place = folder / key
-    if not (place / MANIFEST).is_file():
+    if not holds(folder, key):
         return None
     try:
         entry = open_artifact(place, KIND)
@@ -111,15 +115,3 @@ def _prune(folder: Path, newest: str) -> None:
             continue
         durable.remove(entry)
         total -= sizes[entry][1]
-
-
-class Stopwatch:
-    """Whether making something took long enough to keep it."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-
-    @property
-    def worth(self) -> bool:
-        """Whether so much time has passed."""
-        return time.perf_counter() - self._since >= WORTH_S

@@ -8,10 +8,17 @@ from afina.data.lines import ending_of
 from afina.errors import DataError
 from afina.language import _
 from afina.recipe.place import BUNDLED
+from afina.recipe.schema import Data
 
 BUNDLED_SETS = BUNDLED / "data"
 IN_FOLDERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """What is read of a folder that is named; texts only where there is nothing else, for they are often notes."""
+
+
+def sources(data: Data) -> list[str]:
+    """Every source that a recipe names, for training and then for validation."""
+    given = [data.train, *([] if isinstance(data.validation, float | int) else [data.validation])]
+    return [one for some in given for one in ([some] if isinstance(some, str) else some)]
 
 
 def find(source: str, folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from afina.data.harmony import mended
 from afina.data.patterns import check_tokenizer
 from afina.data.sandbox import without_clock
 from afina.data.tokenizer import ASKED, Tokenizer, backend_of, first_line
-from afina.errors import ModelError
+from afina.errors import AfinaError, ModelError
 from afina.gguf_file import GgufFile
 from afina.language import _
 from afina.recipe.place import BUNDLED
@@ -46,7 +46,7 @@ def load_tokenizer(
             hf.chat_template = template_of(file)
         else:
             hf = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
-    except ModelError:
+    except AfinaError:  # of ours, a signal among them
         raise
     except Exception as error:  # tokenizers raises plain Exception for a tokenizer.json it cannot read
         hint = _("A model folder needs tokenizer.json and tokenizer_config.json beside its weights.")

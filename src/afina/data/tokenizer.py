@@ -19,7 +19,7 @@ from typing import Any
 
 from afina import durable
 from afina.data.worker import WORKER, Overrun
-from afina.errors import ModelError
+from afina.errors import AfinaError, ModelError
 from afina.language import _
 
 _TAG = re.compile(r"<\S+>|\[\S+\]")
@@ -265,6 +265,8 @@ def _refusal(reason: str) -> Refusal:
 def _ids(backend: Any, texts: list[str]) -> list[list[int]]:
     try:
         return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+    except AfinaError:  # a signal
+        raise
     except BaseException as error:  # the Rust panic derives from BaseException
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ModelError(

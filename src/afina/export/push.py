@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from afina.artifact import open_artifact
-from afina.errors import OutputError, RecipeError
+from afina.errors import AfinaError, OutputError, RecipeError
 from afina.language import _
 
 What = Literal["adapter", "merged", "gguf"]
@@ -71,6 +71,8 @@ def push_files(
         hub.create_repo(repository, private=private, exist_ok=True)
         additions = [CommitOperationAdd(place, path) for place, path in files]
         done = hub.create_commit(repository, additions, commit_message="Files of a training run, by Afina")
+    except AfinaError:  # a signal
+        raise
     except Exception as error:  # of the hub, of its client, of the network: a family of exceptions each
         raise OutputError(
             _("The hub did not take the files: {reason}").format(reason=str(error).strip().split("\n")[0]),

@@ -21,6 +21,7 @@ from typing import Any, Literal, Self
 
 import psutil
 
+from afina.apart import cores
 from afina.errors import ModelError, ResourceError
 from afina.gguf_file import GgufFile, Strings
 from afina.language import _
@@ -257,8 +258,7 @@ def default_threads(bytes_of_file: int) -> int:
     for a file that is small."""
     if bytes_of_file < SMALL_BYTES:
         return 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+    return max(1, min(psutil.cpu_count(logical=False) or cores(), cores()))
 
 
 def _start(path: Path, key: str, context: int, slots: int, threads: int, gpu_layers: int, cache: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from afina import durable
+from afina.apart import cores
 from afina.console import Console, size
 from afina.language import _
 from afina.recipe.advice import largest, needs
@@ -61,7 +62,7 @@ def look(folder: Path) -> Machine:
     return Machine(
         python=platform.python_version(),
         platform=platform.platform(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         disk=durable.free_bytes(folder.absolute()),
         torch=torch.__version__,

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from afina.errors import ModelError, ResourceError
+from afina.errors import AfinaError, ModelError, ResourceError
 from afina.language import _
 from afina.model.load import Hardware
 
@@ -36,6 +36,8 @@ class Translator:
                 _("A package is needed for the tokenizer of {name}.").format(name=name),
                 hint=_('Run: pip install "afina[translate]"'),
             ) from error
+        except AfinaError:  # a signal
+            raise
         except Exception as error:  # a damaged folder makes transformers raise anything at all
             raise ModelError(
                 _("{name} cannot be loaded as a translation model: {reason}").format(

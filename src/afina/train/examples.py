@@ -1,25 +1,28 @@
 """The examples of a recipe: read, split, rendered and audited; or taken from the last run on the same data."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from afina.apart import Apart
 from afina.artifact import parent, sha256
 from afina.console import Console
 from afina.data.audit.labels import audit
-from afina.data.cache import Stopwatch, keep, kept, key_of
+from afina.data.cache import WORTH_S, keep, kept, key_of
 from afina.data.conversation import Sample
-from afina.data.files import find
+from afina.data.files import find, sources
+from afina.data.load_tokenizer import load_tokenizer
 from afina.data.read import read
 from afina.data.split import split
 from afina.data.targets import check_targets, read_schema
 from afina.data.template import Rendered, Renderer
 from afina.errors import DataError
 from afina.garbage import uncollected
-from afina.language import _
-from afina.recipe.place import schema_file
-from afina.recipe.schema import Recipe
+from afina.language import _, chosen
+from afina.recipe.place import model_source, schema_file
+from afina.recipe.schema import Data, Recipe
 
 SHOWN_PROBLEMS = 20
 """Samples with problems printed one by one; the rest is counted, and the manifest has them all."""
@@ -27,13 +30,17 @@ SHOWN_PROBLEMS = 20
 
 @dataclass
 class Examples:
-    """The samples of a recipe, rendered and audited. `origin`: where those of `train` come from; `files`: by hash."""
+    """The samples of a recipe, rendered and audited. `origin`: where those of `train` come from; `files`: by hash.
+
+    `read`: rows that were read, fewer than `rows` where a template's answers are learnt one by one.
+    """
 
     train: list[Rendered]
     origin: list[Sample]
     validation: list[Rendered]
     rejected: list[tuple[Sample, str]]
     rows: int
+    read: int
     files: list[dict[str, str]]
     dialects: list[str]
     encodings: dict[str, int]
@@ -48,24 +55,18 @@ def prepare(recipe: Recipe, folder: Path, renderer: Renderer, console: Console) 
     """Read, split, render and audit the examples. Raises DataError before anything is loaded or trained."""
     data = recipe.data
     reading = read(data.train, data, folder)
-    rows = len(reading.samples)
+    count = len(reading.samples)
     if isinstance(data.validation, float | int):
         kept, held_out = split(reading.samples, data.validation, recipe.seed)
     else:
         other = read(data.validation, data, folder)
-        kept, held_out, rows = reading.samples, other.samples, rows + len(other.samples)
+        kept, held_out, count = reading.samples, other.samples, count + len(other.samples)
         reading.files += other.files
     if data.schema_file is not None:
         check_targets([*kept, *held_out], read_schema(schema_file(data.schema_file, folder), "data.schema_file"))
     kept, held_out = renderer.apart(kept), renderer.apart(held_out)
-    if len(kept) + len(held_out) > rows:
-        console.line(
-            _(
-                "Template  it writes earlier answers otherwise than the last, so each answer is learnt as a sample of "
-                "its own: {rows} rows, {samples} samples (data.learn: last learns the last answers only)"
-            ).format(rows=rows, samples=len(kept) + len(held_out))
-        )
-        rows = len(kept) + len(held_out)
+    rows = len(kept) + len(held_out)
+    _say_apart(count, rows, console)
     rejected: list[tuple[Sample, str]] = []
     rendered: list[list[Rendered]] = []
     for samples in (kept, held_out):
@@ -78,62 +79,122 @@ def prepare(recipe: Recipe, folder: Path, renderer: Renderer, console: Console) 
             hint=_("Raise model.max_length, or shorten the samples."),
         )
     aside = {id(sample) for sample, _reason in rejected}
-    for encoding, files in reading.encodings.items():
-        if encoding != data.encoding[0]:
-            console.warn(_("{count} file(s) read as {encoding}.").format(count=len(files), encoding=encoding))
+    encodings = {encoding: len(files) for encoding, files in reading.encodings.items()}
+    _say_encodings(encodings, data, console)
     return Examples(
         train=rendered[0],
         origin=[sample for sample in kept if id(sample) not in aside],
         validation=rendered[1],
         rejected=rejected,
         rows=rows,
+        read=count,
         files=[parent(file, sha256(file), "data") for file in reading.files],
         dialects=sorted(reading.dialects),
-        encodings={encoding: len(files) for encoding, files in reading.encodings.items()},
+        encodings=encodings,
     )
 
 
-def prepare_once(recipe: Recipe, folder: Path, renderer: Renderer, console: Console, cache: Path) -> Examples:
-    """As `prepare`, from the entry that an earlier run on the same data left in `cache`, or leaving one there."""
+def renderer_of(recipe: Recipe, folder: Path) -> Renderer:
+    """What renders the examples of a recipe. Raises ModelError."""
+    tokenizer = load_tokenizer(
+        model_source(recipe.model.base, folder),
+        template=recipe.model.chat_template,
+        folder=folder,
+        revision=recipe.model.revision,
+        turn_tokens=recipe.model.turn_tokens,
+    )
+    return Renderer(tokenizer, recipe.data.learn)
+
+
+def prepare_once(
+    recipe: Recipe, folder: Path, renderer: Renderer, console: Console, cache: Path, ahead: Apart | None = None
+) -> Examples:
+    """As `prepare`, from the entry that an earlier run on the same data left in `cache`, or leaving one there.
+
+    `ahead`: a process that leaves one there meanwhile, if it can (ahead.py).
+    """
+    key = entry_of(recipe, folder, renderer)
+    anew = ahead is not None and ahead.done()
+    if ahead is not None:
+        ahead.close()  # it holds all that was read
+    found = kept(cache, key)
+    if found is None:
+        began = time.perf_counter()
+        with uncollected():
+            made = prepare(recipe, folder, renderer, console)
+        if time.perf_counter() - began >= WORTH_S:
+            keep_examples(made, cache, key)
+        return made
+    if not anew:
+        console.line(_("Data      as it was rendered before: taken from {place}").format(place=cache / key))
+    made = _examples_of(*found)
+    _say_apart(made.read, made.rows, console)
+    _say_encodings(made.encodings, recipe.data, console)
+    return made
+
+
+def entry_of(recipe: Recipe, folder: Path, renderer: Renderer) -> str:
+    """The name in the cache of what a recipe's data are rendered to. Raises DataError where there are none."""
     data = recipe.data
-    sources = [data.train, *([] if isinstance(data.validation, float | int) else [data.validation])]
-    files = [
-        file
-        for given in sources
-        for one in ([given] if isinstance(given, str) else given)
-        for file in find(one, folder)
-    ]
+    files = [file for source in sources(data) for file in find(source, folder)]
     if data.schema_file is not None:
         files.append(schema_file(data.schema_file, folder))
-    parts = {"data": data.model_dump(mode="json"), "seed": recipe.seed, "max_length": recipe.model.max_length}
-    key = key_of(files, renderer.tokenizer, parts)
-    found = kept(cache, key)
-    if found is not None:
-        sets, facts = found
-        console.line(_("Data      as it was rendered before: taken from {place}").format(place=cache / key))
-        origin = [Sample((), Path(facts["named"][file]), line) for file, line in facts.pop("origin")]
-        facts.pop("named")
-        return Examples(train=sets["train"], validation=sets["validation"], origin=origin, rejected=[], **facts)
-    watch = Stopwatch()
-    with uncollected():
-        made = prepare(recipe, folder, renderer, console)
-    if watch.worth and not made.rejected:
-        keep(cache, key, {"train": made.train, "validation": made.validation}, _facts(made))
-    return made
+    parts = {
+        "data": data.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "max_length": recipe.model.max_length,
+        "language": chosen(),  # of the reasons why samples were set aside
+    }
+    return key_of(files, renderer.tokenizer, parts)
+
+
+def keep_examples(made: Examples, cache: Path, key: str) -> None:
+    """Leave them in the cache."""
+    keep(cache, key, {"train": made.train, "validation": made.validation}, _facts(made))
 
 
 def _facts(made: Examples) -> dict[str, Any]:
     """What an entry of the cache says beside the rendered samples."""
-    named = list(dict.fromkeys(str(sample.file) for sample in made.origin))
+    samples = [*made.origin, *(sample for sample, _reason in made.rejected)]
+    named = list(dict.fromkeys(str(sample.file) for sample in samples))
     place = {name: number for number, name in enumerate(named)}
     return {
         "named": named,
         "origin": [[place[str(sample.file)], sample.line] for sample in made.origin],
+        "rejected": [[place[str(sample.file)], sample.line, reason] for sample, reason in made.rejected],
         "rows": made.rows,
+        "read": made.read,
         "files": made.files,
         "dialects": made.dialects,
         "encodings": made.encodings,
     }
+
+
+def _examples_of(sets: dict[str, list[Rendered]], facts: dict[str, Any]) -> Examples:
+    """The examples that an entry of the cache holds; of where they come from it knows file and line."""
+    named = [Path(name) for name in facts.pop("named")]
+    origin = [Sample((), named[file], line) for file, line in facts.pop("origin")]
+    rejected = [(Sample((), named[file], line), reason) for file, line, reason in facts.pop("rejected")]
+    train, validation = sets["train"], sets["validation"]
+    return Examples(train=train, validation=validation, origin=origin, rejected=rejected, **facts)
+
+
+def _say_apart(read: int, samples: int, console: Console) -> None:
+    """That a template makes more samples than there are rows."""
+    if samples > read:
+        console.line(
+            _(
+                "Template  it writes earlier answers otherwise than the last, so each answer is learnt as a sample of "
+                "its own: {rows} rows, {samples} samples (data.learn: last learns the last answers only)"
+            ).format(rows=read, samples=samples)
+        )
+
+
+def _say_encodings(encodings: Mapping[str, int], data: Data, console: Console) -> None:
+    """That files were read otherwise than as the first encoding of the recipe."""
+    for encoding, count in encodings.items():
+        if encoding != data.encoding[0]:
+            console.warn(_("{count} file(s) read as {encoding}.").format(count=count, encoding=encoding))
 
 
 def _render(
