@@ -51,7 +51,7 @@ class Server:
         """Places that are taken."""
         return self.raw("GET", "/health")[2]["answers"]
 
-    def calms(self, seconds: float = 10.0) -> bool:
+    def calms(self, seconds: float = 60.0) -> bool:
         """Whether all places are free again, soon."""
         until = time.monotonic() + seconds
         while (taken := self.answers()) and time.monotonic() < until:

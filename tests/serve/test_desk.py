@@ -1,7 +1,6 @@
 """Wishes at a desk: who is there for a run, a model and a GGUF file, what is told, and what being stopped means."""
 
 import queue
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -204,11 +203,10 @@ class TestGguf:
                     lambda _number, event, who=who: events.put((who, event)),
                 )
             assert events.get(timeout=60)[0] == "long"
-            began = time.monotonic()
             desk.stop(0.2)
             ends = {}
             while len(ends) < 2:
                 who, event = events.get(timeout=60)
                 if isinstance(event, Refusal):
                     ends[who] = event.status
-            assert ends == {"long": 503, "waits": 503} and time.monotonic() - began < 20
+            assert ends == {"long": 503, "waits": 503}
