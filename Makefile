@@ -32,7 +32,7 @@ $(ready): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "$(PYTHON) is not a Python 3.11 or newer. Name another one: make PYTHON=/path/to/python3.13"; exit 1; }
 	@$(bin)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { echo "The environment $(VENV) could not be made. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV): one to three minutes, most of it torch ..."
-	@$(bin)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[eval,lm-eval,gguf-run,qlora,parquet,translate,zstd,dev]" || { echo "The installation failed: pip says why above. After mending it, run make again; it goes on from here."; exit 1; }
+	@$(bin)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[eval,lm-eval,gguf-run,qlora,parquet,serve,translate,zstd,dev]" || { echo "The installation failed: pip says why above. After mending it, run make again; it goes on from here."; exit 1; }
 	@touch $@
 
 install: $(ready) ## only the environment; every other target makes it too

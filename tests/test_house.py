@@ -41,6 +41,7 @@ DOORS = {
         "model/attention.py",
         "model/generate.py",
         "model/decode.py",
+        "model/continuous.py",
         "model/fixed.py",
         "model/packed.py",
         "model/padded.py",
@@ -60,7 +61,11 @@ DOORS = {
     "msgspec": ("data/audit/",),
     "ftfy": ("data/audit/mojibake.py",),
     "ruamel": ("recipe/document.py",),
-    "pydantic": ("recipe/",),
+    "pydantic": ("recipe/", "serve/openai.py"),
+    # The server, an optional extra: routes, who is let in, and an answer as it goes out.
+    "fastapi": ("serve/http.py", "serve/gate.py", "serve/answering.py"),
+    "starlette": ("serve/http.py", "serve/gate.py"),
+    "uvicorn": ("serve/http.py",),
     "pydantic_core": ("recipe/explain.py",),
     # Templates run sandboxed: chat templates and mappings in data, our own page in report.
     "jinja2": (
@@ -77,7 +82,7 @@ DOORS = {
     # How answers are marked and constrained: the optional packages of the extra `eval`.
     "jsonschema": ("data/targets.py",),
     "referencing": ("data/targets.py",),
-    "llguidance": ("evaluate/systems/grammar.py",),
+    "llguidance": ("model/grammar.py",),
     "math_verify": ("evaluate/maths_process.py",),
     "rouge_score": ("evaluate/tasks/similarity.py",),
     "sacrebleu": ("evaluate/tasks/similarity.py",),
@@ -89,7 +94,7 @@ DOORS = {
 """Third-party library: where it may be imported (a file, or a room ending in /)."""
 NARROW = {
     # What reaches outside this process, or into its memory.
-    "socket": ("model/endpoint.py", "hub.py"),
+    "socket": ("model/endpoint.py", "hub.py", "serve/http.py"),
     "ssl": ("model/endpoint.py",),
     "urllib": ("model/endpoint.py", "hub.py", "evaluate/ratings/page.py", "translation.py"),
     "http": ("model/llamacpp.py", "model/endpoint.py", "evaluate/ratings/page.py"),
@@ -111,6 +116,8 @@ BROAD = {
     "evaluate/code_process.py": 1,  # what a program under test ends with
     "evaluate/maths_process.py": 1,  # what sympy raises on no mathematics
     "cli/main.py": 1,  # shows whatever is left as a mistake of ours
+    "serve/gate.py": 1,  # in the server; told in a sentence, for nobody above would
+    "serve/desk.py": 1,  # in a thread; told to whoever is being answered
     "beside.py": 1,  # in a thread; raised where the result is asked for
     "train/stop.py": 1,  # the same
     "durable.py": 5,  # takes away what is half-written, then raises on; a full disk told in words alone
@@ -269,7 +276,8 @@ def test_declared_dependencies_are_the_imported_ones():
         "markupsafe",
         "triton",
         "referencing",
-    }  # pydantic's, jinja2's, torch's, jsonschema's
+        "starlette",
+    }  # pydantic's, jinja2's, torch's, jsonschema's, fastapi's
     goes_along = {"sentencepiece"}  # transformers asks for it, to read some translation models' tokenizers
     assert names == set(DOORS) - comes_along | goes_along
 
@@ -394,7 +402,7 @@ def test_help_is_light():
     started = time.perf_counter()
     shown = run_python(code)
     print(f"afina --help: {time.perf_counter() - started:.2f} s (to be under {HELP_S} s on a quiet machine)")
-    for verb in ("run", "init", "train", "eval", "rate", "export", "chat"):
+    for verb in ("run", "init", "train", "eval", "rate", "export", "chat", "serve"):
         assert verb in shown
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "prune",
     "rate",
     "run",
+    "serve",
     "train",
 ]
 
@@ -38,6 +39,7 @@ _HOMES = {
     "prune": ("afina.compression", "prune"),
     "rate": ("afina.pipeline", "rate"),
     "run": ("afina.pipeline", "run"),
+    "serve": ("afina.pipeline", "serve"),
     "train": ("afina.pipeline", "train"),
 }
 

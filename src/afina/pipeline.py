@@ -1,6 +1,6 @@
 """The verbs, as prose: what each reads, does and leaves. The Python API and the command line both call these.
 
-init → train → evaluate → export → chat, or run, which does all of it and skips what is done.
+init → train → evaluate → export → chat or serve, or run, which does all of it and skips what is done.
 """
 
 import shlex
@@ -14,7 +14,7 @@ from afina.artifact import MANIFEST, Artifact, open_artifact, parent, seal, sha2
 from afina.beside import begun
 from afina.console import console, size
 from afina.drawing import Drawing
-from afina.errors import OutputError, RecipeError, ResourceError
+from afina.errors import OutputError, ResourceError
 from afina.garbage import importing
 from afina.language import _
 from afina.recipe.load import dump, load, places_told
@@ -304,24 +304,21 @@ def chat(
     `adapters` are personalities on a base model, NAME=FOLDER each. `settings` are the recipe's chat. With `prompt`, ask
     once and return. Raises AfinaError.
     """
-    from contextlib import ExitStack
+    from afina.serve.opening import chat_with
 
-    from afina.serve.opening import speakers_of
-    from afina.serve.session import Session
-    from afina.serve.terminal import answer_once
-    from afina.serve.terminal import chat as talk
+    chat_with(str(source), adapters, console, prompt=prompt, beside_base=beside_base, seed=seed, settings=settings)
 
-    with ExitStack() as stack:
-        speakers, defaults, limit = speakers_of(str(source), beside_base, adapters, stack)
-        session = Session(speakers, defaults, seed=seed, limit=limit)
-        try:
-            session.change(**settings)
-        except ValueError as error:
-            raise RecipeError(_("These settings cannot be: {reason}").format(reason=error)) from error
-        if prompt is None:
-            talk(session, console)
-        else:
-            answer_once(session, prompt, console)
+
+def serve(
+    source: str | Path, adapters: Sequence[str] = (), *, at_once: int = 32, waiting: int = 128, **where: Any
+) -> None:
+    """Answer OpenAI's API for whatever `chat` takes, until a signal comes. Raises AfinaError.
+
+    `at_once` answers are written together, and `waiting` may wait. `where`: host, port and key.
+    """
+    from afina.serve.serving import serve_source
+
+    serve_source(str(source), adapters, console, at_once=at_once, waiting=waiting, **where)
 
 
 def _run_folder(run: str | Path) -> Path:

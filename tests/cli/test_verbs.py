@@ -75,7 +75,7 @@ class TestUsage:
         import afina as package
 
         assert afina("--version").stdout == f"afina {package.__version__}\n"
-        for verb in ("run", "init", "train", "eval", "export", "chat"):
+        for verb in ("run", "init", "train", "eval", "export", "chat", "serve"):
             done = afina(verb, "--help")
             assert done.returncode == 0 and "--debug" in done.stdout and done.stderr == ""
 

@@ -47,7 +47,7 @@ def test_fixed_memory_writes_the_same(model):
     for ends in ((2, 31), tuple(range(20, 40))):
         rows = [Row(place, list(ids), 0, room=20) for place, ids in enumerate(PROMPTS)]
         with torch.inference_mode():
-            write_fixed(model, rows, Settings(frozenset(ends), 0, 0.0))
+            write_fixed(model, rows, Settings(frozenset(ends), 0))
         assert [row.ids for row in rows] == one_by_one(model, PROMPTS, ends)
 
 
@@ -55,7 +55,7 @@ def test_fixed_memory_under_autocast():
     """Keys are fp32 there and values bf16, where weights are fp32. Tokens are the likeliest in fp32, but for ties."""
     model, rows = loud_llama(), [Row(place, list(ids), 0, room=20) for place, ids in enumerate(PROMPTS)]
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        write_fixed(model, rows, Settings(frozenset((2,)), 0, 0.0))
+        write_fixed(model, rows, Settings(frozenset((2,)), 0))
     for row in rows:
         with torch.inference_mode():
             logits = model(torch.tensor([row.prompt + row.ids])).logits[0, len(row.prompt) - 1 : -1]
@@ -67,7 +67,7 @@ def test_prompts_are_read_in_parts(model, monkeypatch):
     monkeypatch.setitem(fixed.READ_AT_ONCE, "cpu", 12)
     rows = [Row(place, list(ids), 0, room=20) for place, ids in enumerate(sorted(PROMPTS, key=len, reverse=True))]
     with torch.inference_mode():
-        write_fixed(model, rows, Settings(frozenset((2, 31)), 0, 0.0))
+        write_fixed(model, rows, Settings(frozenset((2, 31)), 0))
     assert [row.ids for row in rows] == one_by_one(model, sorted(PROMPTS, key=len, reverse=True))
 
 

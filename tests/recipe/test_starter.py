@@ -30,7 +30,7 @@ def test_starters_load(use_case: str, whole: bool) -> None:
 @pytest.mark.parametrize("use_case", USE_CASES)
 def test_the_keys_in_comments_hold_the_defaults(use_case: str) -> None:
     text = COMMENTED.sub(r"\1\2", starter(use_case, "mine"))
-    for off in ("mapping", "tasks"):  # examples rather than defaults
+    for off in ("mapping", "distill", "tasks"):  # examples rather than defaults
         if not USE_CASES[use_case].get(off):
             text = re.sub(rf"(?m)^( *){off}:\n(?:\1  .*\n)+", "", text)
     assert parse(text, "recipe.yaml") == parse(starter(use_case, "mine"), "recipe.yaml")
@@ -48,7 +48,7 @@ def test_a_starter_names_every_key() -> None:
     for section in sections():
         if section not in (schema.Full, schema.PromptTuning, schema.PrefixTuning):
             for key in section.model_fields:
-                if section is not schema.Mapping or section.model_fields[key].is_required():
+                if section not in (schema.Mapping, schema.Distill) or section.model_fields[key].is_required():
                     assert re.search(rf"(?m)^ *(- )?#? *{key}:", text), key
 
 

@@ -40,6 +40,7 @@ VARIANTS = {
         "training.evaluations=12",
         "training.best_by=said",
     ],
+    "distilled": ["method.dropout=0.2", "training.distill={teacher: base, temperature: 1.5}"],
     "dora-noise": ["method.dora=true", "training.neftune_alpha=5", "training.gradient_checkpointing=true"],
 }
 HUNG_S = 180

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from afina import __version__
-from afina.cli import chat, compress, data, doctor, evaluate, export, init, push, rate, run, train
+from afina.cli import chat, compress, data, doctor, evaluate, export, init, push, rate, run, serve, train
 from afina.cli.options import Debug, Json
 from afina.cli.usage import refusal, translate
 from afina.console import console
@@ -39,6 +39,9 @@ app.command("rate", help=_("Rate the answers of a run by hand, blind: 1 to 5, or
 )
 app.command("export", help=_("Make files that llama.cpp, Ollama, LM Studio or transformers run."))(export.command)
 app.command("chat", help=_("Talk to a run, a model folder or a GGUF file."))(chat.command)
+app.command("serve", help=_("Serve a run, a model or a GGUF file by OpenAI's API, several adapters on one base."))(
+    serve.command
+)
 app.command("push", help=_("Upload a run's adapter or exported files to a model hub."))(push.command)
 app.add_typer(compress.app, name="compress")
 app.add_typer(data.app, name="data")

@@ -111,6 +111,10 @@ class Renderer:
         spans = self._spans(text, hidden, layout, (), prompt=True)
         return [int(index) for index in self._encode([self._cut(text, hidden, spans.values(), [])])[0].ids]
 
+    def text(self, text: str) -> list[int]:
+        """Ids of a bare text that the model shall go on with, as plain text is learnt."""
+        return [int(index) for index in self._encode([[_Piece(text, 0.0)]])[0].ids]
+
     def answer(self, messages: Sequence[Message], answer: str, given: Mapping[str, Any] | None = None) -> Rendered:
         """Ids of messages followed by this answer, of which only the answer and its end of turn are learnt."""
         hidden = self._hider([*messages, Message("assistant", answer)], given or {})

@@ -166,6 +166,10 @@ class Tokenizer:
         """The text of ids, control tokens left out."""
         return str(self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def written(self, index: int) -> str:
+        """The text of one token, a control token's too."""
+        return str(self.hf.decode([index], clean_up_tokenization_spaces=False))
+
     def render(
         self, messages: list[dict[str, Any]], *, prompt: bool = False, given: Mapping[str, Any] | None = None
     ) -> str:

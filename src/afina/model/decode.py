@@ -16,11 +16,12 @@ from transformers import DynamicCache
 
 from afina.errors import ModelError
 from afina.language import _
+from afina.model.choose import choose
 from afina.model.fixed import READ_AT_ONCE, can_be_fixed, write_fixed
 from afina.model.generate import generate
 from afina.model.load import cache_bytes, limit_of
 from afina.model.longrope import original_context
-from afina.model.rows import Grammar, Row, Settings, device_of, next_logits, note_broken, padded
+from afina.model.rows import Grammar, Row, Sampling, Settings, device_of, next_logits, note_broken, padded
 
 CACHE_AT_ONCE = {"cpu": 2**28, "cuda": 2**33}
 """Bytes that keys and values of the answers being written may take together, where the free memory is not known."""
@@ -71,7 +72,8 @@ def write_all(
                     length=len(prompt), limit=limit or "-"
                 )
             )
-    settings, original = Settings(frozenset(end_ids), pad_id, temperature), original_context(model)
+    settings, original = Settings(frozenset(end_ids), pad_id), original_context(model)
+    sampling = Sampling(temperature)
     turn = None if _learns_prompts(model) else original  # else it is written by `generate`, which sees to it
     fixed = grammar is None and temperature == 0 and device_of(model).type in READ_AT_ONCE and can_be_fixed(model)
     answers: dict[int, list[int]] = {place: [] for place in range(len(prompts))}  # of those that are not done
@@ -88,7 +90,8 @@ def write_all(
         room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
         until = room if turn is None or known(place) > turn else min(room, turn + 1 - len(prompt))
         so_far, seed = list(answers[place]), seeds[place] if seeds else 0
-        return Row(place, prompt, seed, until, grammar() if grammar else None, ids=so_far, whole=until == room)
+        own = grammar() if grammar else None
+        return Row(place, prompt, seed, until, own, ids=so_far, whole=until == room, sampling=sampling)
 
     while order:
         # Neighbours in length; the longest first, so that a model that does not fit says so at once.
@@ -151,7 +154,7 @@ def _write_growing(model: nn.Module, rows: list[Row], settings: Settings) -> Non
     alive, position = list(range(len(rows))), positions[:, -1:]
     idle: set[int] = set()
     while True:
-        chosen = _choose(logits, [rows[place] for place in alive], settings)
+        chosen = choose(logits, [rows[place] for place in alive])
         idle |= {
             number
             for number, index in enumerate(chosen)
@@ -170,25 +173,6 @@ def _write_growing(model: nn.Module, rows: list[Row], settings: Settings) -> Non
         logits = next_logits(model, torch.tensor(chosen, device=device)[:, None], mask.long(), position, cache)
 
 
-def _choose(logits: torch.Tensor, rows: Sequence[Row], settings: Settings) -> list[int]:
-    """The next token of each row; a row that is done gets any."""
-    if rows[0].grammar is not None:
-        allowed = torch.stack([_within(row.grammar, logits.shape[-1]) for row in rows]).to(logits.device)
-        logits = logits.masked_fill(~allowed, -torch.inf)
-    if settings.temperature == 0:
-        return list(logits.argmax(-1).tolist())
-    chances = torch.softmax(logits.double() / settings.temperature, -1).cumsum(-1).cpu()
-    thrown = torch.stack([row.throw() for row in rows])
-    drawn = torch.searchsorted(chances, thrown * chances[:, -1:], right=True)
-    return [min(int(index), logits.shape[-1] - 1) for index in drawn]
-
-
-def _within(grammar: Grammar | None, width: int) -> torch.Tensor:
-    """What a grammar allows, as wide as the logits, which may be wider than the vocabulary."""
-    allowed = grammar.allowed() if grammar else torch.ones(width, dtype=torch.bool)
-    return nn.functional.pad(allowed[:width], (0, max(0, width - len(allowed))))
-
-
 def _learns_prompts(model: nn.Module) -> bool:
     """Whether PEFT puts learnt tokens before every prompt: only its own generate knows where."""
     config: Any = getattr(model, "active_peft_config", None)
@@ -197,7 +181,7 @@ def _learns_prompts(model: nn.Module) -> bool:
 
 def _write_plain(model: nn.Module, rows: list[Row], settings: Settings, new: int) -> None:
     """By the library's own loop, greedily; what it cannot do is refused."""
-    if settings.temperature > 0 or any(row.grammar for row in rows):
+    if any(row.grammar or row.sampling.temperature > 0 for row in rows):
         raise ModelError(
             _("Learnt prompts can be asked neither with a grammar nor with a temperature."),
             hint=_("Write constrained: false, decide: likelihood and temperature: 0 in the task, or tune with lora."),

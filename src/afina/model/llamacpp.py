@@ -23,7 +23,7 @@ import psutil
 
 from afina.apart import cores
 from afina.errors import ModelError, ResourceError
-from afina.gguf_file import GgufFile
+from afina.gguf_file import GgufFile, Strings
 from afina.language import _
 
 TEMPLATE_KEY = "tokenizer.chat_template"
@@ -62,6 +62,7 @@ class LlamaCpp:
     """A loaded GGUF file. Use as a context manager, or call `close`; nothing of it stays behind.
 
     `context` is how many tokens prompt and answer may have together (0: as many as the model was trained for).
+    `slots` answers are written at once, each in a context of its own.
     `threads` defaults to the physical cores this process may use, or 1 where the file is small. `cache` is the type of
     the keys and values kept: f16 is what llama.cpp does by itself, f32 is for comparing with another implementation to
     the last digits.
@@ -74,6 +75,7 @@ class LlamaCpp:
         path: Path | str,
         *,
         context: int = 4096,
+        slots: int = 1,
         threads: int | None = None,
         gpu_layers: int = 0,
         cache: Literal["f16", "f32"] = "f16",
@@ -81,10 +83,11 @@ class LlamaCpp:
         self.path = Path(path)
         file = GgufFile(self.path)  # nothing hostile reaches llama.cpp
         self.template = file.value(TEMPLATE_KEY, str, None)
+        self.vocabulary = len(file.value("tokenizer.ggml.tokens", Strings, None) or ())
         self._marks_beginnings = file.value("tokenizer.ggml.model", str, "") in SENTENCEPIECE
         self._key = secrets.token_hex(16)
         threads = threads or default_threads(self.path.stat().st_size)
-        self._server: Any = _start(self.path, self._key, context, threads, gpu_layers, cache)
+        self._server: Any = _start(self.path, self._key, context, slots, threads, gpu_layers, cache)
         self._host = self._server.listening_address.removeprefix("http://")
         self._call("GET", "/lora-adapters")  # waits for the server's loop: closed before it runs, it would never end
 
@@ -174,11 +177,32 @@ class LlamaCpp:
         reuse: bool = True,
     ) -> Iterator[str]:
         """As `complete`, the text in pieces as they come. Closing the iterator stops llama.cpp."""
+        with closing(self.told(prompt, max_new_tokens, temperature, top_p, seed, stop, reuse)) as told:
+            for piece, _count, _ended in told:
+                if piece:
+                    yield piece
+
+    def told(
+        self,
+        prompt: Sequence[int] | str,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        reuse: bool = True,
+        bias: Mapping[int, float] | None = None,
+    ) -> Generator[tuple[str, int, Ended | None]]:
+        """As `stream`, with how many tokens there are so far, and in the end why it ended. `bias`: what is added to the
+        logits of tokens, by id."""
         body = completion_request(prompt, max_new_tokens, temperature, top_p, seed, stop, reuse)
+        if bias:
+            body["logit_bias"] = [[index, by] for index, by in bias.items()]
         with closing(self._events(body)) as events:
             for event in events:
-                if piece := event.get("content"):
-                    yield str(piece)
+                count = int(event.get("tokens_predicted") or 0)
+                ended = ENDS.get(str(event.get("stop_type")), "limit") if event.get("stop") else None
+                yield str(event.get("content") or ""), count, ended
 
     def logprobs(self, ids: Sequence[int], *, top: int, start: int = 1) -> list[dict[int, float]]:
         """Entry i: natural log-probabilities of the `top` likeliest tokens after ids[: start + i], the likeliest first,
@@ -237,7 +261,7 @@ def default_threads(bytes_of_file: int) -> int:
     return max(1, min(psutil.cpu_count(logical=False) or cores(), cores()))
 
 
-def _start(path: Path, key: str, context: int, threads: int, gpu_layers: int, cache: str) -> Any:
+def _start(path: Path, key: str, context: int, slots: int, threads: int, gpu_layers: int, cache: str) -> Any:
     try:
         import xllamacpp
     except ImportError as error:
@@ -248,9 +272,9 @@ def _start(path: Path, key: str, context: int, threads: int, gpu_layers: int, ca
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(path)
     parameters.hostnames, parameters.port, parameters.api_keys = ["127.0.0.1"], 0, [key]
-    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = context, 1, gpu_layers
+    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = context * slots, slots, gpu_layers
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
-    parameters.n_threads_http = 2
+    parameters.n_threads_http = slots + 1  # an answer takes one as long as it comes
     parameters.verbosity = SILENT
     parameters.offline, parameters.use_jinja = True, True
     parameters.ui = parameters.warmup = parameters.fit_params = parameters.endpoint_slots = False

@@ -5,7 +5,7 @@ that change the base's biases or whole modules cannot share it. Knows nothing of
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from afina.model.generate import generate
 from afina.model.longrope import crosses
 from afina.model.mixed import BASE, mixable, mixed
 from afina.model.saved import SETTINGS_BYTES, load_adapter
+from afina.model.virtual import without
 
 
 @dataclass
@@ -31,6 +32,16 @@ class Personalities:
     _adapted: Any = None
     _keys: dict[str, str] = field(default_factory=dict)
     _made: int = 0
+    _mixable: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, model: Any, name: str) -> "Personalities":
+        """A base with the one adapter that it has, of any kind, called `name`; a model without any is the base."""
+        if not hasattr(model, "peft_config"):
+            return cls(model)
+        (key,) = model.peft_config
+        mixes = {key, BASE} <= mixable(model) and _shares(model.peft_config[key])
+        return cls(model.get_base_model(), model, {name: key}, 1, {key, BASE} if mixes else set())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,7 +80,7 @@ class Personalities:
             raise
         if active:
             adapted.set_adapter(active[0])
-        self._adapted, self._keys[name] = adapted, key
+        self._adapted, self._keys[name], self._mixable = adapted, key, mixable(adapted)
 
     def drop(self, name: str) -> None:
         """Take an adapter off the base and free its memory. Raises ModelError for a name that is not there."""
@@ -81,6 +92,7 @@ class Personalities:
                 warnings.simplefilter("ignore")  # which one is active next decides nothing: `answering` says who
                 self._adapted.delete_adapter(key)
         del self._keys[name]
+        self._mixable = set() if self._adapted is None else mixable(self._adapted)
 
     def bytes_of(self, name: str) -> int:
         """The memory an adapter takes."""
@@ -94,32 +106,48 @@ class Personalities:
             if self._adapted is None:
                 yield self.base
             else:
-                with self._adapted.disable_adapter():
+                with without(self._adapted):
                     yield self._adapted
             return
         self._adapted.set_adapter(self._key(name), inference_mode=True)
         yield self._adapted
+
+    def kind(self, name: str | None) -> Hashable:
+        """Those of one kind can answer rows of one batch. Raises ModelError for an unknown name."""
+        key = BASE if name is None else self._key(name)
+        return self._adapted is None or key in self._mixable or key
+
+    @contextmanager
+    def answering_all(self, names: Sequence[str | None]) -> Iterator[nn.Module]:
+        """Inside the block row i of a batch is answered by `names[i]`, all of one kind; where all are one, any number
+        of rows."""
+        if len(set(names)) == 1:
+            with self.answering(names[0]) as model:
+                yield model
+            return
+        keys = [BASE if name is None else self._key(name) for name in names]
+        with mixed(self._adapted, keys):
+            yield _Rows(self._adapted, keys)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], names: Sequence[str | None], **settings: Any
     ) -> list[list[int]]:
         """As `generate`, prompt i answered by `names[i]` (None is the base), all in one batch.
 
-        Low-rank adapters of every kind that Afina makes are mixed, on layers (DoRA too), experts and routers; where
-        one of those asked is of another kind they take turns, a batch each, and so where an answer may grow beyond the
-        original context of a base with LongRoPE. Raises ModelError for an unknown name.
+        Low-rank adapters of every kind that Afina makes are mixed, on layers (DoRA too), experts and routers; those of
+        another kind take turns, a batch each, and so do all where an answer may grow beyond the original context of a
+        base with LongRoPE. Raises ModelError for an unknown name.
         """
-        keys = [BASE if name is None else self._key(name) for name in names]
         together = not crosses(self.model, prompts, settings["max_new_tokens"])
-        if self._adapted is None or (together and set(keys) <= mixable(self._adapted)):
-            rows = self.base if self._adapted is None else _Rows(self._adapted, keys)
-            return generate(rows, prompts, **settings)
+        places: dict[Hashable, list[int]] = {}
+        for place, name in enumerate(names):
+            kind = self.kind(name)
+            places.setdefault(kind if together else name, []).append(place)
         answers: dict[int, list[int]] = {}
-        for name in dict.fromkeys(names):
-            places = [place for place, asked in enumerate(names) if asked == name]
-            with self.answering(name) as model:
-                found = generate(model, [prompts[place] for place in places], **settings)
-            answers |= dict(zip(places, found, strict=True))
+        for group in places.values():
+            with self.answering_all([names[place] for place in group]) as model:
+                found = generate(model, [prompts[place] for place in group], **settings)
+            answers |= dict(zip(group, found, strict=True))
         return [answers[place] for place in range(len(prompts))]
 
     def _refuse_other_parameters(self, said: dict[str, Any], file: Path) -> None:
@@ -152,13 +180,23 @@ class _Rows(nn.Module):
 
     def __init__(self, model: Any, keys: list[str]) -> None:
         super().__init__()
-        self.model, self._keys = model, keys
+        self.model, self.config, self._keys = model, model.config, keys
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's, told whose rows they are."""
+        return self.model(adapter_names=self._keys, **inputs)
 
     def generate(self, **settings: Any) -> torch.Tensor:
-        """transformers' generate, told whose rows they are."""
-        with mixed(self.model, self._keys):
-            found: torch.Tensor = self.model.generate(adapter_names=self._keys, **settings)
+        """transformers' generate, told the same."""
+        found: torch.Tensor = self.model.generate(adapter_names=self._keys, **settings)
         return found
+
+
+def _shares(config: Any) -> bool:
+    """Whether an adapter, by its settings, leaves as they are the base's biases and modules, so that rows of one batch
+    can be its and the base's."""
+    changed = (getattr(config, name, None) for name in ("modules_to_save", "trainable_token_indices"))
+    return config.peft_type.value == "LORA" and config.bias == "none" and not any(changed)
 
 
 def _refuse_selfish(said: dict[str, Any], file: Path) -> None:

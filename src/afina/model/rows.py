@@ -1,6 +1,6 @@
 """Answers being written, one a row: what each has so far, and one step of the model for all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +20,24 @@ class Grammar(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen: temperature 0 is greedy; above it, of the likeliest that together have `top_p`.
+
+    What the answer holds already is made less likely by `presence`, and by `frequency` for each time. `bias`: what is
+    added to the logits of tokens, by id. All before temperature and top_p, as in OpenAI's API.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    bias: Mapping[int, float] = field(default_factory=dict)
+
+
+GREEDY = Sampling()
+
+
 @dataclass
 class Row:
     """A prompt and its answer so far. `room`: tokens it may have; `whole`: and no more at a later time; `ended`: the
@@ -34,6 +52,7 @@ class Row:
     broken: bool = False
     ids: list[int] = field(default_factory=list)
     whole: bool = True
+    sampling: Sampling = GREEDY
 
     def __post_init__(self) -> None:
         self.dice = torch.Generator().manual_seed(self.seed)
@@ -68,7 +87,6 @@ class Settings:
 
     end_ids: frozenset[int]
     pad_id: int
-    temperature: float
 
 
 def padded(rows: Sequence[Row], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,11 +102,16 @@ def padded(rows: Sequence[Row], pad_id: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def next_logits(
-    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
+    model: nn.Module,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    positions: torch.Tensor,
+    cache: Any,
+    name: str = "input_ids",
 ) -> torch.Tensor:
-    """(rows, vocabulary) logits of the next token."""
+    """(rows, vocabulary) logits of the next token. `name`: what `ids` are to the model, ids or their embeddings."""
     output = model(
-        input_ids=ids,
+        **{name: ids},
         attention_mask=mask,
         position_ids=positions,
         past_key_values=cache,

@@ -56,10 +56,16 @@ def sources_are_named(recipe: Recipe) -> Iterator[Fault]:
 
 
 def places_are_named(recipe: Recipe) -> Iterator[Fault]:
-    """The base model and the chat template are names of something."""
-    for key, value in (("base", recipe.model.base), ("chat_template", recipe.model.chat_template)):
+    """The base model, the chat template and a teacher are names of something."""
+    named: list[tuple[Path, str | None]] = [
+        (("model", "base"), recipe.model.base),
+        (("model", "chat_template"), recipe.model.chat_template),
+    ]
+    if recipe.training.distill is not None:
+        named.append((("training", "distill", "teacher"), recipe.training.distill.teacher))
+    for path, value in named:
         if value is not None and not _is_place(value):
-            yield Fault(("model", key), _("This is not the name of a file or folder."))
+            yield Fault(path, _("This is not the name of a file or folder."))
 
 
 def encodings_are_known(recipe: Recipe) -> Iterator[Fault]:

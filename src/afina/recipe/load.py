@@ -25,6 +25,7 @@ PLACES: tuple[Path, ...] = (
     ("model", "chat_template"),
     ("data", "train"),
     ("data", "validation"),
+    ("training", "distill", "teacher"),
     ("tasks", "*", "data"),
     ("tasks", "*", "schema_file"),
     ("tasks", "*", "judge"),

@@ -1,17 +1,45 @@
 """From what a user names, a run folder, a model folder, a hub name or a GGUF file, to those who answer for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from afina.artifact import MANIFEST
-from afina.errors import AfinaError
+from afina.console import Console
+from afina.errors import AfinaError, RecipeError
 from afina.garbage import importing
 from afina.language import _
 from afina.recipe.place import model_source
 from afina.recipe.schema import Chat, Model
 from afina.serve.personas import open_cast
+from afina.serve.session import Session
 from afina.serve.speakers import GgufSpeaker, ModelSpeaker, Speaker
+from afina.serve.terminal import answer_once, chat
+
+
+def chat_with(
+    source: str,
+    adapters: Sequence[str],
+    console: Console,
+    *,
+    prompt: str | None,
+    beside_base: bool,
+    seed: int,
+    settings: Mapping[str, Any],
+) -> None:
+    """Talk to a source in the terminal, or ask it `prompt` and return. Raises AfinaError."""
+    with ExitStack() as stack:
+        speakers, defaults, limit = speakers_of(source, beside_base, adapters, stack)
+        session = Session(speakers, defaults, seed=seed, limit=limit)
+        try:
+            session.change(**settings)
+        except ValueError as error:
+            raise RecipeError(_("These settings cannot be: {reason}").format(reason=error)) from error
+        if prompt is None:
+            chat(session, console)
+        else:
+            answer_once(session, prompt, console)
 
 
 def speakers_of(
@@ -26,7 +54,7 @@ def speakers_of(
         from afina.model.llamacpp import LlamaCpp
 
         llama = stack.enter_context(LlamaCpp(place))
-        return [GgufSpeaker(place.stem, llama)], _settings_beside(place), llama.context
+        return [GgufSpeaker(place.stem, llama)], settings_beside(place), llama.context
     with importing():  # loads torch, which a GGUF file does not need
         from afina.model.load import spare_imports
 
@@ -53,9 +81,11 @@ def speakers_of(
     return [ModelSpeaker(source, model, Renderer(load_tokenizer(name)), adapted=False)], Chat(), limit_of(model)
 
 
-def _settings_beside(gguf: Path) -> Chat:
+def settings_beside(gguf: Path) -> Chat:
     """The chat settings of the run a GGUF file was exported from, where it still lies in its folder."""
+    run = gguf.resolve().parent.parent
+    if not (run / MANIFEST).is_file():
+        return Chat()
     from afina.train.reopen import open_tuned, recipe_of
 
-    run = gguf.resolve().parent.parent
-    return recipe_of(open_tuned(run))[0].chat if (run / MANIFEST).is_file() else Chat()
+    return recipe_of(open_tuned(run))[0].chat

@@ -72,7 +72,7 @@ class ModelSpeaker:
         from afina.model.generate import generate
 
         tokenizer = self.renderer.tokenizer
-        prompt = self.renderer.prompt(messages, _given(settings, tokenizer.template))
+        prompt = self.renderer.prompt(messages, given_of(settings, tokenizer.template))
         text = Unfolding(tokenizer)
         stopped = False
 
@@ -166,7 +166,7 @@ class GgufSpeaker:
     def answer(self, messages: Sequence[Message], settings: Chat, seed: int, on_text: OnText) -> str:
         """Continue the prompt up to the end of turn. Raises DataError when the template drops a message."""
         pieces = self.llama.stream(
-            self.prompt(messages, _given(settings, self.llama.template)),
+            self.prompt(messages, given_of(settings, self.llama.template)),
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -186,6 +186,10 @@ class GgufSpeaker:
         for place, (text, control) in enumerate(self._pieces(messages, given or {})):
             ids += self.llama.tokenize(text, control, inside=place > 0)
         return ids if ids[: len(self._begin)] == self._begin else [*self._begin, *ids]
+
+    def text(self, text: str) -> list[int]:
+        """Ids of a bare text that the model shall go on with; control tokens in it stay text."""
+        return [*self._begin, *self.llama.tokenize(text, False)]
 
     def _pieces(self, messages: Sequence[Message], given: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
         """Parts of the prompt, and whether control tokens in them are such."""
@@ -221,14 +225,14 @@ class GgufSpeaker:
         return [] if first == self.llama.tokenize("a", False)[:1] else first
 
 
-def _given(settings: Chat, template: str | None) -> dict[str, Any]:
+def given_of(settings: Chat, template: str | None) -> dict[str, Any]:
     """What the template is told beside the messages. Raises DataError for an effort that it would not hear of."""
     if settings.effort is None:
         return {}
     if "reasoning_effort" not in (template or ""):
         raise DataError(
             _("The chat template knows no reasoning effort."),
-            hint=_("Leave --effort out: this model was not made to think for longer or shorter."),
+            hint=_("Leave the effort out: this model was not made to think for longer or shorter."),
         )
     return {"reasoning_effort": settings.effort}
 

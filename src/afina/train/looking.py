@@ -54,6 +54,11 @@ class Looking:
     on_evaluate: OnEvaluate | None = None
     _plain: str = field(init=False)
 
+    @property
+    def pad_id(self) -> int:
+        """Of its tokenizer."""
+        return self.renderer.tokenizer.pad_id
+
     def __post_init__(self) -> None:
         config: Any = self.model.config
         self._plain = config._attn_implementation

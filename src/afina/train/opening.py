@@ -100,6 +100,8 @@ def why_reference(model: nn.Module, recipe: Recipe) -> str | None:
     """What the recipe asks for that only the reference does; None where the engine may be asked."""
     if virtual_tokens(model):
         return _("virtual tokens stand before each sample")
+    if recipe.training.distill is not None:
+        return _("a teacher's distribution is learnt beside the answers")
     if recipe.training.neftune_alpha is not None:
         return _("noise is added to the embeddings")
     return None

@@ -30,6 +30,7 @@ from afina.engine.families import why_not
 from afina.engine.proof import prove
 from afina.errors import Interrupted, ResourceError
 from afina.language import _
+from afina.model.distill import Teacher, distilled_loss
 from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.loss import summed_loss
 from afina.model.packed import covers, packed_attention
@@ -55,6 +56,7 @@ from afina.train.session import Session
 from afina.train.state import begin
 from afina.train.stop import Stop
 from afina.train.surroundings import surroundings
+from afina.train.teaching import open_teacher
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "mps": 4096}
 """Computed at once where the recipe says nothing: enough to fill the device, little enough to fit by the weights."""
@@ -96,10 +98,12 @@ def train_run(
         model, counts = open_model(recipe, reading.result(), source, hardware, tokenizer, console, adapter)
         if adapter is not None:
             examples.files.append(parent(adapter, sha256(adapter / "adapter_model.safetensors"), "adapter"))
+        teacher, taught_by = open_teacher(recipe, folder, tokenizer, hardware, console)
+        examples.files.extend(taught_by)
         parents = [*([base.result()] if base else []), *examples.files]
         run = enter(place, recipe, parents, examples.train + examples.validation)
         looking = Looking(model, renderer, hardware, on_evaluate)
-        measured = _run_loop(looking, recipe, examples, tokenizer.pad_id, place, run, console)
+        measured = _run_loop(looking, recipe, examples, teacher, place, run, console)
     durable.remove(place / "adapter")  # of a sitting that was killed before the manifest stood
     with durable.new_folder(place / "adapter") as adapter:
         save_adapter(model, adapter, base=recipe.model.base)
@@ -127,10 +131,10 @@ def train_run(
 
 
 def _run_loop(
-    looking: Looking, recipe: Recipe, examples: Examples, pad_id: int, place: Path, run: str, console: Console
+    look: Looking, recipe: Recipe, examples: Examples, teacher: Teacher | None, place: Path, run: str, console: Console
 ) -> dict[str, Any]:
     """Drive train(), from the newest checkpoint where there is one; returns what was measured."""
-    model, hardware, training = looking.model, looking.hardware, recipe.training
+    model, hardware, training, pad_id = look.model, look.hardware, recipe.training, look.pad_id
     packing = training.packing and covers(model)
     order = order_of([row.ids.size for row in examples.train], training, recipe.seed)
     steps = training.steps or order.steps
@@ -150,14 +154,14 @@ def _run_loop(
 
     first = lay_out(examples.train, _few(examples.train, order.step(0)))[0]
     with packed_attention(model, packing):
-        loss_fn, engine = _choose_engine(model, recipe, hardware, first if packing else None, room, place)
+        loss_fn, engine = _choose_engine(model, recipe, hardware, first if packing else None, room, place, teacher)
     console.line(_("Engine    {engine}").format(engine=engine))
     again = repeated(examples.train)
     if told := notice(again, len(examples.train), order.epoch(steps), lambda sample: examples.origin[sample].where):
         console.warn(told)
     held_out = sum(row.ids.size for row in examples.validation)
     validate_after = _validation_steps(steps, training.validations) if held_out else frozenset()
-    asking = looking.asking(_validation_steps(steps, training.evaluations))
+    asking = look.asking(_validation_steps(steps, training.evaluations))
     keeper = Keeper(place / CHECKPOINTS, run, training, console.warn)
     plan = Plan(
         steps=steps,
@@ -167,14 +171,14 @@ def _run_loop(
         held_out=lambda: [lay_out(examples.validation, group) for group in _dealt(len(examples.validation))],
         again=again[:WATCHED],
         learnt_again=lambda: [lay_out(examples.train, [one.sample]) for one in again[:WATCHED]],
-        measure=lambda groups: measure(model, groups, hardware, loss_fn),
+        measure=lambda groups: measure(model, groups, hardware, summed_loss if teacher else loss_fn),
         measure_work=held_out,
         validate_after=validate_after,
         where=lambda sample: examples.origin[sample].where,
         early_stop=training.early_stop,
         held_out_samples=len(examples.validation),
         exact=training.exact or hardware.device.type != "cuda",
-        criterion=looking.criterion(training.best_by) if training.keep == "best" else None,
+        criterion=look.criterion(training.best_by) if training.keep == "best" else None,
         surroundings=_surroundings(hardware, loss_fn, place),
         asking=asking,
     )
@@ -211,14 +215,23 @@ def _run_loop(
 
 
 def _choose_engine(
-    model: nn.Module, recipe: Recipe, hardware: Hardware, first: Batch | None, room: Room, place: Path
+    model: nn.Module,
+    recipe: Recipe,
+    hardware: Hardware,
+    first: Batch | None,
+    room: Room,
+    place: Path,
+    teacher: Teacher | None,
 ) -> tuple[LossFunction, str]:
     """The loss function that trains, and a sentence on which engine it is and why. `first`: a packed batch, if packed.
 
     The fused engine proves itself on that batch against the reference; on a mismatch the reference trains. On a GPU it
     plans what fits, as in the sitting before where it still does: `room` shrinks to that.
     """
-    plain = partial(summed_loss, noise=recipe.training.neftune_alpha or 0.0)
+    noise = recipe.training.neftune_alpha or 0.0
+    plain: LossFunction = partial(summed_loss, noise=noise)
+    if teacher is not None:
+        plain = partial(distilled_loss, teacher=teacher, noise=noise)
     if recipe.training.engine == "reference":
         return plain, _("reference (transformers + PEFT), as the recipe asks")
     if first is None and recipe.training.packing:

@@ -19,6 +19,7 @@ from afina.errors import DataError, ModelError
 from afina.evaluate.systems.asking import (
     Answer,
     Choose,
+    Constraint,
     Continue,
     Read,
     Request,
@@ -29,12 +30,13 @@ from afina.evaluate.systems.asking import (
     no_number,
     until_first,
 )
-from afina.evaluate.systems.grammar import grammars
 from afina.language import _
 from afina.model.decode import Continuation, write_all
+from afina.model.grammar import Vocabulary
 from afina.model.load import Hardware, limit_of
 from afina.model.loss import judged
 from afina.model.packed import covers, packed_attention
+from afina.model.rows import Grammar
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
 BATCHES = 4
@@ -106,7 +108,7 @@ class ModelAnswering:
             pad_id=tokenizer.pad_id,
             max_new_tokens=first.max_new_tokens,
             on_answer=note,
-            grammar=grammars(tokenizer, constraint) if constraint else None,
+            grammar=_grammar(tokenizer, constraint) if constraint else None,
             temperature=first.temperature,
             seeds=[request.seed for _place, request, _prompt in fit],
         )
@@ -218,6 +220,11 @@ class ModelAnswering:
         except (DataError, ModelError) as error:
             sink(place, Answer(error=error.message))
             return None
+
+
+def _grammar(tokenizer: Tokenizer, constraint: Constraint) -> Callable[[], Grammar]:
+    known = Vocabulary(tokenizer.hf, tokenizer.end_ids)
+    return known.choices(constraint.choices) if constraint.choices else known.json(constraint.schema or "{}")
 
 
 def bare_ids(tokenizer: Tokenizer, text: str, *, start: bool = True) -> list[int]:

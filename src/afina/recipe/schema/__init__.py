@@ -15,11 +15,12 @@ from afina.recipe.schema.method import Full, Lora, Method, PrefixTuning, PromptT
 from afina.recipe.schema.model import Model
 from afina.recipe.schema.section import Section, Share, Sources, one_line
 from afina.recipe.schema.task import Evaluation, Task
-from afina.recipe.schema.training import Training
+from afina.recipe.schema.training import Distill, Training
 
 __all__ = [
     "Chat",
     "Data",
+    "Distill",
     "Evaluation",
     "Export",
     "Full",
@@ -74,6 +75,7 @@ def sections() -> tuple[type[Section], ...]:
         PromptTuning,
         PrefixTuning,
         Training,
+        Distill,
         Task,
         Evaluation,
         Export,

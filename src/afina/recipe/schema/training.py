@@ -7,6 +7,22 @@ from pydantic import Field
 from afina.recipe.schema.section import Section, Share
 
 
+class Distill(Section):
+    """A teacher: the student learns its whole distribution too (Hinton et al., 2015, arXiv:1503.02531)."""
+
+    teacher: Annotated[str, Field(examples=["runs/large"])]
+    """Who teaches: a run folder, a model folder, a GGUF file or a hub name, with the very tokens of the student."""
+    temperature: Annotated[float, Field(gt=0, le=100)] = 2.0
+    """Both distributions are softened by this: the higher, the more the unlikely tokens count."""
+    alpha: Share = 0.5
+    """The share of the plain loss on the answers; the rest is temperature squared times the divergence."""
+    divergence: Literal["forward", "reverse"] = "forward"
+    """forward: KL(teacher || student), which covers all that the teacher may say; reverse: KL(student || teacher),
+    which keeps to what it would say."""
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """How a teacher that is no run is held."""
+
+
 class Training(Section):
     """The optimisation."""
 
@@ -36,6 +52,8 @@ class Training(Section):
     gradient_checkpointing: bool = False
     """Keep only what enters each layer and compute the rest again going back: less memory, a third more time. For the
     reference; the fused engine chooses by itself what it keeps."""
+    distill: Distill | None = Field(default=None, examples=[{"teacher": "runs/large", "temperature": 2.0}])
+    """Learn from a larger model too. The validation loss stays the plain one. The reference engine does it."""
     neftune_alpha: Annotated[float, Field(gt=0, le=1000)] | None = Field(default=None, examples=[5.0])
     """Noise of this size is added to the tokens' embeddings while training (NEFTune, arXiv:2310.05914)."""
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "muon", "adafactor", "lion"] = "adamw"
