@@ -101,6 +101,15 @@ def test_two_equal_systems_do_not_differ(renderer, tmp_path, kind):
     assert result["systems"]["base"]["value"] == result["systems"]["tuned"]["value"] is not None
 
 
+@pytest.mark.parametrize(("kind", "told"), [("perplexity", False), ("similarity", True)])
+def test_the_interval_of_a_single_sample_is_none_or_wide(renderer, tmp_path, kind, told):
+    """It was a point: the one sample, drawn again and again."""
+    asked = prepare(task(kind, max_new_tokens=4), [sample("a", "some words")], seed=0)
+    result, _rows = ask(asked, [system("tuned", model_for(renderer), renderer)], tmp_path)
+    ends = result["systems"]["tuned"]["interval"]
+    assert (ends is not None and ends[1] - ends[0] > 0.5) if told else ends is None
+
+
 def test_one_system_alone_has_no_verdict(renderer, tmp_path):
     asked = prepare(task("exact", max_new_tokens=2), [sample("a", "b")], seed=0)
     result, _rows = ask(asked, [system("tuned", model_for(renderer), renderer)], tmp_path)

@@ -13,7 +13,7 @@ from scipy.stats import bootstrap as scipy_bootstrap
 from sklearn import metrics as sklearn
 
 from afina.evaluate import metrics
-from afina.evaluate.metrics import bootstrap, mcnemar, per_label, shares, sign_flips, wilson
+from afina.evaluate.metrics import FEW, bootstrap, mcnemar, per_label, shares, sign_flips, wilson
 
 LABELS = ["negativa", "neutra", "positiva", "no sé"]
 answers = st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=1, max_size=60)
@@ -115,6 +115,34 @@ def test_the_bootstrap_is_scipys_to_the_noise_of_its_draws(seed):
     values = np.random.default_rng(seed).beta(2, 1, 60)
     wanted = scipy_bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=seed).confidence_interval
     assert bootstrap(list(values)) == pytest.approx(tuple(wanted), abs=0.006)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([1.0, 2.0, 4.5, 5.0]), min_size=1, max_size=30))
+def test_no_interval_is_a_point(values):
+    """A single sample, and any number that are all the same, had one of zero width."""
+    low, high = bootstrap(values, (1, 5))
+    assert 1 <= low < high <= 5 and low <= np.mean(values) <= high
+    unbounded = bootstrap(values, None)
+    if len(values) < FEW or len(set(values)) == 1:
+        assert unbounded is None
+        assert (np.array([low, high]) - 1) / 4 == pytest.approx(wilson(sum(values) / 4 - len(values) / 4, len(values)))
+    else:
+        assert unbounded == [low, high]
+
+
+def test_nothing_spreads_nowhere():
+    assert bootstrap([]) is None
+    assert bootstrap([1.0]) == list(wilson(1, 1)) and bootstrap([0.3], None) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 20])
+def test_intervals_hold_what_they_promise(count):
+    """By trial: of few values resampling held the truth half of the time. Never certain, so at least 80% of 300."""
+    dice = np.random.default_rng(count)
+    drawn = [dice.choice(5, count, p=[0.05, 0.05, 0.1, 0.3, 0.5]) + 1 for _turn in range(300)]
+    held = [low <= 4.15 <= high for low, high in (bootstrap(list(map(float, one)), (1, 5)) for one in drawn)]
+    assert np.mean(held) > 0.8
 
 
 def test_a_bootstrap_drawn_in_parts_is_the_same(monkeypatch):

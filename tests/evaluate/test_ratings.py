@@ -117,6 +117,8 @@ def test_averages_preferences_and_files(tmp_path):
     rated(store)
     figures = summary(store.all())
     assert figures["scores"]["tuned"]["mean"] == 4.5 and figures["scores"]["tuned"]["counts"]["5"] == 1
+    low, high = figures["scores"]["tuned"]["interval"]  # of one answer
+    assert 1 < low < 4.5 < high <= 5
     assert figures["pairs"][0] | {"interval": 0, "p_value": 0} == {
         **{"left": "base", "right": "tuned", "left_preferred": 0, "right_preferred": 1, "ties": 1},
         **{"share_right": 1.0, "interval": 0, "p_value": 0, "ratings": 4, "items": 2},

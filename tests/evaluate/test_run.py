@@ -187,3 +187,4 @@ def test_each_kind_shows_its_own_figure_beside_the_main_one(capsys):
     assert "JSON objects" in told(parsed=4) and "ROUGE-L" in told(rougeL=0.25) and "0.250" in told(rougeL=0.25)
     assert "macro F1" in told(f1_macro=0.5) and "2 of 3" in told(right_steps=2, steps=3)
     assert "95% interval samples/s size" in told()
+    assert "tuned 50.0% - 2.0" in told(interval=None)  # too few to say

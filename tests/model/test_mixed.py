@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from afina.model.attach import attach
 from afina.model.generate import generate
-from afina.model.mixed import mixable, mixed
+from afina.model.mixed import alone, mixable, mixed
 from afina.model.personalities import Personalities
 from afina.model.saved import load_adapter, save_adapter
 from afina.recipe.schema import Lora
@@ -129,3 +129,44 @@ def test_logits_are_those_of_each_alone_in_fp64(crew, order):
         # transformers' norms, angles and routers are fp32 even here
         assert (found[row] - exact[name][row]).abs().max() < 2e-5 * exact[name].abs().max(), name
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_one_that_is_alone_is_computed_the_same_way(crew):
+    """And is what PEFT computes, in fp64; nothing is left behind, and what is switched off stays off."""
+    together, answers, exact = crew
+    model, ids = together.model, exact["ids"]
+    for name in together.names:
+        model.set_adapter(together._keys[name])
+        try:
+            with torch.no_grad():
+                wanted = model.double()(ids).logits
+                with alone(model):
+                    found = model(ids).logits
+                with model.disable_adapter(), alone(model):
+                    base = model(ids).logits
+        finally:
+            model.float()
+        assert (found - wanted).abs().max() < 1e-6 * wanted.abs().max(), name
+        assert (base - exact[None]).abs().max() < 1e-6 * wanted.abs().max()
+        with together.answering(name) as answering:
+            assert generate(answering, PROMPTS, **ASKED) == answers[name]
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("base", "method"), [("llama", "dora"), ("gpt-oss", "experts"), ("gpt-oss, packed", "experts")]
+)
+def test_writing_takes_that_way(base, method, monkeypatch, tmp_path):
+    """Told by PEFT's own forward, which is not asked."""
+    from peft.tuners.lora import layer
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    model = stirred(attach(BASES[base](), {**DENSE, **EXPERTS}[method], seed=0), 0)
+    wanted = generate(model, PROMPTS, **ASKED)
+
+    def never(*_given: Any, **_more: Any) -> None:
+        raise AssertionError("PEFT's own way")
+
+    monkeypatch.setattr(layer.ParamWrapper, "forward", never)
+    monkeypatch.setattr(DoraLinearLayer, "forward", never)
+    assert generate(model, PROMPTS, **ASKED) == wanted

@@ -255,12 +255,13 @@ def _figures(asked: Asked, taken: Taken, system: System) -> dict[str, Any]:
         counted = shares([bool(mark.right) for mark in marks])
         figures |= {"value": counted["accuracy"], **counted}
     elif marks:
-        scores = [mark.score for mark in marks]
-        figures |= {"value": sum(scores) / len(scores), "interval": list(bootstrap(scores))}
+        figures["value"] = sum(mark.score for mark in marks) / len(marks)
     else:
-        figures |= {"value": None, "interval": None}
+        figures["value"] = None
     if marks:
         figures |= KINDS[asked.task.kind].figures(asked, places, marks)
+    if "interval" not in figures:  # scores from 0 to 1; other kinds of scores have an interval of their own
+        figures["interval"] = bootstrap([mark.score for mark in marks])
     if lengths := sorted(filter(None, map(taken.written, range(len(asked.samples))))):
         middle = lengths[len(lengths) // 2]
         figures["lengths"] = {"mean": sum(lengths) / len(lengths), "median": middle, "longest": lengths[-1]}

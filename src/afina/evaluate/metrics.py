@@ -14,6 +14,9 @@ Z_95 = 1.959963984540054
 
 DRAWS = 2000
 """Resamples of a bootstrap: the ends of a 95% interval are then known to about a hundredth of its width."""
+FEW = 8
+"""Resampling needs so many values: by trial, 95% intervals of 2 hold the true mean half of the time, of 5 71 to 83%, of
+8 85 to 91%."""
 FLIPS = 9999
 """Random signs of a paired test: a p-value of 0.05 is then known to 0.004."""
 
@@ -21,7 +24,7 @@ AT_ONCE = 2**22
 """Signs or places that are drawn at once: of 50,000 samples all together would take 8 GB."""
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
+def wilson(correct: float, total: int) -> tuple[float, float]:
     """The 95% interval of a share (Wilson, 1927); sensible at 0% and 100% and for few samples."""
     if total == 0:
         return 0.0, 1.0
@@ -57,14 +60,31 @@ def resamples(count: int) -> Iterator[np.ndarray]:
         yield dice.integers(0, count, (min(step, DRAWS - start), count))
 
 
-def bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of a mean, from percentiles of resampled means (Efron, 1979)."""
+def spread(estimates: np.ndarray, values: np.ndarray) -> list[float] | None:
+    """The 95% interval by percentiles of what resampled `values` gave (Efron, 1979).
+
+    None where `values` cannot tell how far they spread: they are FEW, or all the same.
+    """
+    if len(values) < FEW or (values == values[0]).all():
+        return None
+    return [float(end) for end in np.quantile(estimates, [0.025, 0.975])]
+
+
+def bootstrap(values: Sequence[float], bounds: tuple[float, float] | None = (0.0, 1.0)) -> list[float] | None:
+    """The 95% interval of a mean, from resampled means.
+
+    Where resampling says nothing but the values have `bounds`: no numbers spread more than as many that lie at the
+    bounds, of which Wilson's interval is known, so that it is wide, but never too narrow. Else None.
+    """
     if not values:
-        return 0.0, 0.0
+        return None
     scores = np.asarray(values, float)
-    means = np.concatenate([scores[places].mean(1) for places in resamples(len(scores))])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    found = spread(np.concatenate([scores[places].mean(1) for places in resamples(len(scores))]), scores)
+    if found is None and bounds is not None:
+        least, width = bounds[0], bounds[1] - bounds[0]
+        shares = (scores - least) / width
+        found = [least + width * end for end in wilson(float(shares.sum()), len(scores))]
+    return found
 
 
 def sign_flips(before: Sequence[float], after: Sequence[float]) -> float:

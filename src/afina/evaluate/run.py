@@ -279,8 +279,8 @@ def _row(name: str, figures: dict[str, Any], measure: str, own: str) -> tuple[st
     weight = size(figures["file_bytes"]) if figures.get("file_bytes") else "-"
     value, interval = _("not measured"), "-"
     if figures["value"] is not None:
-        low, high = figures["interval"]
-        value, interval = said(figures["value"], measure), f"{said(low, measure)} - {said(high, measure)}"
+        value = said(figures["value"], measure)
+        interval = " - ".join(said(end, measure) for end in figures["interval"] or ()) or "-"
     return name, value, interval, *([_beside(figures, own)] if own else []), speed, weight
 
 

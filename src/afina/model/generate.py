@@ -12,6 +12,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from afina.errors import ModelError
 from afina.language import _
 from afina.model.longrope import crosses, original_context
+from afina.model.mixed import alone
 from afina.model.virtual import is_prefix, prompted
 
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
@@ -69,11 +70,11 @@ def generate(
     crossing = crosses(model, prompts, max_new_tokens)
     if len(prompts) > 1 and (crossing or (is_prefix(model) and len({len(prompt) for prompt in prompts}) > 1)):
         # Padding would stand between prefix and prompt, and push the prefix out of a sliding window.
-        alone = {"end_ids": end_ids, "pad_id": pad_id, "max_new_tokens": max_new_tokens, "seed": seed}
+        same = {"end_ids": end_ids, "pad_id": pad_id, "max_new_tokens": max_new_tokens, "seed": seed}
         return [
             ids
             for prompt in prompts
-            for ids in generate(model, [prompt], temperature=temperature, top_p=top_p, **alone)  # type: ignore[arg-type]
+            for ids in generate(model, [prompt], temperature=temperature, top_p=top_p, **same)  # type: ignore[arg-type]
         ]
     sampled = temperature >= COLDEST
     settings: dict[str, Any] = {
@@ -87,7 +88,7 @@ def generate(
     }
     watcher = _Watcher(on_token) if on_token else None
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with alone(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         if not crossing:
             return [_until_end(ids, end_ids) for ids in _continued(model, prompts, settings, max_new_tokens, watcher)]

@@ -4,6 +4,8 @@ A frozen DoRA layer is a LoRA layer whose outputs have a factor each, which does
 computed once, and the base's product then serves all rows. Experts see their rows together, whosever they are: the
 base's product once for each, the low-rank terms on the rows of their adapter. A router is small: it answers one adapter
 after another. Door to PEFT's layers; all else is left to PEFT's own `adapter_names`.
+
+The same serves an adapter that is alone: PEFT makes the norms of DoRA, and B A of all experts, anew at every token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +59,7 @@ def _is_known(place: str, wrapper: Any) -> bool:
 
 @dataclass
 class Asked:
-    """Whose the rows of a batch are: for each of `names`, by number, where they are."""
+    """Whose the rows of a batch are: for each of `names`, by number, where they are. A single one has all."""
 
     names: list[str]
     places: list[torch.Tensor]
@@ -74,7 +76,30 @@ def mixed(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     device = next(model.parameters()).device
     different = list(dict.fromkeys(names))
     places = [torch.tensor([row for row, name in enumerate(names) if name == one], device=device) for one in different]
-    asked = Asked(different, places)
+    with _computing(model, Asked(different, places)):
+        yield
+
+
+@contextmanager
+def alone(model: Any) -> Iterator[None]:
+    """Inside the block the one adapter that is active is computed this way, for all rows; weights stay as they are.
+
+    Others stay as PEFT has them, and so do experts on a GPU, where one launch for each would be slower than B A.
+    """
+    names = list(model.active_adapters) if hasattr(model, "peft_config") else []
+    layers = [one for one in model.modules() if isinstance(one, LoraLayer)]
+    idle = any(layer.disable_adapters or layer.merged for layer in layers)
+    experts = any(isinstance(layer, ParamWrapper) for layer in layers)
+    device = next(model.parameters()).device
+    if len(names) != 1 or idle or (experts and device.type != "cpu") or names[0] not in mixable(model):
+        yield
+        return
+    with _computing(model, Asked(names, [torch.zeros(1, dtype=torch.long, device=device)])):
+        yield
+
+
+@contextmanager
+def _computing(model: nn.Module, asked: Asked) -> Iterator[None]:
     changed: list[nn.Module] = []
     try:
         for module in model.modules():
@@ -109,8 +134,9 @@ def _linear(layer: Any, asked: Asked, factors: dict[str, torch.Tensor], x: torch
     """x (rows, ..., in) to (rows, ..., out)."""
     base = layer.get_base_layer()
     result: torch.Tensor = base(x)
-    for name, rows in zip(asked.names, asked.places, strict=True):
+    for name, places in zip(asked.names, asked.places, strict=True):
         if name in layer.lora_A:
+            rows = places if len(asked.names) > 1 else slice(None)
             a, b = layer.lora_A[name], layer.lora_B[name]
             low = b(a(x[rows].to(a.weight.dtype))) * layer.scaling[name]
             own = result[rows].to(low.dtype)

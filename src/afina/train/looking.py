@@ -118,9 +118,9 @@ def tell(facts: dict[str, Any], console: Console, step: int, steps: int) -> None
     """Print what one task said, and how many samples have no answer."""
     console.event("evaluation", step=step, **facts)
     if facts["value"] is not None:
-        low, high = facts["interval"]
-        text = _("Asked     {task}: {value:.3f} ({low:.3f} - {high:.3f}) after step {step} of {steps}")
-        told = {"task": facts["task"], "value": facts["value"], "low": low, "high": high}
+        ends = " - ".join(f"{end:.3f}" for end in facts["interval"] or ())
+        text = _("Asked     {task}: {value:.3f} ({interval}) after step {step} of {steps}")
+        told = {"task": facts["task"], "value": facts["value"], "interval": ends or "-"}
         console.line(text.format(step=step, steps=steps, **told))
     if missing := facts["samples"] - facts["answered"]:
         console.warn(

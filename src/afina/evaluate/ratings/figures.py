@@ -35,7 +35,7 @@ def _averages(ratings: Sequence[Rating]) -> dict[str, Any]:
         counts = {str(value): sum(rating.value == value for rating in mine) for value in range(1, 6)}
         found[system] = {
             "mean": mean(means),
-            "interval": list(bootstrap(means)),
+            "interval": bootstrap(means, (1, 5)),
             "ratings": len(mine),
             "items": len(means),
             "counts": counts,

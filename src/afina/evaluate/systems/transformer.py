@@ -35,6 +35,7 @@ from afina.model.decode import Continuation, write_all
 from afina.model.grammar import Vocabulary
 from afina.model.load import Hardware, limit_of
 from afina.model.loss import judged
+from afina.model.mixed import alone
 from afina.model.packed import covers, packed_attention
 from afina.model.rows import Grammar
 
@@ -63,7 +64,7 @@ class ModelAnswering:
 
     def answer(self, requests: Sequence[Request], sink: Sink) -> None:
         """See `Answering`."""
-        with self.active(), torch.inference_mode(), self.hardware.autocast():
+        with self.active(), torch.inference_mode(), self.hardware.autocast(), alone(self.model):
             self._read(list(by_kind(requests, Read)), sink)
             self._choose(list(by_kind(requests, Choose)), sink)
             self._weigh(list(by_kind(requests, Weigh)), sink)

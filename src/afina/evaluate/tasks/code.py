@@ -104,7 +104,7 @@ class Code:
         for k in sorted({1, asked.task.attempts}):
             each = [pass_at(k, attempts, passed) for attempts, passed in counts]
             found[f"pass@{k}"] = sum(each) / len(each) if each else 0.0
-            found[f"pass@{k}_interval"] = list(bootstrap(each))
+            found[f"pass@{k}_interval"] = bootstrap(each)
         if asked.task.attempts > 1:
             found |= {"value": found["pass@1"], "interval": found["pass@1_interval"]}
         return found

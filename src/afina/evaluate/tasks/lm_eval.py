@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.data.conversation import Message, Sample
-from afina.evaluate.metrics import wilson
+from afina.evaluate.metrics import bootstrap, wilson
 from afina.evaluate.systems.asking import Answer, Request
 from afina.evaluate.tasks.kind import EMPTY, Asked, Mark
 from afina.evaluate.tasks.lm_eval_tasks import documents, prepare
@@ -79,7 +79,7 @@ class LmEval:
                 for area, right in rights.items()
             }
             return found
-        return {**found, "measure": "score"}
+        return {**found, "measure": "score", "interval": bootstrap([mark.score for mark in marks], None)}
 
 
 def _main(metrics: dict[str, Any]) -> tuple[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from afina.data.conversation import Sample
-from afina.evaluate.metrics import resamples
+from afina.evaluate.metrics import resamples, spread
 from afina.evaluate.systems.asking import Answer, Read, Request
 from afina.evaluate.tasks.kind import Asked, Mark
 from afina.recipe.schema import Task
@@ -37,11 +37,15 @@ class Perplexity:
         return marks
 
     def figures(self, asked: Asked, places: Sequence[int], marks: Sequence[Mark]) -> dict[str, Any]:
-        """Over all tokens, not the mean of the samples' own; the interval resamples samples."""
+        """Over all tokens, not the mean of the samples' own; the interval, of FEW samples none, resamples samples."""
         if not marks:
             return {}
         sums, tokens = (np.array([mark.more[key] for mark in marks]) for key in ("sum", "tokens"))
         means = np.concatenate([-sums[draw].sum(1) / tokens[draw].sum(1) for draw in resamples(len(marks))])
-        low, high = np.exp(np.minimum(np.quantile(means, [0.025, 0.975]), 700))
+        ends = spread(means, sums / tokens)
         value = math.exp(min(700.0, -float(sums.sum() / tokens.sum())))
-        return {"value": value, "interval": [float(low), float(high)], "tokens_read": int(tokens.sum())}
+        return {
+            "value": value,
+            "interval": ends and [math.exp(min(700.0, end)) for end in ends],
+            "tokens_read": int(tokens.sum()),
+        }
