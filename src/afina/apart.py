@@ -32,14 +32,14 @@ def cores() -> int:
 class Apart:
     """A process that calls `work`, "module:function", each time it is asked; a context that ends it.
 
-    The function returns whether it did it, or raises.
+    The function returns whether it did it, or raises. `needed`: modules to import beforehand.
     """
 
-    def __init__(self, work: str) -> None:
+    def __init__(self, work: str, *needed: str) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         with suppress(OSError):  # no process is to be had
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-X", "utf8", "-c", _BEGIN, work, *sys.path],
+                [sys.executable, "-I", "-X", "utf8", "-c", _BEGIN, " ".join([work, *needed]), *sys.path],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -85,8 +85,9 @@ class Apart:
                 pipe.close()
 
 
-def serve(work: str) -> None:
+def serve(task: str) -> None:
     """The process from inside: do what is asked until one thing fails, or nobody is there to ask."""
+    work, *needed = task.split()
     asked: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_listen, args=(asked,), daemon=True).start()
     answers = os.dup(1)
@@ -94,6 +95,8 @@ def serve(work: str) -> None:
     module, _colon, name = work.partition(":")
     try:
         function: Callable[..., bool] = getattr(import_module(module), name)
+        for one in needed:
+            import_module(one)
         while True:
             done = function(**json.loads(asked.get()))
             os.write(answers, _DONE if done else _NOT_DONE)

@@ -5,7 +5,7 @@ init → train → evaluate → export → chat or serve, or run, which does all
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,13 +13,14 @@ from afina import durable
 from afina.artifact import MANIFEST, RUNS, Artifact, open_artifact, parent, seal, sha256, source_digest, versions
 from afina.beside import begun
 from afina.console import console, size
+from afina.drawing import Drawing
 from afina.errors import OutputError, ResourceError
 from afina.garbage import importing
 from afina.language import _
 from afina.recipe.load import dump, load, places_told
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe
-from afina.summary import metrics_of, next_commands, say_done, say_trained
+from afina.summary import next_commands, say_done, say_trained
 
 if TYPE_CHECKING:
     from afina.data.conversation import Sample
@@ -51,38 +52,39 @@ def train(
             _("{path} holds no run that was stopped.").format(path=place),
             hint=_("Leave out --resume to begin it."),
         )
-    with durable.claim(place), rows_ahead(wanted, folder, place) as ahead:
-        refuse_other_recipe(place, wanted)
-        base = begun(lambda: _base(wanted, folder))  # hashing gigabytes takes as long as all that is imported below
+    with Drawing() as drawing:
+        with durable.claim(place), rows_ahead(wanted, folder, place) as ahead:
+            refuse_other_recipe(place, wanted)
+            base = begun(lambda: _base(wanted, folder))  # hashing gigabytes takes as long as what is imported below
 
-        with importing():  # after what fails at once: this loads torch, for seconds
-            from afina.model.load import spare_imports
+            with importing():  # after what fails at once: this loads torch, for seconds
+                from afina.model.load import spare_imports
 
-            spare_imports()
-            from afina.evaluate.during import while_training
-            from afina.export.card import model_card
-            from afina.train.run import train_run
+                spare_imports()
+                from afina.evaluate.during import while_training
+                from afina.export.card import model_card
+                from afina.train.run import train_run
 
-        drawing = begun(_drawing)  # not needed before the end
-        _check_formats(wanted, folder)
-        _check_tasks(wanted, folder)
-        console.heading(_("Training {name}").format(name=wanted.name))
-        with places_told(Path(recipe), overrides):
-            facts = train_run(wanted, folder, place, console, base, while_training(wanted, folder), ahead)
-        durable.write_text(place / "recipe.yaml", dump(wanted))
-        durable.write_bytes(place / "loss.png", drawing.result()(metrics_of(place)))
-        durable.write_text(place / "README.md", model_card(wanted, facts, versions()))
-        seal(
-            place,
-            "run",
-            parents=[base.result(), *facts["data"]["files"]],
-            leaving_out=WORKING,
-            recipe=wanted.resolved(),
-            recipe_folder=str(folder),
-            **facts,
-        )
-        clear(place)
-    _draw(place)
+            _check_formats(wanted, folder)
+            _check_tasks(wanted, folder)
+            console.heading(_("Training {name}").format(name=wanted.name))
+            drawing.begin()  # not needed before the end
+            with places_told(Path(recipe), overrides):
+                facts = train_run(wanted, folder, place, console, base, while_training(wanted, folder), ahead)
+            durable.write_text(place / "recipe.yaml", dump(wanted))
+            drawing.curve(place)
+            durable.write_text(place / "README.md", model_card(wanted, facts, versions()))
+            seal(
+                place,
+                "run",
+                parents=[base.result(), *facts["data"]["files"]],
+                leaving_out=WORKING,
+                recipe=wanted.resolved(),
+                recipe_folder=str(folder),
+                **facts,
+            )
+            clear(place)
+        drawing.report(place, _commands(place))
     say_trained(facts, place)
     return place
 
@@ -364,19 +366,17 @@ def _check_tasks(recipe: Recipe, folder: Path) -> None:
         questions(recipe, folder)
 
 
-def _drawing() -> Callable[[Any], bytes]:
-    """What draws the curve of the loss: it loads matplotlib, which the report needs too."""
-    from afina.evaluate.plot import loss_curve
-
-    return loss_curve
-
-
 def _draw(place: Path) -> None:
-    """The report anew, its commands as they are typed where the run folder's parent lies."""
+    """The report anew."""
     from afina.evaluate.report import draw
 
+    draw(place, _commands(place))
+
+
+def _commands(place: Path) -> Sequence[tuple[str, str]]:
+    """What may be wanted next, as it is typed where the run folder's parent lies."""
     whole = place.resolve()
-    draw(place, next_commands(place, Path(whole.parent.name, whole.name)))
+    return next_commands(place, Path(whole.parent.name, whole.name))
 
 
 def _base(recipe: Recipe, folder: Path) -> dict[str, str]:
