@@ -33,7 +33,7 @@ def why_no_json(error: json.JSONDecodeError) -> str:
         "Extra data": _("Extra data"),
         "Unterminated string starting at": _("Unterminated string"),
         "Invalid control character at": _("Invalid control character"),
-        "Invalid \\escape": _("Invalid escape"),
+        "Invalid \\escape": _("Invalid \\escape"),
     }.get(error.msg.removesuffix(": "), error.msg)
 
 
