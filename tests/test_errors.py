@@ -1,12 +1,14 @@
 """The error tree is what its docstring draws, and says where."""
 
+import errno
+import os
 import re
 import signal
 
 import pytest
 
 from afina import errors
-from afina.errors import AfinaError, DataError, Interrupted
+from afina.errors import AfinaError, DataError, Interrupted, reason_of
 
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, AfinaError)]
 
@@ -47,3 +49,12 @@ def test_an_interruption_has_the_status_of_its_signal(number):
 def test_the_place_is_written_as_editors_read_it(place, expected):
     assert str(DataError("broken", **place)) == expected
     assert str(DataError("broken", hint="Mend it.", **place)) == f"{expected}\nMend it."
+
+
+def test_what_the_system_refuses_is_said_in_spanish_too(monkeypatch):
+    """What is not usual stays as the system says it."""
+    assert reason_of(FileNotFoundError(errno.ENOENT, "x")) == "No such file or directory"
+    monkeypatch.setenv("AFINA_LANG", "es")
+    assert reason_of(FileNotFoundError(errno.ENOENT, "x")) == "No existe el archivo o la carpeta"
+    assert reason_of(OSError(errno.EMFILE, "x")) == os.strerror(errno.EMFILE)
+    assert reason_of(OSError("odd")) == "odd"

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import psutil
 
-from afina.errors import AfinaError, Interrupted, OutputError
+from afina.errors import AfinaError, Interrupted, OutputError, reason_of
 from afina.language import _
 
 PARTIAL = ".partial"
@@ -360,13 +360,13 @@ def _explained(path: Path) -> Iterator[None]:
             raise _exists(path) from error
         if error.errno in REFUSED and _is_beside(error.filename, path):
             raise OutputError(
-                _("{path} cannot be written: {reason}.").format(path=path, reason=os.strerror(error.errno)),
+                _("{path} cannot be written: {reason}.").format(path=path, reason=reason_of(error)),
                 hint=_("Choose another place with --out, or change its permissions."),
             ) from error
         if isinstance(error, FileNotFoundError) or error.errno is None or not _is_beside(error.filename, path):
             raise
         raise OutputError(
-            _("Writing {path} failed: {reason}.").format(path=path, reason=error.strerror or error),
+            _("Writing {path} failed: {reason}.").format(path=path, reason=reason_of(error)),
             hint=_("Check the disk, then run the same command again."),
         ) from error
     except Exception as error:

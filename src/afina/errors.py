@@ -12,7 +12,11 @@
 The numbers are the exit statuses of the command line (128 + signal for a signal); they are part of the interface.
 """
 
+import errno
+import os
 from pathlib import Path
+
+from afina.language import _
 
 
 class AfinaError(Exception):
@@ -97,3 +101,19 @@ class Interrupted(AfinaError):
     def __init__(self, message: str, *, signal_number: int = 2, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.exit_status = 128 + signal_number
+
+
+def reason_of(error: OSError) -> str:
+    """What the operating system refused: what is usual in the language of messages, the rest as it says it."""
+    usual = {
+        errno.ENOENT: _("No such file or directory"),
+        errno.EACCES: _("Permission denied"),
+        errno.EPERM: _("Operation not permitted"),
+        errno.EISDIR: _("Is a directory"),
+        errno.ENOTDIR: _("Not a directory"),
+        errno.EROFS: _("Read-only file system"),
+        errno.ENAMETOOLONG: _("File name too long"),
+        errno.EIO: _("Input/output error"),
+    }
+    said = os.strerror(error.errno) if error.errno else error.strerror or str(error)
+    return usual.get(error.errno or 0, said)

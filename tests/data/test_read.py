@@ -9,6 +9,7 @@ from afina.data.conversation import Message
 from afina.data.files import BUNDLED_SETS, find
 from afina.data.problem import SHOWN, BadRows
 from afina.data.read import Reading, read
+from afina.data.row import why_no_json
 from afina.errors import DataError
 from afina.recipe.schema import Data, Mapping
 
@@ -408,3 +409,13 @@ def test_gpteacher(real_data):
 
 def test_every_bundled_set_has_a_name():
     assert {file.parent.name for file in BUNDLED_SETS.glob("*/*.jsonl")} >= {"sentiment", "maths-tutor", "support-chat"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1 2]", '{"a" 1}', "1 2", '"abc', '"\x01"', '"\\x"', "{1: 2}"])
+def test_why_a_row_is_no_json_is_said_in_spanish_too(text, monkeypatch):
+    """Python's reader speaks English; each of its reasons is known."""
+    with pytest.raises(json.JSONDecodeError) as raised:
+        json.loads(text)
+    english = why_no_json(raised.value)
+    monkeypatch.setenv("AFINA_LANG", "es")
+    assert english in raised.value.msg and why_no_json(raised.value) != english

@@ -19,7 +19,7 @@ from afina.cli import chat, compress, data, doctor, evaluate, export, init, plan
 from afina.cli.options import Debug, Json
 from afina.cli.usage import refusal, translate
 from afina.console import console
-from afina.errors import AfinaError, Interrupted
+from afina.errors import AfinaError, Interrupted, reason_of
 from afina.language import _
 
 app = typer.Typer(
@@ -167,8 +167,8 @@ def _unexpected(error: Exception) -> int:
         error.show()  # type: ignore[attr-defined]  # the help
         return int(error.exit_code)
     if isinstance(error, OSError) and error.filename is not None:
-        reason = error.strerror or str(error)
-        return _show(AfinaError(_("{path}: {reason}.").format(path=error.filename, reason=reason)), error)
+        told = _("{path}: {reason}.").format(path=error.filename, reason=reason_of(error))
+        return _show(AfinaError(told), error)
     return _show(
         AfinaError(
             _("This is a mistake in afina: {kind}: {reason}").format(kind=type(error).__name__, reason=error),

@@ -10,7 +10,7 @@ from typing import IO, Any, NoReturn
 
 from afina.data.encoding import open_text, undecodable
 from afina.data.lines import CHUNK, ROW_BYTES
-from afina.data.row import SPACE, BadRow, Decoder, Row, Shape, too_long
+from afina.data.row import SPACE, BadRow, Decoder, Row, Shape, too_long, why_no_json
 from afina.language import _
 
 _NEAR = 16
@@ -219,9 +219,8 @@ class Document:
                 if broken and self._grow():
                     continue
                 line, column = self._line_and_column(error.pos)
-                raise BadRow(
-                    _("not valid JSON from column {column} on: {reason}").format(column=column, reason=error.msg), line
-                ) from None
+                told = _("not valid JSON from column {column} on: {reason}")
+                raise BadRow(told.format(column=column, reason=why_no_json(error)), line) from None
             except RecursionError:
                 self._stop(_("nested too deeply"))
             except ValueError as error:

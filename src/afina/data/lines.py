@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from afina.errors import DataError, ResourceError
+from afina.errors import DataError, ResourceError, reason_of
 from afina.language import _
 
 ROW_BYTES = 2**23
@@ -71,7 +71,7 @@ def open_raw(path: Path) -> io.BufferedReader:
         file.seek(0)
     except OSError as error:
         raise DataError(
-            _("The data file cannot be read: {reason}.").format(reason=error.strerror),
+            _("The data file cannot be read: {reason}.").format(reason=reason_of(error)),
             file=path,
             hint=_("See whether it is there and whether you may read it."),
         ) from error

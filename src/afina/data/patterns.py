@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.data.worker import WORKER, Act, Overrun
-from afina.errors import ModelError
+from afina.errors import ModelError, reason_of
 from afina.language import _
 
 MAX_BYTES = 256 * 2**20
@@ -55,7 +55,7 @@ def check_tokenizer(file: Path, where: str) -> None:
             raise _refused(where, _("it is no file of at most {size} MiB").format(size=MAX_BYTES >> 20))
         definition = json.loads(file.read_bytes())
     except OSError as error:
-        raise _refused(where, str(error.strerror)) from error
+        raise _refused(where, reason_of(error)) from error
     except (ValueError, RecursionError) as error:
         raise _refused(where, _("it is not valid JSON")) from error
     if reason := _misshapen(definition):

@@ -23,6 +23,20 @@ class BadRow(ValueError):
         self.line = line
 
 
+def why_no_json(error: json.JSONDecodeError) -> str:
+    """What Python's reader says, in the language of messages."""
+    return {
+        "Expecting value": _("Expecting value"),
+        "Expecting property name enclosed in double quotes": _("Expecting property name enclosed in double quotes"),
+        "Expecting ',' delimiter": _("Expecting ',' delimiter"),
+        "Expecting ':' delimiter": _("Expecting ':' delimiter"),
+        "Extra data": _("Extra data"),
+        "Unterminated string starting at": _("Unterminated string"),
+        "Invalid control character at": _("Invalid control character"),
+        "Invalid \\escape": _("Invalid \\escape"),
+    }.get(error.msg.removesuffix(": "), error.msg)
+
+
 @dataclass(slots=True)
 class Row:
     """One row of a file.
@@ -98,7 +112,8 @@ class Decoder:
         try:
             value = (self._whole if len(text) < CHUNK else uncollected()(self._whole))(text)
         except json.JSONDecodeError as error:
-            fault = _("not valid JSON at column {column}: {reason}").format(column=error.colno, reason=error.msg)
+            told = _("not valid JSON at column {column}: {reason}")
+            fault = told.format(column=error.colno, reason=why_no_json(error))
         except RecursionError:
             fault = _("nested too deeply")
         except ValueError as error:

@@ -13,7 +13,7 @@ from pathlib import Path as File
 
 from pydantic import ValidationError
 
-from afina.errors import AfinaError, RecipeError
+from afina.errors import AfinaError, RecipeError, reason_of
 from afina.language import _
 from afina.recipe import check, explain
 from afina.recipe.document import HALF, MAX_BYTES, MAX_DEPTH, Node, Unreadable, decode, node_of, read, write
@@ -44,7 +44,7 @@ def load(path: File, overrides: Sequence[str] = ()) -> Recipe:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        reason = reason_of(error) if isinstance(error, OSError) else error
         raise RecipeError(
             _("The recipe {path} cannot be read: {reason}.").format(path=path, reason=reason),
             hint=_("Name a recipe file; afina init writes one."),

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from afina import durable
-from afina.errors import OutputError, RecipeError
+from afina.errors import OutputError, RecipeError, reason_of
 from afina.language import _, chosen
 from afina.recipe.document import inline
 from afina.recipe.explain import Due, due_of, example, methods, nearest
@@ -298,7 +298,7 @@ def _refuse_used(folder: Path) -> None:
     try:
         used = next(folder.iterdir(), None) is not None
     except OSError as error:
-        raise OutputError(_("{path} cannot be read: {reason}.").format(path=folder, reason=error.strerror)) from error
+        raise OutputError(_("{path} cannot be read: {reason}.").format(path=folder, reason=reason_of(error))) from error
     if used:
         raise OutputError(
             _("{path} is not empty.").format(path=folder), hint=_("Choose a new or empty folder for the project.")

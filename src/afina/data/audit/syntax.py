@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from afina.data.audit.letters import Fault
+from afina.data.row import why_no_json
 
 _LITERAL = re.compile(r"(?:True|False|None|undefined|NULL|Null|TRUE|FALSE)\b")
 _NUMBER = re.compile(r"[+.]?\d|[+-]?\.\d|[-+]?0[0-9xXob]")
@@ -147,7 +148,7 @@ def _syntax(text: str, error: json.JSONDecodeError) -> Fault:
         return Fault("bad-number", at, at + 1, shown[:16])
     if "property name" in error.msg and (sign.isalpha() or sign in ("_", "$")):
         return Fault("bare-key", at, at + 1, shown)
-    return Fault("not-json", at, min(at + 1, len(text)), f"{error.msg}: {shown!r}")
+    return Fault("not-json", at, min(at + 1, len(text)), f"{why_no_json(error)}: {shown!r}")
 
 
 def strange_numbers(value: Any) -> Iterator[tuple[str, str]]:
