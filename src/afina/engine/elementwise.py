@@ -35,12 +35,7 @@ class Norm:
     def copies(self) -> list[Copy]:
         """What must be copied whenever what learns has changed: all that learns in another precision."""
         pairs = zip(self.learnt, [part for part in (self.weight, self.bias) if part is not None], strict=False)
-        return [(there.detach()[None], here[None], 1.0) for there, here in pairs if not one_place(there, here)]
-
-
-def one_place(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors begin at the same number in memory. Those without memory have an answer too."""
-    return a.untyped_storage() is b.untyped_storage() and a.storage_offset() == b.storage_offset()
+        return [(there.detach()[None], here[None], 1.0) for there, here in pairs if there.data_ptr() != here.data_ptr()]
 
 
 def twin_of(kernels: str) -> Callable[[Twin], Twin]:
@@ -72,14 +67,9 @@ def norm(x: torch.Tensor, by: Norm, out: torch.Tensor) -> torch.Tensor:
 
 @on_gpu
 def norm_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    by: Norm,
-    dx: torch.Tensor,
-    *,
-    residual: torch.Tensor | None = None,
-    y: torch.Tensor | None = None,
-) -> list[torch.Tensor]:
+    dy: torch.Tensor, x: torch.Tensor, by: Norm, dx: torch.Tensor, *,
+    residual: torch.Tensor | None = None, y: torch.Tensor | None = None,
+) -> list[torch.Tensor]:  # fmt: skip
     """dx of `norm`, plus `residual` where the input also went past it; `y` receives the output again.
 
     Returns the gradients of what learns in the norm, (width,) at least fp32.

@@ -8,7 +8,7 @@ computer's memory and of reading and writing the GPU's own.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, partial
 from itertools import combinations, product
 from typing import TYPE_CHECKING
 
@@ -43,8 +43,6 @@ PASSES = 9
 angles, sums, low-rank terms. Steps of an 8B on an H200 were 9.3 in bf16 and 9.0 in e4m3."""
 ATTENTION = 3.5 / 0.47
 """How often a forward's scores and sums are multiplied in all, over the share of a product's rate they are done at."""
-PLACES = ("cuda", "meta")
-"""Where tensors may wait in the computer's memory instead. Those without memory stand for a GPU's, see forecast/."""
 WORKSPACE = 96 * 2**20
 """Bytes that cuBLAS and cuDNN take for themselves."""
 
@@ -124,7 +122,7 @@ def choose(
 
 def _candidates(engine: "Engine", tokens: int, least: int, longest: int, rates: Rates) -> Iterator[Plan]:
     layers, rungs = len(engine.blocks), ladder(frozenset(engine.blocks[0].saves(1)))
-    on_gpu = engine.device.type in PLACES
+    on_gpu = engine.device.type in ("cuda", "meta")  # tensors without memory stand for a GPU's, see forecast/
     usable = [number for number, rung in enumerate(rungs) if on_gpu or not rung.away]
     mixes = {mix for low, high in combinations(usable, 2) for mix in _mixes((low, high), layers, len(rungs))}
     if on_gpu:  # some layers wait, as many as copies have time for; some are made again
@@ -162,35 +160,13 @@ def spread(rungs: Sequence[Placement], counts: Sequence[int]) -> list[Placement]
     return [rungs[-rung] for _place, rung in places][:layers] + [rungs[lowest]] * end
 
 
-@dataclass(frozen=True)
 class _Same:
-    """What all plans of an engine have in common that compute so many tokens at once."""
+    """What all plans of an engine have in common that compute so many tokens at once: see _between and _weigh."""
 
-    engine: "Engine"
-    tokens: int
-    rates: Rates
-    longest: int | None
-
-    @cached_property
-    def between(self) -> float:
-        """See _between."""
-        return _between(self.engine, self.tokens, self.longest, self.rates)
-
-    @cached_property
-    def gradients(self) -> int:
-        """Bytes of those of a layer."""
-        return sum(by.numel() * by.element_size() for by in self.engine.blocks[0].parameters())
-
-    @cached_property
-    def weights(self) -> dict[tuple[Placement, int], "_Weight"]:
-        """Of each rung that was asked for, and how many rows go through the widest products at once."""
-        return {}
-
-    def weight(self, rung: Placement, rows: int) -> "_Weight":
-        """See _weigh."""
-        if (found := self.weights.get((rung, rows))) is None:
-            found = self.weights[rung, rows] = _weigh(self.engine.blocks[0], rung, self.tokens, rows)
-        return found
+    def __init__(self, engine: "Engine", tokens: int, rates: Rates, longest: int | None) -> None:
+        self.between = _between(engine, tokens, longest, rates)
+        self.gradients = sum(by.numel() * by.element_size() for by in engine.blocks[0].parameters())
+        self.weight = cache(partial(_weigh, engine.blocks[0], tokens))
 
 
 def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = None, same: _Same | None = None) -> Plan:
@@ -201,8 +177,7 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
     same = same or _Same(engine, plan.tokens, rates, longest)
     tokens, element, layers = plan.tokens, engine.dtype.itemsize, len(engine.blocks)
     block, ends = engine.blocks[0], engine.ends
-    cut = all(placement.again for placement in plan.placements) and tokens > ROWS_AT_ONCE
-    cut = cut and "gate_up" in block.saves(1)
+    cut = tokens > ROWS_AT_ONCE and "gate_up" in block.saves(1) and all(one.again for one in plan.placements)
     hidden, vocabulary = block.products[0].k, ends.weight.shape[0]
     rungs = [same.weight(placement, ROWS_AT_ONCE if cut else tokens) for placement in plan.placements]
     of_head = 4 * vocabulary * hidden if ends.learnt else 0
@@ -220,7 +195,8 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
         needed = max(needed, standing + here * element + of_head + same.gradients * (layers - number))
         standing -= rungs[number].kept * element
     needed += WORKSPACE + engine.to_come - ends.spared(plan.host)
-    copying = sum(rung.away for rung in rungs) * element / rates.copies
+    away = sum(rung.away for rung in rungs) * element
+    copying = away / rates.copies
     passes = 3 if ends.learnt else 2
     base = (block.multiply_adds() * layers / rates.products + vocabulary * hidden / rates.exact) * tokens
     again, between = sum(rung.again for rung in rungs) / rates.products, same.between
@@ -231,17 +207,8 @@ def count_up(engine: "Engine", plan: Plan, rates: Rates, longest: int | None = N
         microseconds += vocabulary * hidden * (2 * times * element / rates.copies + tokens / rates.exact)
     launching = LAYER_US * layers + AWAY_US * sum(len(placement.away) for placement in plan.placements)
     microseconds = max(microseconds, launching) + OVERHEAD * launching
-    away = sum(rung.away for rung in rungs) * element
-    rows_at_once = ROWS_AT_ONCE if cut else 0
-    return replace(
-        plan,
-        rows_at_once=rows_at_once,
-        bytes=int(needed),
-        microseconds=microseconds,
-        saved=saved,
-        head=at_head,
-        away=away,
-    )
+    return replace(plan, rows_at_once=ROWS_AT_ONCE if cut else 0, bytes=int(needed), microseconds=microseconds,
+                   saved=saved, head=at_head, away=away)  # fmt: skip
 
 
 def _between(engine: "Engine", tokens: int, longest: int | None, rates: Rates) -> float:
@@ -267,7 +234,7 @@ class _Weight:
     again: int
 
 
-def _weigh(block: "Block", rung: Placement, tokens: int, rows: int) -> _Weight:
+def _weigh(block: "Block", tokens: int, rung: Placement, rows: int) -> _Weight:
     """rows: how many tokens go through the widest products at once."""
     sizes, attention = block.saves(tokens), block.attention
     made = {name: size * rows // tokens if name == "gate_up" else size for name, size in sizes.items()}

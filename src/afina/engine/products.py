@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from afina.engine.elementwise import Copy, one_place, wide_product
+from afina.engine.elementwise import Copy, wide_product
 from afina.engine.nf4 import Nf4, from_bitsandbytes
 
 ALIGN = {"cuda": 64, "meta": 64}
@@ -117,7 +117,7 @@ class Product:
             found.append((adapter.a.detach(), wide[self.n :, : self.k][adapter.columns], 1.0))
             found.append((adapter.b.detach(), wide[adapter.rows, self.k :][:, adapter.columns], adapter.scale))
         for learnt in self.learnt:
-            if not one_place(learnt.weight, wide[learnt.rows]):
+            if learnt.weight.data_ptr() != wide[learnt.rows].data_ptr():
                 found.append((learnt.weight.detach(), wide[learnt.rows, : self.k], 1.0))
             if learnt.bias is not None and self.bias is not None:
                 found.append((learnt.bias.detach()[None], self.bias[None, learnt.rows], 1.0))
