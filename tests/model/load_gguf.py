@@ -23,7 +23,7 @@ def verdict(path: Path) -> str:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 2)
         try:
-            server = llamacpp._start(path, "key", 64, 1, 0, "f16")
+            server = llamacpp._start(path, "key", 64, 1, 1, 0, "f16")
             os._exit(0 if server.listening_address else 70)
         except ModelError:
             os._exit(3)

@@ -1,6 +1,6 @@
 """A server asked 32 things: one after another, and all at once. Also how long a newcomer waits for its first word.
 
-    python benchmarks/serve.py >> benchmarks/results/serve.jsonl
+    python benchmarks/serving.py >> benchmarks/results/serve.jsonl
 
 The bundled base on the CPU, a process of its own; questions of the bundled general set, 96 tokens of answer each (its
 end forbidden), streamed to threads of OpenAI's client. Tokens a second by the clock, and by the processor time that the
@@ -91,7 +91,7 @@ def main() -> None:
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": "python benchmarks/serve.py",
+        "command": "python benchmarks/serving.py",
         "requests": COUNT,
         "tokens_each": TOKENS,
         "one_by_one": one,

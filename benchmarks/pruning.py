@@ -1,9 +1,9 @@
 """What pruning costs and distilling gains: the bundled base on GSM8K's held-out rows.
 
-    AFINA_REAL_DATA=../shared python benchmarks/compress.py prune       every method, each share
-    AFINA_REAL_DATA=../shared python benchmarks/compress.py heal        half of the weights, then full fine-tuning
-    AFINA_REAL_DATA=../shared python benchmarks/compress.py distill     three of five layers, alone and taught by five
-    AFINA_REAL_DATA=../shared python benchmarks/compress.py few         the same, the students with 400 rows
+    AFINA_REAL_DATA=../shared python benchmarks/pruning.py prune       every method, each share
+    AFINA_REAL_DATA=../shared python benchmarks/pruning.py heal        half of the weights, then full fine-tuning
+    AFINA_REAL_DATA=../shared python benchmarks/pruning.py distill     three of five layers, alone and taught by five
+    AFINA_REAL_DATA=../shared python benchmarks/pruning.py few         the same, the students with 400 rows
 
 Appends lines to benchmarks/results/compress.jsonl: loss in nats a token on rows that nothing was chosen by, with 95%
 intervals, against the whole model on the same rows.
