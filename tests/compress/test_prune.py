@@ -160,13 +160,15 @@ def test_what_cannot_be_is_said_in_a_sentence(run, tmp_path):
             cuts_of(method, shares, pattern)
     with pytest.raises(RecipeError, match="no run, so a recipe"):
         compression.prune(run.parent / "base", [0.3])
+    taken = tmp_path / "taken"
+    (taken / "wanda-0.3").mkdir(parents=True)
     with pytest.raises(AfinaError, match="exists already"):
-        compression.prune(run, [0.3])
+        compression.prune(run, [0.3], out=taken)
     with pytest.raises(AfinaError, match="no held-out samples"):
         text = (run.parent / "recipe.yaml").read_text("utf-8").replace("validation: 0.1", "validation: 0")
         (run.parent / "all.yaml").write_text(text, "utf-8")
         compression.prune(run, [0.3], recipe=run.parent / "all.yaml", out=tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [*tmp_path.rglob("*")] == [taken, taken / "wanda-0.3"]
 
 
 def test_weights_that_are_no_numbers_are_refused(run, tmp_path):
