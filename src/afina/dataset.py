@@ -13,16 +13,15 @@ from afina.artifact import parent, seal, sha256
 from afina.console import console
 from afina.data.audit.finding import Finding, Report
 from afina.data.files import find, sources
-from afina.data.load_tokenizer import load_tokenizer
 from afina.data.read import read
 from afina.data.split import Part, deal, parts_of, written
 from afina.data.stats import Figures, advice, figures, spread, warnings
-from afina.data.template import Renderer
 from afina.errors import DataError, OutputError
 from afina.language import _
 from afina.recipe.load import load_or_default
-from afina.recipe.place import model_source, schema_file
+from afina.recipe.place import schema_file
 from afina.recipe.schema import Recipe
+from afina.train.examples import renderer_of
 
 CLASSES = 20
 """Classes printed; the event for machines has all of them."""
@@ -95,7 +94,7 @@ def _labels(recipe: Recipe, folder: Path) -> tuple[Any, list[tuple[str, str]]]:
     from afina.data.audit.labels import Labels, of_tokenizer
     from afina.export.beforehand import why_no_gguf
 
-    renderer = _renderer(recipe, folder)
+    renderer = renderer_of(recipe, folder)
     about = of_tokenizer(renderer.tokenizer)
     if (error := why_no_gguf(recipe, folder)) is not None:
         about.append(("unknown-splitter", error.message))
@@ -136,7 +135,7 @@ def stats(source: str, changes: Sequence[str] = (), plot: str | Path | None = No
     """Print what `data.train` holds, as the model sees it, and what that says about the recipe. Raises AfinaError."""
     recipe, folder = load_or_default(source, changes)
     reading = read(recipe.data.train, recipe.data, folder)
-    rendered = _renderer(recipe, folder).samples(reading.samples)
+    rendered = renderer_of(recipe, folder).samples(reading.samples)
     found = figures(reading.samples, rendered, recipe.model.max_length)
     console.line(
         _("{count} samples in {files} file(s): {dialects}; {forms}; {encodings}").format(
@@ -207,7 +206,7 @@ def show(
             _("There is no sample {number}: there are {count}.").format(number=first, count=len(reading.samples)),
             hint=_("Ask for an earlier one with --first."),
         )
-    renderer = _renderer(recipe, folder)
+    renderer = renderer_of(recipe, folder)
     rows = renderer.samples(chosen)
     shown = [(sample, tokens(row, renderer.tokenizer)) for sample, row in zip(chosen, rows, strict=True)]
     if html is not None:
@@ -230,18 +229,6 @@ def show(
             learnt=[token.learnt for token in found],
             texts=[token.text for token in found],
         )
-
-
-def _renderer(recipe: Recipe, folder: Path) -> Renderer:
-    """The renderer that training would use."""
-    tokenizer = load_tokenizer(
-        model_source(recipe.model.base, folder),
-        template=recipe.model.chat_template,
-        folder=folder,
-        revision=recipe.model.revision,
-        turn_tokens=recipe.model.turn_tokens,
-    )
-    return Renderer(tokenizer, recipe.data.learn)
 
 
 def _shares(counts: Sequence[tuple[str, int]], total: int) -> list[list[object]]:

@@ -18,6 +18,7 @@ from afina.model.load import Hardware, choose_hardware, load_model
 from afina.model.saved import load_adapter
 from afina.recipe.place import model_source
 from afina.recipe.schema import Recipe
+from afina.train.examples import renderer_of
 from afina.train.reopen import check_unchanged, learnt_in, open_tuned, recipe_of, refuse_virtual
 
 
@@ -55,18 +56,11 @@ def open_source(name: str, given: tuple[Recipe, Path] | None) -> Source:
         )
     recipe, folder = given
     source = model_source(name, folder)
-    words = load_tokenizer(
-        source,
-        template=recipe.model.chat_template,
-        folder=folder,
-        revision=recipe.model.revision,
-        turn_tokens=recipe.model.turn_tokens,
-    )
     hardware = choose_hardware(recipe.model)
     digest = source_digest(Path(source)) or recipe.model.revision or "main"
     wanted = recipe.model.model_copy(update={"quantization": "none"})
     load = partial(load_model, source, Hardware(hardware.device, torch.float32), wanted, plain=True)
-    renderer = Renderer(words, recipe.data.learn)
+    renderer = renderer_of(recipe, folder, source)
     parents = [parent(name, digest, "base")]
     return Source(
         Path(name).name, recipe, folder, renderer, hardware, parents, set(), partial(_checked, load), _folder(source)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from afina.console import Console
-from afina.data.load_tokenizer import load_tokenizer
 from afina.data.stats import Figures
 from afina.data.stats import warnings as warnings_of
 from afina.data.template import Rendered, Renderer
@@ -23,7 +22,7 @@ from afina.language import _
 from afina.recipe.advice import FEW, MANY, Advice, choose
 from afina.recipe.place import model_source
 from afina.recipe.schema import Full, Lora, Recipe
-from afina.train.examples import Examples, prepare_once
+from afina.train.examples import Examples, prepare_once, renderer_of
 from afina.train.repeats import notice, repeated
 
 ROOMY = 0.7
@@ -64,14 +63,9 @@ def foresee(
     """
     device = device_of(recipe, gpu, memory)
     source = model_source(recipe.model.base, folder)
-    tokenizer = load_tokenizer(
-        source,
-        template=recipe.model.chat_template,
-        folder=folder,
-        revision=recipe.model.revision,
-        turn_tokens=recipe.model.turn_tokens,
-    )
-    examples, rows, over = _examples(recipe, folder, Renderer(tokenizer, recipe.data.learn), console, cache)
+    renderer = renderer_of(recipe, folder)
+    tokenizer = renderer.tokenizer
+    examples, rows, over = _examples(recipe, folder, renderer, console, cache)
     given = Given(recipe, source, rows, tokenizer)
     held_out = sum(row.ids.size for row in examples.validation)
     here_given = Given(recipe, source, [row for row in rows if row.ids.size <= recipe.model.max_length], tokenizer)

@@ -94,10 +94,10 @@ def prepare(recipe: Recipe, folder: Path, renderer: Renderer, console: Console) 
     )
 
 
-def renderer_of(recipe: Recipe, folder: Path) -> Renderer:
-    """What renders the examples of a recipe. Raises ModelError."""
+def renderer_of(recipe: Recipe, folder: Path, source: str | None = None) -> Renderer:
+    """What renders the examples of a recipe, with the tokenizer of `source` if not its base's. Raises ModelError."""
     tokenizer = load_tokenizer(
-        model_source(recipe.model.base, folder),
+        source or model_source(recipe.model.base, folder),
         template=recipe.model.chat_template,
         folder=folder,
         revision=recipe.model.revision,
