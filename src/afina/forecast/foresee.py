@@ -63,7 +63,7 @@ def foresee(
     """
     device = device_of(recipe, gpu, memory)
     source = model_source(recipe.model.base, folder)
-    renderer = renderer_of(recipe, folder)
+    renderer = renderer_of(recipe, folder, source)
     tokenizer = renderer.tokenizer
     examples, rows, over = _examples(recipe, folder, renderer, console, cache)
     given = Given(recipe, source, rows, tokenizer)
